@@ -1,0 +1,276 @@
+"""Noise schedules, the forward process, and conversions between predictions.
+
+The time coordinate is the log signal-to-noise ratio, logSNR = log ᾱ − log(1−ᾱ). With
+α = √ᾱ = √sigmoid(logSNR) and σ = √(1−ᾱ) = √sigmoid(−logSNR), both ends are exact in float32,
+where 1 − ᾱ would lose every digit. Subscript t is an integer in [0, T), 0 the least noisy.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_unlearn.typing import Array, ArrayLike
+
+__all__ = [
+    "NoiseSchedule",
+    "Predictions",
+    "add_noise",
+    "alpha_sigma",
+    "convert",
+    "from_diffusers",
+    "noise_schedule",
+    "prediction_target",
+    "timesteps",
+]
+
+_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+_VARIANCE_TYPES = ("fixed_small", "fixed_large")
+_SPACINGS = ("leading", "trailing", "linspace")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """A discrete-time variance-preserving noise schedule, a pytree of one array.
+
+    Attributes:
+      log_snr: log ᾱ_t − log(1−ᾱ_t), decreasing, [T]; −inf at a zero terminal SNR.
+      prediction_type: what the network predicts, "epsilon", "sample" (x_0) or "v_prediction".
+      variance_type: variance of the ancestral sampler, "fixed_small" (of the posterior) or
+        "fixed_large" (β_t).
+      clip_range: samplers clip their estimate of x_0 to ±clip_range; None does not clip.
+      spacing: how a sampler spreads fewer than T steps: "leading", "trailing", "linspace".
+      steps_offset: added to the "leading" steps.
+      final_alpha_cumprod_one: whether DDIM's last step goes to ᾱ = 1 (else to ᾱ_0).
+    """
+
+    log_snr: Array
+    prediction_type: str = dataclasses.field(default="epsilon", metadata={"static": True})
+    variance_type: str = dataclasses.field(default="fixed_small", metadata={"static": True})
+    clip_range: float | None = dataclasses.field(default=None, metadata={"static": True})
+    spacing: str = dataclasses.field(default="leading", metadata={"static": True})
+    steps_offset: int = dataclasses.field(default=0, metadata={"static": True})
+    final_alpha_cumprod_one: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of time steps the network was trained with."""
+        return self.log_snr.shape[0]
+
+    @property
+    def alphas_cumprod(self) -> Array:
+        """ᾱ_t, [T]."""
+        return jax.nn.sigmoid(self.log_snr)
+
+
+def _betas(schedule: str, beta_start: float, beta_end: float, num_steps: int) -> np.ndarray:
+    if schedule == "linear":
+        return np.linspace(beta_start, beta_end, num_steps)
+    if schedule == "scaled_linear":
+        return np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2
+    if schedule == "squaredcos_cap_v2":
+
+        def alpha_bar(fraction: np.ndarray) -> np.ndarray:
+            return np.cos((fraction + 0.008) / 1.008 * np.pi / 2) ** 2
+
+        edges = np.arange(num_steps + 1) / num_steps
+        return np.minimum(1 - alpha_bar(edges[1:]) / alpha_bar(edges[:-1]), 0.999)
+    raise ValueError(
+        f"beta_schedule {schedule!r} is not supported: expected 'linear', 'scaled_linear' or "
+        "'squaredcos_cap_v2'."
+    )
+
+
+def noise_schedule(
+    beta_schedule: str = "linear",
+    *,
+    num_steps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    trained_betas: ArrayLike | None = None,
+    rescale_betas_zero_snr: bool = False,
+    **options: Any,
+) -> NoiseSchedule:
+    """Makes a noise schedule from its betas: ᾱ_t = Π_{s≤t} (1 − β_s), in float64.
+
+    Args:
+      beta_schedule: "linear" (Ho et al. 2020), "scaled_linear" (Rombach et al. 2022) or
+        "squaredcos_cap_v2" (Nichol & Dhariwal 2021).
+      num_steps: T.
+      beta_start: β_0 of the linear schedules.
+      beta_end: β_{T−1} of the linear schedules.
+      trained_betas: the betas themselves, [T], in place of a named schedule.
+      rescale_betas_zero_snr: shift and scale √ᾱ so that ᾱ_{T−1} = 0 (Lin et al. 2023, alg. 1).
+      **options: further fields of `NoiseSchedule`.
+
+    Raises:
+      ValueError: for an unknown name, or betas outside [0, 1).
+    """
+    if trained_betas is not None:
+        betas = np.asarray(trained_betas, np.float64)
+    else:
+        betas = _betas(beta_schedule, beta_start, beta_end, num_steps)
+    if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
+        raise ValueError("betas must be one-dimensional, at least two, and inside (0, 1).")
+    log_alphas = np.cumsum(np.log1p(-betas))
+    if rescale_betas_zero_snr:
+        root = np.exp(0.5 * log_alphas)
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        with np.errstate(divide="ignore"):
+            log_alphas = 2 * np.log(root)
+    log_snr = log_alphas - np.log(-np.expm1(log_alphas))
+    for name, known in (
+        ("prediction_type", _PREDICTION_TYPES),
+        ("variance_type", _VARIANCE_TYPES),
+        ("spacing", _SPACINGS),
+    ):
+        if name in options and options[name] not in known:
+            raise ValueError(f"{name} {options[name]!r} is not one of {known}.")
+    return NoiseSchedule(jnp.asarray(log_snr, jnp.float32), **options)
+
+
+# Options that change neither the trained network's meaning nor our samplers at these values.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "thresholding": (False,),
+    "dynamic_thresholding_ratio": (0.995,),
+    "sample_max_value": (1.0,),
+}
+
+
+def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
+    """Makes the noise schedule of a diffusers `scheduler_config.json`.
+
+    DDPM, DDIM, PNDM and the other discrete schedulers share the fields that define the
+    process a network was trained on; missing ones take diffusers' defaults. Fields of a
+    particular solver, whose names are not read here, do not change that process.
+
+    Raises:
+      ValueError: for a schedule, prediction or variance type that is not supported.
+    """
+    for name, allowed in _NEUTRAL.items():
+        if name in config and config[name] not in allowed:
+            raise ValueError(
+                f"scheduler option {name}={config[name]!r} is not supported: expected {allowed[0]}."
+            )
+    variance = config.get("variance_type", "fixed_small")
+    if variance == "fixed_small_log":
+        variance = "fixed_small"
+    if variance not in _VARIANCE_TYPES:
+        raise ValueError(f"variance_type {variance!r} is not one of {_VARIANCE_TYPES}.")
+    clip = config.get("clip_sample", True)
+    return noise_schedule(
+        config.get("beta_schedule", "linear"),
+        num_steps=config.get("num_train_timesteps", 1000),
+        beta_start=config.get("beta_start", 1e-4),
+        beta_end=config.get("beta_end", 0.02),
+        trained_betas=config.get("trained_betas"),
+        rescale_betas_zero_snr=config.get("rescale_betas_zero_snr", False),
+        prediction_type=config.get("prediction_type", "epsilon"),
+        variance_type=variance,
+        clip_range=float(config.get("clip_sample_range", 1.0)) if clip else None,
+        spacing=config.get("timestep_spacing", "leading"),
+        steps_offset=config.get("steps_offset", 0),
+        final_alpha_cumprod_one=config.get("set_alpha_to_one", True),
+    )
+
+
+def _expand(values: Array, like: Array) -> Array:
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def alpha_sigma(log_snr: Array, like: Array) -> tuple[Array, Array]:
+    """α = √sigmoid(logSNR) and σ = √sigmoid(−logSNR), shaped to broadcast over `like`."""
+    alpha = jnp.sqrt(jax.nn.sigmoid(log_snr))
+    sigma = jnp.sqrt(jax.nn.sigmoid(-log_snr))
+    return _expand(alpha, like), _expand(sigma, like)
+
+
+def add_noise(*, x_0: Array, noise: Array, log_snr: Array) -> Array:
+    """x_t = α x_0 + σ ε, for `log_snr` [batch] or a scalar."""
+    alpha, sigma = alpha_sigma(log_snr, x_0)
+    return alpha * x_0 + sigma * noise
+
+
+class Predictions(NamedTuple):
+    """One prediction in every coordinate, each of the shape of x_t."""
+
+    epsilon: Array
+    x_0: Array
+    velocity: Array
+    score: Array
+
+
+def convert(prediction: Array, *, x_t: Array, log_snr: Array, prediction_type: str) -> Predictions:
+    """Converts a network's prediction to ε, x_0, v and the score.
+
+    x_t = α x_0 + σ ε;  v = α ε − σ x_0, so x_0 = α x_t − σ v and ε = σ x_t + α v;
+    score = −ε/σ. At zero SNR x_0 does not follow from ε: the division gives inf or nan there.
+
+    Args:
+      prediction: the network's output, the shape of x_t.
+      x_t: noisy images [batch, ...].
+      log_snr: of x_t, [batch] or a scalar.
+      prediction_type: "epsilon", "sample" or "v_prediction".
+
+    Raises:
+      ValueError: for another prediction type.
+    """
+    alpha, sigma = alpha_sigma(log_snr, x_t)
+    if prediction_type == "epsilon":
+        epsilon = prediction
+        x_0 = (x_t - sigma * epsilon) / alpha
+        velocity = alpha * epsilon - sigma * x_0
+    elif prediction_type == "sample":
+        x_0 = prediction
+        epsilon = (x_t - alpha * x_0) / sigma
+        velocity = alpha * epsilon - sigma * x_0
+    elif prediction_type == "v_prediction":
+        velocity = prediction
+        x_0 = alpha * x_t - sigma * velocity
+        epsilon = sigma * x_t + alpha * velocity
+    else:
+        raise ValueError(f"prediction_type {prediction_type!r} is not one of {_PREDICTION_TYPES}.")
+    return Predictions(epsilon=epsilon, x_0=x_0, velocity=velocity, score=-epsilon / sigma)
+
+
+def prediction_target(*, x_0: Array, noise: Array, log_snr: Array, prediction_type: str) -> Array:
+    """What a network of this prediction type is trained to output: ε, x_0 or α ε − σ x_0."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return x_0
+    if prediction_type == "v_prediction":
+        alpha, sigma = alpha_sigma(log_snr, x_0)
+        return alpha * noise - sigma * x_0
+    raise ValueError(f"prediction_type {prediction_type!r} is not one of {_PREDICTION_TYPES}.")
+
+
+def timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    """The time steps of a sampler of `steps` steps, decreasing, [steps], as diffusers spaces them.
+
+    "leading": i·⌊T/steps⌋ + offset; "trailing": T − i·T/steps − 1; "linspace": from T−1 to 0
+    (Lin et al. 2023, table 2).
+
+    Raises:
+      ValueError: if `steps` is not in [1, T], or the offset leaves the schedule.
+    """
+    total = schedule.num_steps
+    if not 1 <= steps <= total:
+        raise ValueError(f"a sampler takes 1 to {total} steps, not {steps}.")
+    if schedule.spacing == "leading":
+        times = np.arange(steps)[::-1] * (total // steps) + schedule.steps_offset
+    elif schedule.spacing == "trailing":
+        times = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
+    else:
+        times = np.linspace(0, total - 1, steps).round()[::-1]
+    times = times.astype(np.int32)
+    if times[0] >= total:
+        raise ValueError(
+            f"steps_offset {schedule.steps_offset} with {steps} steps starts at {times[0]}, "
+            f"outside the schedule's {total} steps."
+        )
+    return times
