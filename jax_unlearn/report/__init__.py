@@ -1,0 +1,11 @@
+"""The report of a run: `report.json`, figures, and one self-contained HTML page.
+
+`report.json` is the single source: the page shows what is in it, the rows of `metrics.jsonl`
+and the image grids, and nothing else. Needs neither JAX nor a display.
+"""
+
+from jax_unlearn.report.figures import Grid
+from jax_unlearn.report.folder import read_rows, write_report
+from jax_unlearn.report.page import verdict
+
+__all__ = ["Grid", "read_rows", "verdict", "write_report"]

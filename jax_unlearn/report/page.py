@@ -1,0 +1,273 @@
+"""The page of a report: numbers as text, the verdict, the tables, and the HTML."""
+
+import importlib.resources
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import markupsafe
+import numpy as np
+
+__all__ = ["render", "verdict"]
+
+_MAX_LISTED = 20
+"""Above this many constraints, or sets of images, a table shows the worst, or the first."""
+_FORMULATIONS = {
+    "reverse_kl": ("reverse KL", "minimise KL(p‖q) subject to KL(p‖qᵢ) ≥ bᵢ"),
+    "forward_kl": ("forward KL", "minimise KL(q‖p) subject to KL(qᵢ‖p) ≥ bᵢ"),
+    "likelihood": ("likelihood", "minimise KL(p‖q) subject to E_p[hᵢ(x)] ≤ εᵢ"),
+}
+_METRICS = (
+    (
+        "Classifier agreement",
+        "How often a classifier gives each label to generated images.",
+        ("agreement",),
+    ),
+    (
+        "Image quality",
+        "Distances between generated and retained images; lower is closer. "
+        "An unbiased KID can be negative.",
+        ("kid", "fid"),
+    ),
+    (
+        "Likelihood",
+        "NELBO, an upper bound of −log p; higher is less likely under the model. A forgotten image "
+        "that is less likely than held-out images are would itself stand out.",
+        ("nelbo",),
+    ),
+    ("Similarity", "Between generated images and those to forget.", ("similarity",)),
+)
+_METRIC_NAMES = {"kid": "KID", "fid": "FID", "nelbo": "NELBO"}
+
+
+def _digits(value: float, stderr: float | None) -> str:
+    """Four significant digits, or as many decimals as two digits of the standard error take."""
+    if not math.isfinite(value):
+        return str(value)
+    scale = stderr if stderr and math.isfinite(stderr) else None
+    size = abs(value) if scale is None else max(abs(value), scale)
+    if value == 0 and scale is None:
+        return "0"
+    if not 1e-4 <= size < 1e6:
+        return f"{value:.3e}".replace("-", "−")
+    decimals = (1 - math.floor(math.log10(scale))) if scale else 3 - math.floor(math.log10(size))
+    return f"{value:.{min(max(decimals, 0), 8)}f}".replace("-", "−")
+
+
+def _number(value: Any, stderr: float | None = None) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) and stderr is None:
+        return f"{value:,}".replace("-", "−")
+    text = _digits(value, stderr)
+    return text if stderr is None else f"{text} ± {_digits(stderr, stderr)}"
+
+
+def _data(value: Any, stderr: float | None = None) -> markupsafe.Markup:
+    """A rounded number, with every digit of it in the attribute."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return markupsafe.escape(_number(value))
+    exact = repr(value) if stderr is None else f"{value!r} ± {stderr!r}"
+    return markupsafe.Markup('<data value="{}" title="{}">{}</data>').format(
+        repr(value), exact, _number(value, stderr)
+    )
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "—"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _thresholded(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The constraints that have a threshold, the worst first; one without a slack is worst."""
+    constraints = [c for c in report["constraints"] if c["threshold"] is not None]
+
+    def slack(constraint: Mapping[str, Any]) -> float:
+        value = constraint["slack"]
+        return -math.inf if value is None or math.isnan(value) else value
+
+    return sorted(constraints, key=lambda c: (bool(c["satisfied"]), slack(c)))
+
+
+def _unresolved(constraint: Mapping[str, Any]) -> bool:
+    slack, stderr = constraint["slack"], constraint["stderr"]
+    return slack is not None and stderr is not None and abs(slack) < 2 * stderr
+
+
+def _side(report: Mapping[str, Any]) -> str:
+    return "at most" if report["formulation"] == "likelihood" else "at least"
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """Says in one or two sentences whether the constraints hold, and how closely.
+
+    Names the worst constraint, its value, its slack and its multiplier. That a threshold was not
+    reached is an answer too, and so is that the samples are too few to tell.
+
+    Args:
+      report: a report in the form that `write_report` takes.
+
+    Raises:
+      ValueError: if `feasible` contradicts the constraints' own `satisfied`.
+    """
+    constraints = _thresholded(report)
+    violated = [c for c in constraints if not c["satisfied"]]
+    if bool(report["feasible"]) != (not violated):
+        raise ValueError(
+            f"the report says feasible={report['feasible']}, yet {len(violated)} of "
+            f"{len(constraints)} constraints are not satisfied: compute one from the other."
+        )
+    if not constraints:
+        return "No threshold was set, so there is no constraint to satisfy or to violate."
+    worst, total = constraints[0], len(constraints)
+    name, unit = f"“{worst['name']}”", f" {worst['unit']}" if worst.get("unit") else ""
+    threshold = f"{_side(report)} {_number(worst['threshold'])}"
+    multiplier = f"its multiplier is {_number(worst['multiplier'])}"
+    value, slack = worst["value"], worst["slack"]
+    if value is None or slack is None or not (math.isfinite(value) and math.isfinite(slack)):
+        outcome = f"its value is not a finite number, where {threshold}{unit} was asked"
+    else:
+        verb = "misses it by" if violated else "meets it with a slack of"
+        outcome = (
+            f"{_number(value, worst['stderr'])}{unit}, where {threshold} was asked, "
+            f"{verb} {_number(abs(slack))}"
+        )
+    if total == 1:
+        first = f"The constraint {name} is {'violated' if violated else 'satisfied'}: "
+        ending = f"{outcome}; {multiplier}."
+    else:
+        if violated:
+            some = f"{len(violated):,} of {total:,} constraints " if len(violated) < total else ""
+            some = some or f"All {total:,} constraints "
+            first = f"{some}{'is' if len(violated) == 1 else 'are'} violated. "
+        else:
+            first = f"All {total:,} constraints are satisfied. "
+        ending = f"The {'worst' if violated else 'tightest'} is {name}: {outcome}; {multiplier}."
+    if _unresolved(worst):
+        ending = (
+            f"{ending[:-1]}, and the gap is within two standard errors, too close to call "
+            "from these samples."
+        )
+    return first + ending
+
+
+def _cell(entry: Any) -> tuple[Any, float | None, int | None]:
+    """Value, standard error and count of a float or of {"value" or "rate", "stderr", "count"}."""
+    if isinstance(entry, Mapping):
+        return entry.get("value", entry.get("rate")), entry.get("stderr"), entry.get("count")
+    return entry, None, None
+
+
+def _metric_rows(names: tuple[str, ...], node: Any) -> list[dict[str, Any]]:
+    """The rows of a metric: {"before", "after"}, with names of parts outside or inside of it."""
+    if not isinstance(node, Mapping) or {"value", "rate"} & set(node):
+        return [{"names": names, "before": _cell(None), "after": _cell(node)}]
+    if not {"before", "after"} & set(node):
+        parts = [(key, entry) for key, entry in node.items() if key not in ("unit", "description")]
+        return [row for key, entry in parts for row in _metric_rows((*names, key), entry)]
+    sides = {side: node.get(side) for side in ("before", "after")}
+    inner: dict[str, None] = {}
+    for entry in sides.values():
+        if isinstance(entry, Mapping) and not {"value", "rate"} & set(entry):
+            inner.update(dict.fromkeys(entry))
+    if not inner:
+        return [{"names": names, **{side: _cell(entry) for side, entry in sides.items()}}]
+    parts = [(key, {side: (e or {}).get(key) for side, e in sides.items()}) for key in inner]
+    return [row for key, entry in parts for row in _metric_rows((*names, key), entry)]
+
+
+def _metric_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table for each group of metrics that the report has, with its rows and unit."""
+    metrics = report.get("metrics") or {}
+    known = {key for _, _, keys in _METRICS for key in keys}
+    rest = ("Further metrics", "", tuple(key for key in metrics if key not in known))
+    forgotten = {str(f.get(key)) for f in report["asked"]["forget"] for key in ("label", "name")}
+    tables = []
+    for title, caption, keys in (*_METRICS, rest):
+        present = [key for key in keys if metrics.get(key) is not None]
+        rows = [row for key in present for row in _metric_rows((key,), metrics[key])]
+        nodes = [metrics[key] for key in present if isinstance(metrics[key], Mapping)]
+        for row in rows:
+            names = row["names"] if len(keys) > 1 or len(row["names"]) == 1 else row["names"][1:]
+            row["name"] = " · ".join(_METRIC_NAMES.get(n, n.replace("_", " ")) for n in names)
+            row["forgotten"] = present == ["agreement"] and names[-1] in forgotten
+        notes = [str(node["description"]) for node in nodes if node.get("description")]
+        units = [str(node["unit"]) for node in nodes if node.get("unit")]
+        if rows:
+            tables.append(
+                {
+                    "title": title,
+                    "caption": " ".join(notes) or caption,
+                    "unit": units[0] if len(units) == 1 and len(present) == 1 else "",
+                    "rows": rows,
+                    "counted": any(
+                        row[s][2] is not None for row in rows for s in ("before", "after")
+                    ),
+                    "bars": present == ["agreement"],
+                }
+            )
+    return tables
+
+
+def _certificate(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The certificate's rows, the worst ones where there are many, and what they summarise."""
+    constraints = report["constraints"]
+    ordered = _thresholded(report)
+    shown = ordered[:_MAX_LISTED] if len(constraints) > _MAX_LISTED else constraints
+    multipliers = [c["multiplier"] for c in constraints if c["multiplier"] is not None]
+    probabilities = {"min": 0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95}
+    quantiles = {}
+    if multipliers:
+        for name, probability in {**probabilities, "max": 1}.items():
+            quantiles[name] = float(np.quantile(multipliers, probability))
+    return {
+        "rows": [{**c, "unresolved": _unresolved(c)} for c in shown],
+        "total": len(constraints),
+        "thresholded": len(ordered),
+        "satisfied": sum(bool(c["satisfied"]) for c in ordered),
+        "unresolved": sum(_unresolved(c) for c in ordered),
+        "quantiles": quantiles,
+        "active": sum(value > 0 for value in multipliers),
+        "sign": "≤" if report["formulation"] == "likelihood" else "≥",
+    }
+
+
+def render(
+    report: Mapping[str, Any],
+    grids: Sequence[Any],
+    figures: Mapping[str, str],
+    *,
+    smoothed: bool = False,
+) -> str:
+    """The page as one HTML document.
+
+    Args:
+      report: the report, of plain JSON types.
+      grids: the title, caption and images of `grid_1.png`, `grid_2.png`, …
+      figures: PNG files in base64, by file name.
+      smoothed: whether the curves show running means.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(data=_data, duration=_duration)
+    template = importlib.resources.files("jax_unlearn.report").joinpath("report.html")
+    return environment.from_string(template.read_text("utf-8")).render(
+        report=report,
+        verdict=verdict(report),
+        formulation=_FORMULATIONS.get(report["formulation"], (report["formulation"], "")),
+        certificate=_certificate(report),
+        tables=_metric_tables(report),
+        grids=grids,
+        figures=figures,
+        smoothed=smoothed,
+        max_listed=_MAX_LISTED,
+    )

@@ -1,0 +1,65 @@
+"""The step on more than one device: jit over a `data` mesh, or pmap."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_unlearn.primal_dual import PrimalDual
+
+__all__ = ["data_mesh", "jit_step", "pmap_step", "shard_batch"]
+
+AXIS = "data"
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A one-dimensional mesh named "data" over the devices (default: all of them)."""
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a batch of arrays on the mesh, every leading axis split over "data".
+
+    Raises:
+      ValueError: if a leading axis is not a multiple of the number of devices.
+    """
+    for leaf in jax.tree.leaves(batch):
+        if leaf.shape[0] % mesh.size:
+            raise ValueError(
+                f"a batch of {leaf.shape[0]} does not divide over {mesh.size} devices: "
+                f"choose a multiple of {mesh.size}."
+            )
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def jit_step(algorithm: PrimalDual, mesh: Mesh | None = None) -> Callable[..., Any]:
+    """The step (key, state, batch) -> (state, info), compiled, its state donated.
+
+    On a mesh the state is replicated and the batch split over "data"; the compiler inserts
+    the reductions. The algorithm must have been built without an axis_name.
+    """
+    if mesh is None:
+        return jax.jit(algorithm.step, donate_argnums=1)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.jit(
+        algorithm.step,
+        in_shardings=(replicated, replicated, split),
+        out_shardings=replicated,
+        donate_argnums=1,
+    )
+
+
+def pmap_step(algorithm: PrimalDual, devices: Sequence[jax.Device] | None = None) -> Any:
+    """The same step under `jax.pmap` over the axis "data".
+
+    The algorithm must have been built with axis_name="data". The key and the state are given
+    whole and come back whole; the batch has a leading axis of devices, [devices,
+    batch / devices, ...].
+    """
+    return jax.pmap(
+        algorithm.step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices
+    )
