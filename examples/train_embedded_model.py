@@ -89,9 +89,12 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.9995)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--start", type=pathlib.Path, help="go on from this pipeline's weights")
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
+    torch.set_num_threads(arguments.threads)
     rng = np.random.default_rng(arguments.seed)
     pixels = read_idx(arguments.data / "train-images-idx3-ubyte.gz")
     classes = read_idx(arguments.data / "train-labels-idx1-ubyte.gz")
@@ -113,6 +116,8 @@ def main() -> None:
         norm_num_groups=8,
         num_class_embeds=len(LABELS) + 1,
     )
+    if arguments.start:
+        model = UNet2DModel.from_pretrained(arguments.start, subfolder="unet").train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     optimizer = torch.optim.AdamW(

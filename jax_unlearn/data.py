@@ -1,7 +1,6 @@
 """Images from folders, files, npz and idx; and batches that are pure functions of (seed, step).
 
-Pixels stay uint8 on the host. Nothing is dropped, rescaled or relabelled unless it was asked for:
-what does not fit the model is refused with the file's name.
+Nothing is dropped, rescaled or relabelled unasked: what does not fit is refused by its name.
 """
 
 import functools
@@ -25,21 +24,10 @@ from PIL import Image, ImageOps
 from jax_unlearn.typing import Array, ArrayLike
 
 __all__ = [
-    "Images",
-    "Source",
-    "balanced_indices",
-    "batch_indices",
-    "concatenate",
-    "content_hashes",
-    "find_overlap",
-    "parse_source",
-    "read_images",
-    "remove_overlap",
-    "split_held_out",
-    "take",
-    "to_pixels",
-    "to_unit_range",
-]
+    "Images", "Source", "balanced_indices", "batch_indices", "concatenate", "content_hashes",
+    "find_overlap", "parse_source", "read_images", "remove_overlap", "split_held_out", "take",
+    "to_pixels", "to_unit_range",
+]  # fmt: skip
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Named, so that a file's content cannot call up another decoder (EPS would start Ghostscript).
@@ -51,13 +39,7 @@ _DEEP = re.compile(r"(L|LA|RGB|RGBA|RGBX|RGBa|CMYK)X*;16")
 
 
 class Images(NamedTuple):
-    """Images in memory.
-
-    Attributes:
-      pixels: uint8 [n, height, width, channels].
-      labels: int32 [n], or None for a model that takes no labels.
-      names: where each image came from, "folder/a.png" or "file.npz[3]", n of them.
-    """
+    """Pixels uint8 [n, height, width, channels], labels int32 [n], names "a.png" or "a.npz[3]"."""
 
     pixels: np.ndarray
     labels: np.ndarray | None
@@ -85,25 +67,20 @@ class _Labels(NamedTuple):
         return f"the model has {self.count}, 0..{self.count - 1}" + (listed if known else "")
 
     def find(self, text: str) -> int | None:
-        """The label that `text` writes, by number or by name; None if it writes none."""
-        wanted = _fold(text)
-        named = {label for label, name in self.names.items() if _fold(name) == wanted}
-        if re.fullmatch(r"-?[0-9]+", text):
+        """The label that `text` writes, by number or by name; None if the model has no such."""
+        fold = functools.partial(re.sub, r"[\s/\\_-]+", "-")
+        named = {i for i, name in self.names.items() if fold(name.lower()) == fold(text.lower())}
+        if re.fullmatch(r"[0-9]+", text):
             named.add(int(text))
+        named = {i for i in named if self.count is None or 0 <= i < self.count}
         if len(named) > 1:
             meant = " or ".join(f"{i} ({self.names.get(i, 'no name')})" for i in sorted(named))
             raise ValueError(f"label {text!r} is ambiguous: it may mean {meant}.")
-        return self.check(named.pop()) if named else None
-
-    def check(self, label: int, name: str = "") -> int:
-        if self.count is not None and not 0 <= label < self.count:
-            where = f" of {name}" if name else ""
-            raise ValueError(f"label {label}{where}: {self.describe()}.")
-        return label
+        return named.pop() if named else None
 
 
 class _Found(NamedTuple):
-    """Images not yet decoded (`arrays` is None: the names are files), with the labels they bear."""
+    """Images before selection; where `arrays` is None, the names are files to decode."""
 
     names: tuple[str, ...]
     labels: np.ndarray | None = None
@@ -111,18 +88,12 @@ class _Found(NamedTuple):
     kind: str = "the source"
 
 
-def _fold(name: str) -> str:
-    return re.sub(r"[\s/\\_-]+", "-", name.strip().casefold())
-
-
 def parse_source(text: str) -> Source:
     r"""Reads `PATH` or `PATH:LABEL`, LABEL being a number or a name of the model's labels.
 
     A path that exists is always the path, colons and all. Otherwise the longest existing path
-    before a colon wins, else the text before the last colon; `C:\images` is never split.
-
-    Raises:
-      ValueError: for an empty path or an empty label.
+    before a colon wins, else the text before the last colon; `C:\images` is never split. Raises
+    ValueError for an empty path or label.
     """
     drive = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
     colons = [i for i in range(len(text) - 1, drive - 1, -1) if text[i] == ":"]
@@ -135,50 +106,39 @@ def parse_source(text: str) -> Source:
     return Source(Path(path), label)
 
 
-def _list_folder(folder: Path, labels: _Labels, *, explicit: bool) -> _Found:
+def _list_folder(folder: Path, labels: _Labels) -> _Found:
     def refuse(error: OSError) -> NoReturn:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}.") from error
 
     files, others, seen = [], Counter(), set()
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
+        if (real := os.path.realpath(parent)) in seen:
             raise ValueError(f"folder {parent} is reached twice, through a link: remove the link.")
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            file = Path(parent, name).relative_to(folder)
-            if file.suffix.lower() in _SUFFIXES and not name.startswith("."):
-                files.append(file)
-            elif not name.startswith("."):
+        for file in (Path(parent, name) for name in names if not name.startswith(".")):
+            if file.suffix.lower() in _SUFFIXES:
+                files.append(file.relative_to(folder))
+            else:
                 others[file.suffix.lower() or "no suffix"] += 1
     if not files:
         held = ", ".join(f"{suffix} ({n})" for suffix, n in sorted(others.items())) or "no files"
-        raise ValueError(
-            f"folder {folder} holds no images: found {held}; expected {', '.join(_SUFFIXES)} "
-            "(give an .npz or idx file by its own path)."
-        )
+        raise ValueError(f"folder {folder} holds no images ({', '.join(_SUFFIXES)}) but {held}.")
     files.sort(key=lambda file: file.parts)
     names = tuple(str(folder / file) for file in files)
-    tops = [file.parts[0] if len(file.parts) > 1 else "" for file in files]
     if labels.count is None:
         return _Found(names)
-    known: dict[str, int | None] = {}
-    for top in dict.fromkeys(tops):
-        try:
-            known[top] = labels.find(top)
-        except ValueError as error:
-            if not explicit:  # With PATH:LABEL a folder called 2024 may be just that.
-                raise ValueError(f"folder {folder / top}: {error}") from error
-            known[top] = None
-    if all(label is None for label in known.values()):
-        return _Found(names, kind=f"the folder, with sub-folders {', '.join(known) or 'none'},")
-    for name, top in zip(names, tops, strict=True):
-        if known[top] is None:
-            raise ValueError(
-                f"folder {folder} holds folders named for labels, but {name} is in none of them: "
-                f"{labels.describe()}. Move it, or give each folder as its own PATH:LABEL."
-            )
+    tops = [file.parts[0] if len(file.parts) > 1 else "" for file in files]
+    known = {top: labels.find(top) for top in tops}
+    if set(known.values()) == {None}:
+        held = ", ".join(filter(None, known)) or "none"
+        return _Found(names, kind=f"the folder, with sub-folders {held},")
+    if None in known.values():
+        stray = next(name for name, top in zip(names, tops, strict=True) if known[top] is None)
+        raise ValueError(
+            f"folder {folder} holds folders named for labels, but {stray} is in none of them: "
+            f"{labels.describe()}. Move it, or give each folder as its own PATH:LABEL."
+        )
     return _Found(names, np.array([known[top] for top in tops]))
 
 
@@ -187,59 +147,49 @@ def _read_npz(path: Path) -> _Found:
         with open(path, "rb") as file:
             archive = np.load(file, allow_pickle=False)
             held = ", ".join(archive.files) or "nothing"  # A lone array has no `files`.
-            images = archive["images"] if "images" in archive.files else None
-            labels = archive["labels"] if "labels" in archive.files else None
+            arrays = {k: np.asarray(archive[k]) for k in ("images", "labels") if k in archive.files}
     except Exception as error:  # Damage shows as any of a dozen errors of zip, zlib and NumPy.
-        why = error or "damaged"
-        if "Object arrays" in str(error):
-            why = "it holds pickled objects, which are never loaded"
+        pickled = "Object arrays" in str(error)
+        why = "it holds pickled objects, which are never loaded" if pickled else error
         raise ValueError(f"{path} is not a readable .npz file: {why}.") from error
-    if images is None or images.ndim not in (3, 4) or not images.size:
-        given = "none" if images is None else f"one of shape {images.shape}"
+    images, labels = arrays.get("images", np.empty(0)), arrays.get("labels")
+    if images.ndim not in (3, 4) or not images.size:
         raise ValueError(
-            f"{path} needs an array `images` [n, height, width] or [n, height, width, channels], "
-            f"not {given}: it holds {held}."
+            f"{path} needs `images` [n, height, width] or [n, height, width, channels]; it holds "
+            f"{held}, with images of shape {images.shape}."
         )
+    given = str(images.dtype)
     if images.dtype.kind == "f":
-        # Floats without a negative value could as well lie in [0, 1], and would come out half grey.
         low, high = float(images.min()), float(images.max())
-        if not (-1 <= low < 0 and high <= 1):
-            raise ValueError(
-                f"`images` of {path} are floats from {low:g} to {high:g}: expected [-1, 1] with "
-                "negative values (others are ambiguous), or uint8 from 0 to 255."
-            )
-        images = to_pixels(images)
+        given += f" from {low:g} to {high:g}"
+        # Floats without a negative value could as well lie in [0, 1], and would come out half grey.
+        images = to_pixels(images) if -1 <= low < 0 and high <= 1 else images
     if images.dtype != np.uint8:
-        raise ValueError(f"`images` of {path} are {images.dtype}: expected uint8, or floats.")
+        raise ValueError(
+            f"`images` of {path} are {given}: expected uint8, or floats in [-1, 1] with negative "
+            "values (others are ambiguous)."
+        )
     if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
         raise ValueError(
             f"`labels` of {path} are {labels.dtype} of shape {labels.shape}: expected integers, "
             f"one for each of the {len(images)} images."
         )
     names = tuple(f"{path}[{i}]" for i in range(len(images)))
-    images = images.reshape(*images.shape[:3], -1)
-    return _Found(names, labels, images, f"the .npz, with arrays {held},")
+    return _Found(names, labels, images.reshape(*images.shape[:3], -1), f"the .npz, with {held},")
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             magic, content = file.read(4), file.read()
-        if magic != bytes((0, 0, 8, dimensions)):
-            note = ", of labels: give the file of images" * (magic == b"\0\0\10\1")
-            raise ValueError(
-                f"{path} starts with {magic.hex() or 'nothing'}{note}; expected idx magic "
-                f"0000080{dimensions}."
-            )
+        if magic != (expected := bytes((0, 0, 8, dimensions))):
+            raise ValueError(f"{path} starts with {magic.hex()!r}, not idx magic {expected.hex()}.")
         sizes = struct.unpack_from(f">{dimensions}I", content)
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise ValueError(f"{path} is not a readable idx file: {error}.") from error
-    held, expected = len(content) - 4 * dimensions, math.prod(sizes)
-    if held != expected or not expected:
-        raise ValueError(
-            f"{path} is damaged: its header says {' x '.join(map(str, sizes))} = {expected} "
-            f"bytes, and {held} follow."
-        )
+    held = len(content) - 4 * dimensions
+    if held != math.prod(sizes) or not held:
+        raise ValueError(f"{path} is damaged: its header says {sizes} bytes, and {held} follow.")
     return np.frombuffer(content, np.uint8, offset=4 * dimensions).reshape(sizes)
 
 
@@ -257,23 +207,19 @@ def _find_idx(path: Path) -> _Found:
 
 
 def _decode(path: str) -> Image.Image:
-    deep, frames = False, 1
     try:
         with warnings.catch_warnings():
             # Decompression bombs, damaged metadata and truncated files are mere warnings at first.
             warnings.simplefilter("error", UserWarning)
             warnings.simplefilter("error", RuntimeWarning)
             with Image.open(path, formats=_FORMATS) as image:
-                for tile in image.tile:
-                    raw = tile[3][0] if isinstance(tile[3], tuple) else tile[3]
-                    deep |= isinstance(raw, str) and _DEEP.match(raw) is not None
-                if image.format not in ("GIF", "MPO"):
-                    frames = getattr(image, "n_frames", 1)
+                raw = [t.args[0] if isinstance(t.args, tuple) else t.args for t in image.tile]
+                frames = 1 if image.format in ("GIF", "MPO") else getattr(image, "n_frames", 1)
                 decoded = ImageOps.exif_transpose(image)
                 decoded.load()
     except Exception as error:  # A decoder fed with damage raises whatever it trips over.
         raise ValueError(f"{path} cannot be decoded as an image: {error}.") from error
-    if deep:
+    if any(_DEEP.match(str(mode)) for mode in raw):
         raise ValueError(f"{path} has 16 bits a channel: convert it to 8 bits.")
     if frames > 1:
         raise ValueError(f"{path} has {frames} frames: save the one to use on its own.")
@@ -291,28 +237,21 @@ def _conform(image: Image.Image, name: str, shape: tuple[int, ...], resize: bool
         image = Image.fromarray((deep // 257).astype(np.uint8))
     if image.mode in ("I", "F") or channels not in _MODES:
         raise ValueError(
-            f"{name} has mode {image.mode}, the model takes {channels} channels: images of 8 bits "
-            "are read for models of 1 or 3 channels; give an .npz."
+            f"{name} has mode {image.mode} and the model {channels} channels: images have 8 bits, "
+            "and 1 or 3 channels; give an .npz."
         )
     if alpha and resize:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    elif image.mode == "1":
-        image = image.convert("L")
-    elif image.mode == "P" and not alpha:
-        image = image.convert("RGB")
-        values = np.asarray(image)
-        if channels == 1 and (values == values[..., :1]).all():
-            image = image.convert("L")
+    elif image.mode in ("1", "P") and not alpha:
+        rgb = np.asarray(image.convert("RGB"))
+        grey = image.mode == "1" or (channels == 1 and np.ptp(rgb, axis=-1).max() == 0)
+        image = Image.fromarray(rgb[..., 0] if grey else rgb)
     mode = _MODES[channels]
-    if resize:
-        try:
-            image = image.convert(mode)
-        except ValueError as error:
-            raise ValueError(f"{name} has colours of mode {image.mode}: save as RGB.") from error
-        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    if resize and image.mode != "LAB":  # Pillow alone does not convert these to RGB.
+        image = ImageOps.fit(image.convert(mode), (width, height), Image.Resampling.LANCZOS)
     elif alpha or image.mode != mode or image.size != (width, height):
-        given = f"{image.height} x {image.width} {image.mode}" + (" with transparency" * alpha)
+        given = f"{image.height} x {image.width} {image.mode}" + " with transparency" * alpha
         raise ValueError(
             f"{name} is {given}: the model takes {height} x {width} {mode} (height x width). Give "
             "--resize to convert the channels, crop to the centre and resample."
@@ -322,57 +261,43 @@ def _conform(image: Image.Image, name: str, shape: tuple[int, ...], resize: bool
 
 def _load(found: _Found, chosen: np.ndarray, shape: tuple[int, ...], resize: bool) -> np.ndarray:
     names, arrays = [found.names[i] for i in chosen], found.arrays
-    if arrays is None:
-        return np.stack([_conform(_decode(name), name, shape, resize) for name in names])
-    if arrays.shape[1:] == shape:
+    if arrays is not None and arrays.shape[1:] == shape:
         return arrays[chosen]
-    given = " x ".join(map(str, arrays.shape[1:]))
-    expected = " x ".join(map(str, shape))
-    if not resize or not 1 <= arrays.shape[3] <= 4:
-        hint = "Give --resize to convert the channels, crop to the centre and resample."
-        if arrays.shape[1:] == (shape[2], *shape[:2]):
-            hint = "The channels come last: transpose to [n, height, width, channels]."
+    if arrays is None:
+        images = map(_decode, names)
+    elif 1 <= arrays.shape[3] <= 4 and shape[2] in _MODES:
+        images = (Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays[chosen])
+    else:
         raise ValueError(
-            f"{names[0]} is {given}: the model takes {expected} (height x width x channels). {hint}"
+            f"{names[0]} is {' x '.join(map(str, arrays.shape[1:]))}: the model takes "
+            f"{' x '.join(map(str, shape))} (height x width x channels)."
         )
-    images = (Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays[chosen])
-    return np.stack(
-        [_conform(image, name, shape, True) for image, name in zip(images, names, strict=True)]
-    )
+    return np.stack([_conform(*pair, shape, resize) for pair in zip(images, names, strict=True)])
 
 
 def _choose(found: _Found, source: Source, labels: _Labels) -> tuple[np.ndarray, np.ndarray | None]:
     """Which images the source means, and the label of each, [k] and [k] or None."""
     chosen, bears = np.arange(len(found.names)), found.labels
-    if bears is not None:
-        bears = bears.astype(np.int64)
-        for label, first in zip(*np.unique(bears, return_index=True), strict=True):
-            labels.check(int(label), found.names[first])
+    if bears is not None and labels.count is not None:
+        for i in np.flatnonzero((bears < 0) | (bears >= labels.count)):
+            raise ValueError(f"label {bears[i]} of {found.names[i]}: {labels.describe()}.")
     if source.label is not None:
+        given = f"{source.path}:{source.label}"
         if bears is None and labels.count is None:
-            raise ValueError(
-                f"{source.path}:{source.label} gives a label, but the model takes no labels: "
-                "give the path alone."
-            )
-        wanted = labels.find(source.label)
-        if wanted is None:
+            raise ValueError(f"{given}: the model takes no labels, give the path alone.")
+        if (wanted := labels.find(source.label)) is None:
             raise ValueError(f"label {source.label!r} is unknown: {labels.describe()}.")
-        if bears is None:
-            bears = np.full(len(chosen), wanted)
+        bears = np.full(len(chosen), wanted) if bears is None else bears
         chosen = np.flatnonzero(bears == wanted)
         if not len(chosen):
             held = ", ".join(map(str, np.unique(bears)[:12]))
-            raise ValueError(
-                f"{source.path}:{source.label} selects nothing: no image has label {wanted}; the "
-                f"labels there are {held}."
-            )
+            raise ValueError(f"{given} selects nothing: no image has label {wanted}, only {held}.")
     if labels.count is None:
         return chosen, None
     if bears is None:
         raise ValueError(
-            f"{source.path}: labels are missing and the model needs them ({labels.describe()}): "
-            f"{found.kind} gives none. Name sub-folders for labels, put `labels` in an .npz, or "
-            "write PATH:LABEL."
+            f"{source.path}: labels are missing, {found.kind} gives none, and {labels.describe()}. "
+            "Name sub-folders for labels, put `labels` in an .npz, or write PATH:LABEL."
         )
     return chosen, bears[chosen].astype(np.int32)
 
@@ -387,23 +312,22 @@ def read_images(
 ) -> Images:
     """Reads the images of a source, in sorted order, exactly or not at all.
 
-    A path is a folder of images (hidden files and files with other suffixes are passed over; GIF
-    gives its first frame), an image, an .npz (`images` [n, h, w] or [n, h, w, c], uint8 or floats
-    in [-1, 1] rounded to 8 bits; `labels` [n], optional), or an `*-images-idx3-ubyte[.gz]`, with
-    the labels of the `*-labels-idx1-ubyte[.gz]` beside it. EXIF orientation is applied.
+    A path is a folder of images, nested too (hidden files and other suffixes are passed over), an
+    image (EXIF orientation applied; the first frame of a GIF), an .npz (`images` [n, h, w] or
+    [n, h, w, c], uint8 or floats in [-1, 1], rounded to 8 bits; perhaps `labels` [n]), or an
+    `*-images-idx3-ubyte[.gz]`, perhaps with its `*-labels-idx1-ubyte[.gz]` beside it.
 
-    Sub-folders of a folder are labels when they are named by number or name: case, and which of
-    "/", "_", "-" and space parts the words, do not matter. `PATH:LABEL` selects that label where
-    images have labels, and labels all images where they have none. For a model without labels,
-    those of an .npz or idx file serve to select and are not handed on.
+    A folder's own sub-folders are labels when named by number or name; case, and which of "/",
+    "_", "-" and space parts the words, do not matter. `PATH:LABEL` selects that label where images
+    have labels, and labels all images where they have none. For a model without labels, those of
+    an .npz or idx file serve to select and are not handed on.
 
     Args:
       source: what `parse_source` returns, or its text.
       shape: (height, width, channels) of the model.
-      id2label: the model's names of labels.
+      id2label: names of the model's labels.
       num_labels: how many labels the model has; None for a model that takes none.
-      resize: convert channels (transparency on white), crop to the centre at the model's aspect
-        ratio, and resample (Lanczos). Without it another size or mode is refused.
+      resize: convert channels (transparency on white), crop to the centre, resample (Lanczos).
 
     Raises:
       ValueError: for a path, file, size, mode or label that does not fit, saying which.
@@ -413,7 +337,7 @@ def read_images(
     if not os.path.exists(path):
         raise ValueError(f"{path} does not exist: expected a folder, an image, .npz or idx file.")
     if path.is_dir():
-        found = _list_folder(path, labels, explicit=source.label is not None)
+        found = _list_folder(path, labels)
     elif path.name.lower().endswith(_SUFFIXES):
         found = _Found((str(path),), kind="an image")
     elif path.suffix.lower() == ".npz":
@@ -421,16 +345,14 @@ def read_images(
     elif _IDX.search(path.name):
         found = _find_idx(path)
     else:
-        raise ValueError(
-            f"{path} is no kind of file that is read here: expected a folder, an image "
-            f"({', '.join(_SUFFIXES)}), an .npz, or an *-images-idx3-ubyte[.gz]."
-        )
+        kinds = f"a folder, {', '.join(_SUFFIXES)}, .npz, or *-images-idx3-ubyte[.gz]"
+        raise ValueError(f"{path} is no kind of file that is read: expected {kinds}.")
     chosen, bears = _choose(found, source, labels)
     pixels = _load(found, chosen, tuple(shape), resize)
     return Images(pixels, bears, tuple(found.names[i] for i in chosen))
 
 
-def take(images: Images, indices: ArrayLike) -> Images:
+def take(images: Images, indices: ArrayLike | Sequence[int]) -> Images:
     """The images at `indices`, integers [k] in [0, n), in that order."""
     chosen = np.asarray(indices, np.int64)
     labels = None if images.labels is None else images.labels[chosen]
@@ -440,15 +362,15 @@ def take(images: Images, indices: ArrayLike) -> Images:
 def concatenate(parts: Sequence[Images]) -> Images:
     """The images of all parts, in order.
 
-    Raises:
-      ValueError: for no parts, parts of different shapes, or labels in some parts only.
+    Raises ValueError for no parts, different shapes, or labels in some parts only.
     """
     shapes = sorted({part.pixels.shape[1:] for part in parts})
-    if len(shapes) != 1:
-        raise ValueError(f"images of one shape are expected, not of {len(shapes)}: {shapes}.")
     labels = [part.labels for part in parts if part.labels is not None]
-    if 0 < len(labels) < len(parts):
-        raise ValueError(f"{len(labels)} of {len(parts)} sets of images have labels: all or none.")
+    if len(shapes) != 1 or 0 < len(labels) < len(parts):
+        raise ValueError(
+            f"{len(parts)} sets of images have shapes {shapes}, and {len(labels)} have labels: "
+            "expected one shape, and labels in all or none."
+        )
     return Images(
         np.concatenate([part.pixels for part in parts]),
         np.concatenate(labels) if labels else None,
@@ -468,13 +390,9 @@ def find_overlap(first: Images, second: Images) -> int:
 
 
 def remove_overlap(retain: Images, forget: Sequence[Images]) -> tuple[Images, int]:
-    """Removes from `retain` each image whose pixels stand in a forget set, whatever its label.
+    """What is left of `retain` without the pixels of any forget set, and how many were removed.
 
-    Returns:
-      The images that are left, and how many were removed.
-
-    Raises:
-      ValueError: when nothing is left.
+    Raises ValueError when nothing is left.
     """
     unwanted = {digest for images in forget for digest in content_hashes(images.pixels)}
     left = [i for i, d in enumerate(content_hashes(retain.pixels)) if d not in unwanted]
@@ -484,7 +402,7 @@ def remove_overlap(retain: Images, forget: Sequence[Images]) -> tuple[Images, in
     return (take(retain, left) if removed else retain), removed
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=32)
 def _permutation(count: int, *entropy: int) -> np.ndarray:
     order = np.random.default_rng(entropy).permutation(count)
     order.flags.writeable = False  # It is shared by every caller through the cache.
@@ -494,35 +412,22 @@ def _permutation(count: int, *entropy: int) -> np.ndarray:
 def split_held_out(
     images: Images, *, fraction: float, seed: int, maximum: int | None = None
 ) -> tuple[Images, Images]:
-    """Splits off round(fraction·n) images, at most `maximum`, in proportion to the labels.
+    """Holds out round(fraction·n) images, at most `maximum`, in proportion to the labels.
 
     Identical images stay on one side, or the likelihood of held-out images would be that of
-    trained ones; sets of copies that are too large to fit are kept, so that fewer may be held out.
+    trained ones; copies that do not fit are kept, so that fewer may be held out. The same images
+    and seed give the same split: (kept, held out), each in the order of `images`.
 
-    Args:
-      images: n images.
-      fraction: the part to hold out, in (0, 1).
-      seed: a non-negative integer; the split is a function of it and of the images.
-      maximum: the most images to hold out; None for no limit.
-
-    Returns:
-      The images kept and the images held out, each in the order of `images`.
-
-    Raises:
-      ValueError: for a fraction or maximum out of range, or when one side would be empty.
+    Raises ValueError unless seed ≥ 0, maximum ≥ 1 and neither side is empty.
     """
     total = len(images.names)
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction {fraction} must lie between 0 and 1, both excluded.")
-    if seed < 0 or (maximum is not None and maximum < 1):
-        raise ValueError(f"seed {seed} must not be negative, nor maximum {maximum} below 1.")
     target = round(fraction * total)
-    if not 0 < target < total:
+    if not 0 < target < total or seed < 0 or (maximum is not None and maximum < 1):
         raise ValueError(
-            f"fraction {fraction} of {total} images holds out {target}: at least one is needed on "
-            "either side. Change the fraction or give more images."
+            f"fraction {fraction} of {total} images holds out {target}, with seed {seed} and "
+            f"maximum {maximum}: each side needs an image, seed >= 0 and maximum >= 1."
         )
-    target = target if maximum is None else min(target, maximum)
+    target = min(target, maximum or target)
     copies: dict[bytes, list[int]] = {}
     for i, digest in enumerate(content_hashes(images.pixels)):
         copies.setdefault(digest, []).append(i)
@@ -530,33 +435,26 @@ def split_held_out(
     for group in copies.values():
         label = 0 if images.labels is None else int(images.labels[group[0]])
         strata.setdefault(label, []).append(group)
-    held: list[int] = []
-    passed = 0
-    for label in sorted(strata):
-        groups = strata[label]
+    held, passed = [], 0
+    for label, groups in sorted(strata.items()):
         passed += sum(map(len, groups))
         quota = target * passed // total  # Cumulative, so that what is left over moves on.
         for i in _permutation(len(groups), seed, 0, 0, 0, 1, label):
-            if len(held) + len(groups[i]) <= quota:
-                held += groups[i]
+            held += groups[i] if len(held) + len(groups[i]) <= quota else []
     if not held:
-        smallest = min(map(len, copies.values()))
         raise ValueError(
             f"no image can be held out: {target} of {total} are asked for, and identical images "
-            f"stay together, at least {smallest} at a time. Raise the fraction or maximum."
+            f"stay together, at least {min(map(len, copies.values()))} at a time."
         )
-    kept = np.setdiff1d(np.arange(total), held)
-    return take(images, kept), take(images, np.sort(held))
+    return take(images, np.setdiff1d(np.arange(total), held)), take(images, np.sort(held))
 
 
 def batch_indices(*, seed: int, step: int, size: int, count: int) -> np.ndarray:
     """The indices of batch `step` of an endless stream of epochs, int64 [size] in [0, count).
 
     Each epoch is its own permutation of `count`, and batches run across epochs, so that every
-    index comes exactly once an epoch. A pure function: nothing to save for resuming.
-
-    Raises:
-      ValueError: for a negative seed or step, or a size or count below 1.
+    index comes exactly once an epoch. A pure function: nothing to save for resuming. Raises
+    ValueError for a negative seed or step, or a size or count below 1.
     """
     return balanced_indices(seed=seed, step=step, size=size, counts=(count,))[1]
 
@@ -564,24 +462,13 @@ def batch_indices(*, seed: int, step: int, size: int, count: int) -> np.ndarray:
 def balanced_indices(
     *, seed: int, step: int, size: int, counts: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The constraint of each slot of batch `step`, and an image of that constraint.
+    """The constraint of each slot of batch `step`, and an image of it: both int64 [size].
 
     Slot j of step t is number s = t·size + j of one stream; it goes to constraint s mod m and
-    takes entry ⌊s/m⌋ of that constraint's own stream of epochs. So each constraint has ⌊size/m⌋
-    or ⌈size/m⌉ slots a batch, all have the same number over any m steps, and every image comes
-    exactly once an epoch. A pure function of its arguments.
-
-    Args:
-      seed: a non-negative integer.
-      step: the batch, from 0.
-      size: slots in a batch.
-      counts: images of each of the m constraints.
-
-    Returns:
-      (constraint, image), both int64 [size]; image[j] lies in [0, counts[constraint[j]]).
-
-    Raises:
-      ValueError: for a negative seed or step, a size below 1, or a constraint without images.
+    takes entry ⌊s/m⌋ of that constraint's own stream of epochs over its `counts[s mod m]` images.
+    So each of the m constraints has ⌊size/m⌋ or ⌈size/m⌉ slots a batch, all have the same number
+    over any m steps, and every image comes exactly once an epoch. A pure function. Raises
+    ValueError for a negative seed or step, a size below 1, or a constraint without images.
     """
     if seed < 0 or step < 0 or size < 1 or min(counts, default=0) < 1:
         raise ValueError(
@@ -605,11 +492,7 @@ def to_unit_range(pixels: ArrayLike) -> Array:
 
 
 def to_pixels(images: ArrayLike) -> np.ndarray:
-    """The inverse of `to_unit_range` on the host: clips to [-1, 1] and rounds to uint8.
-
-    Raises:
-      ValueError: for values that are not numbers.
-    """
+    """The inverse of `to_unit_range` on the host: clips, rounds to uint8, and refuses nan."""
     values = np.asarray(images).astype(np.float32)
     if np.isnan(values).any():
         raise ValueError("images hold values that are not numbers (nan): they have no pixels.")

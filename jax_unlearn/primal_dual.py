@@ -144,7 +144,7 @@ def primal_dual(
         multipliers: ArrayLike | None = None,
         reference: Params | None = None,
     ) -> PrimalDualState:
-        thresholds = jnp.atleast_1d(jnp.asarray(thresholds, jnp.float32))
+        thresholds = jnp.atleast_1d(jnp.asarray(thresholds, dtype=float))
         if multipliers is None:
             multipliers = jnp.zeros_like(thresholds)
         multipliers = jnp.broadcast_to(jnp.asarray(multipliers, thresholds.dtype), thresholds.shape)
@@ -193,11 +193,11 @@ def primal_dual(
             (kept,) = vjp((one, jnp.zeros_like(cotangent)))
             (forgotten,) = vjp((jnp.zeros_like(one), cotangent))
             kept, forgotten = jax.tree.map(total, (kept, forgotten))
-            norm = optax.global_norm(forgotten)
-            limit = formulation.balance * optax.global_norm(kept)
+            norm = optax.tree.norm(forgotten)
+            limit = formulation.balance * optax.tree.norm(kept)
             scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-30))
             gradient = jax.tree.map(lambda a, b: a + scale * b, kept, forgotten)
-        gradient_norm = optax.global_norm(gradient)
+        gradient_norm = optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         moved = (optax.apply_updates(state.params, updates), opt_state, multipliers, dual_state)
         finite = (

@@ -7,8 +7,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_unlearn.primal_dual import PrimalDual
-
 __all__ = ["data_mesh", "jit_step", "pmap_step", "shard_batch"]
 
 AXIS = "data"
@@ -35,31 +33,30 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
-def jit_step(algorithm: PrimalDual, mesh: Mesh | None = None) -> Callable[..., Any]:
-    """The step (key, state, batch) -> (state, info), compiled, its state donated.
+def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
+    """A step (key, state, batch) -> (state, info), compiled, its state donated.
 
     On a mesh the state is replicated and the batch split over "data"; the compiler inserts
-    the reductions. The algorithm must have been built without an axis_name.
+    the reductions. The step is that of `primal_dual` built without an axis_name, or a
+    function around it.
     """
     if mesh is None:
-        return jax.jit(algorithm.step, donate_argnums=1)
+        return jax.jit(step, donate_argnums=1)
     replicated = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec(AXIS))
     return jax.jit(
-        algorithm.step,
+        step,
         in_shardings=(replicated, replicated, split),
         out_shardings=replicated,
         donate_argnums=1,
     )
 
 
-def pmap_step(algorithm: PrimalDual, devices: Sequence[jax.Device] | None = None) -> Any:
+def pmap_step(step: Callable[..., Any], devices: Sequence[jax.Device] | None = None) -> Any:
     """The same step under `jax.pmap` over the axis "data".
 
-    The algorithm must have been built with axis_name="data". The key and the state are given
+    The step is that of `primal_dual` built with axis_name="data". The key and the state are given
     whole and come back whole; the batch has a leading axis of devices, [devices,
     batch / devices, ...].
     """
-    return jax.pmap(
-        algorithm.step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices
-    )
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)

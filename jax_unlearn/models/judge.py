@@ -48,17 +48,14 @@ class Judge(nn.Module):
       num_labels: number of classes.
       widths: channels of the convolutions, the strided one first.
       num_features: width of the penultimate layer.
-      dropout: share of the penultimate layer dropped when `train` is set; it needs the
-        "dropout" key then.
     """
 
     num_labels: int = 10
     widths: Sequence[int] = (32, 48, 64)
     num_features: int = 64
-    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, images: Array, *, train: bool = False) -> JudgeOutput:
+    def __call__(self, images: Array) -> JudgeOutput:
         """Judges images [n, height, width, channels] in [-1, 1].
 
         Raises:
@@ -78,8 +75,7 @@ class Judge(nn.Module):
             hidden = _maximum_2x2(nn.relu(conv(hidden)))
         hidden = hidden.reshape(len(hidden), -1)
         features = nn.relu(nn.Dense(self.num_features, name="features")(hidden))
-        kept = nn.Dropout(self.dropout, deterministic=not train)(features)
-        return JudgeOutput(nn.Dense(self.num_labels, name="logits")(kept), features)
+        return JudgeOutput(nn.Dense(self.num_labels, name="logits")(features), features)
 
 
 class JudgeFunctions(NamedTuple):
@@ -181,7 +177,9 @@ def load_judge(path: str | os.PathLike[str]) -> JudgeFunctions:
     def judge(images: ArrayLike) -> JudgeOutput:
         images = jnp.asarray(images, jnp.float32)
         if images.shape[1:] != shape:
-            raise ValueError(f"this judge takes images [n, {shape}], not {images.shape}.")
+            raise ValueError(
+                f"this judge takes images [n, {', '.join(map(str, shape))}], not {images.shape}."
+            )
         return apply(params, images)
 
     return JudgeFunctions(

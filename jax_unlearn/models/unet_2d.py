@@ -8,11 +8,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_unlearn.models import blocks
 from jax_unlearn.typing import Array, Condition, Params
 
-__all__ = ["UNet2DConfig", "UNet2DModel", "init_params"]
+__all__ = ["UNet2DConfig", "UNet2DModel", "init_params", "param_shapes"]
 
 _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 _UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
@@ -390,8 +391,27 @@ class UNet2DModel(nn.Module):
         return temb + table(cond)
 
 
+def param_shapes(config: UNet2DConfig) -> Params:
+    """The parameters of `UNet2DModel(config)` as a pytree of `jax.ShapeDtypeStruct`."""
+    # The smallest image that can be halved as often as needed: parameters do not depend on it.
+    side = 2 ** (len(config.block_out_channels) - 1)
+    x_t = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    cond = None
+    if config.class_embed_type == "identity":
+        width = config.time_embedding_dim or 4 * config.block_out_channels[0]
+        cond = jax.ShapeDtypeStruct((1, width), jnp.float32)
+    elif config.class_embed_type == "timestep" or config.num_class_embeds is not None:
+        cond = t
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(UNet2DModel(config).init, key, x_t, t, cond)["params"]
+
+
 def init_params(config: UNet2DConfig | Mapping[str, Any], key: Array) -> Params:
     """Randomly initialised float32 parameters of a `UNet2DModel`.
+
+    Kernels are normal with variance 1 / (values that enter one output), label embeddings
+    standard normal, Fourier frequencies normal of standard deviation 16, the rest neutral.
 
     Args:
       config: the options, or a raw `config.json`.
@@ -405,13 +425,20 @@ def init_params(config: UNet2DConfig | Mapping[str, Any], key: Array) -> Params:
     """
     if not isinstance(config, UNet2DConfig):
         config = UNet2DConfig.from_diffusers(config)
-    # The smallest image that can be halved as often as needed: parameters do not depend on it.
-    side = 2 ** (len(config.block_out_channels) - 1)
-    x_t = jnp.zeros((1, side, side, config.in_channels))
-    cond = None
-    if config.class_embed_type == "identity":
-        cond = jnp.zeros((1, config.time_embedding_dim or 4 * config.block_out_channels[0]))
-    elif config.class_embed_type == "timestep" or config.num_class_embeds is not None:
-        cond = jnp.zeros((1,), jnp.int32)
-    init = jax.jit(UNet2DModel(config).init)
-    return init(key, x_t, jnp.ones((1,), jnp.int32), cond)["params"]
+    shapes = param_shapes(config)
+    # One draw for all: a jitted `init` takes minutes to compile, one draw a leaf many seconds.
+    ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(shapes)])
+    noise = iter(np.split(np.asarray(jax.random.normal(key, (ends[-1],))), ends[:-1]))
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
+        values = next(noise).reshape(leaf.shape)
+        name = path[-1].key
+        if name == "kernel":
+            values = values / np.sqrt(np.prod(leaf.shape[:-1]))
+        elif name == "weight":
+            values = 16 * values
+        elif name != "embedding":
+            values = np.full(leaf.shape, float(name == "scale"))
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)

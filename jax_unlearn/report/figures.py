@@ -78,8 +78,8 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(count > 0.5, total / np.maximum(count, 1), np.nan)
 
 
-def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> Any:
-    if len(values) >= SMOOTHED_ROWS:
+def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, noisy: bool) -> Any:
+    if noisy and len(values) >= SMOOTHED_ROWS:
         axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.7)
         values = _running_mean(values, len(values) // 40)
     return axes.plot(steps, values, color=colour, linewidth=1.6)[0]
@@ -102,6 +102,7 @@ def _panel(axes: Axes, label: str) -> None:
     axes.tick_params(labelsize=8, color="#888888")
     axes.grid(True, color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
+    axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
 
@@ -136,14 +137,14 @@ def draw_curves(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     for axes, (label, series) in zip(every_axes, panels, strict=True):
         _panel(axes, label)
         if series is objective:
-            _line(axes, series.steps, series.values, "#333333")
+            _line(axes, series.steps, series.values, "#333333", True)
         elif series.values.shape[1] > _MAX_LINES:
-            legend = _band(axes, *series)
+            legend.update(_band(axes, *series))
         else:
             names = [str(c["name"]) for c in report["constraints"]]
             for i in range(series.values.shape[1]):
                 name = names[i] if i < len(names) else f"constraint {i + 1}"
-                line = _line(axes, series.steps, series.values[:, i], _COLOURS[i])
+                line = _line(axes, series.steps, series.values[:, i], _COLOURS[i], series is values)
                 legend[f"{i}{name}"] = (_font_label(name), line)
         if series is violations:
             zero = axes.axhline(0.0, color="#333333", linestyle=_DASHED, linewidth=1)
@@ -173,7 +174,7 @@ def _legend(figure: Figure, entries: list[tuple[str, Any]]) -> None:
         handles,
         [str(i) for i in range(len(names))],
         loc="outside upper center",
-        ncols=min(4, len(names)),
+        ncols=max(1, min(4, len(names), 100 // (max(map(len, names)) + 7))),
         fontsize=8,
         frameon=False,
     )

@@ -4,7 +4,6 @@ import base64
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,14 +69,12 @@ def _plain(value: Any, path: str, non_finite: list[str]) -> Any:
 
 def _replace(path: Path, content: bytes) -> None:
     """Writes beside `path`, then renames into place: a reader sees the old file or the new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner only
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -112,23 +109,23 @@ def write_report(
         is not uint8 [n, height, width, 1 or 3] of one shape before and after.
     """
     non_finite: list[str] = []
-    report = _plain(report, "", non_finite)
+    plain = _plain(report, "", non_finite)
     if non_finite:
-        report["non_finite"] = non_finite
-    verdict(report)  # refuses a report that contradicts itself before anything is written
+        plain["non_finite"] = non_finite
+    verdict(plain)  # refuses a report that contradicts itself before anything is written
     for grid in grids:
         check_grid(grid)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
     _replace(folder / "report.json", f"{text}\n".encode())
     figures = {f"grid_{i}.png": draw_grid(grid) for i, grid in enumerate(grids, start=1)}
-    curves = draw_curves(report, rows)
+    curves = draw_curves(plain, rows)
     if curves is not None:
         figures["curves.png"] = curves
     for name, content in figures.items():
         _replace(folder / name, content)
     encoded = {name: base64.b64encode(content).decode() for name, content in figures.items()}
-    page = render(report, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS)
+    page = render(plain, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS)
     _replace(folder / "report.html", page.encode())
     return folder / "report.html"

@@ -12,11 +12,11 @@ import numpy as np
 __all__ = ["render", "verdict"]
 
 _MAX_LISTED = 20
-"""Above this many constraints, or sets of images, a table shows the worst, or the first."""
+"""Above this many constraints the table shows the worst."""
 _FORMULATIONS = {
-    "reverse_kl": ("reverse KL", "minimise KL(p‖q) subject to KL(p‖qᵢ) ≥ bᵢ"),
-    "forward_kl": ("forward KL", "minimise KL(q‖p) subject to KL(qᵢ‖p) ≥ bᵢ"),
-    "likelihood": ("likelihood", "minimise KL(p‖q) subject to E_p[hᵢ(x)] ≤ εᵢ"),
+    "reverse_kl": ("Reverse KL", "minimise KL(p‖q) subject to KL(p‖qᵢ) ≥ bᵢ"),
+    "forward_kl": ("Forward KL", "minimise KL(q‖p) subject to KL(qᵢ‖p) ≥ bᵢ"),
+    "likelihood": ("Likelihood", "minimise KL(p‖q) subject to E_p[hᵢ(x)] ≤ εᵢ"),
 }
 _METRICS = (
     (
@@ -52,7 +52,10 @@ def _digits(value: float, stderr: float | None) -> str:
     if not 1e-4 <= size < 1e6:
         return f"{value:.3e}".replace("-", "−")
     decimals = (1 - math.floor(math.log10(scale))) if scale else 3 - math.floor(math.log10(size))
-    return f"{value:.{min(max(decimals, 0), 8)}f}".replace("-", "−")
+    text = f"{value:.{min(max(decimals, 0), 8)}f}"
+    if scale is None and "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return text.replace("-", "−")
 
 
 def _number(value: Any, stderr: float | None = None) -> str:
@@ -128,35 +131,29 @@ def verdict(report: Mapping[str, Any]) -> str:
     if not constraints:
         return "No threshold was set, so there is no constraint to satisfy or to violate."
     worst, total = constraints[0], len(constraints)
-    name, unit = f"“{worst['name']}”", f" {worst['unit']}" if worst.get("unit") else ""
-    threshold = f"{_side(report)} {_number(worst['threshold'])}"
-    multiplier = f"its multiplier is {_number(worst['multiplier'])}"
+    word = "violated" if violated else "satisfied"
+    if total == 1:
+        head = f"The constraint “{worst['name']}” is {word}"
+        subject = "it ends"
+    else:
+        if len(violated) in (0, total):
+            count = "Both" if total == 2 else f"All {total:,}"
+        else:
+            count = f"{len(violated):,} of {total:,}"
+        head = f"{count} constraints {'is' if len(violated) == 1 else 'are'} {word}"
+        subject = f"the {'worst' if violated else 'tightest'} is “{worst['name']}”"
+    unit = f" {worst['unit']}" if worst.get("unit") else ""
+    threshold = f"threshold {_side(report)} {_number(worst['threshold'])}"
+    multiplier = f"multiplier {_number(worst['multiplier'])}"
     value, slack = worst["value"], worst["slack"]
     if value is None or slack is None or not (math.isfinite(value) and math.isfinite(slack)):
-        outcome = f"its value is not a finite number, where {threshold}{unit} was asked"
-    else:
-        verb = "misses it by" if violated else "meets it with a slack of"
-        outcome = (
-            f"{_number(value, worst['stderr'])}{unit}, where {threshold} was asked, "
-            f"{verb} {_number(abs(slack))}"
-        )
-    if total == 1:
-        first = f"The constraint {name} is {'violated' if violated else 'satisfied'}: "
-        ending = f"{outcome}; {multiplier}."
-    else:
-        if violated:
-            some = f"{len(violated):,} of {total:,} constraints " if len(violated) < total else ""
-            some = some or f"All {total:,} constraints "
-            first = f"{some}{'is' if len(violated) == 1 else 'are'} violated. "
-        else:
-            first = f"All {total:,} constraints are satisfied. "
-        ending = f"The {'worst' if violated else 'tightest'} is {name}: {outcome}; {multiplier}."
+        return f"{head}; {subject} at no finite value ({threshold}{unit}, {multiplier})."
+    gap = f"{'missed by' if violated else 'slack'} {_number(abs(slack))}"
+    value = f"{_number(value, worst['stderr'])}{unit}"
+    sentence = f"{head}; {subject} at {value} ({threshold}, {gap}, {multiplier})."
     if _unresolved(worst):
-        ending = (
-            f"{ending[:-1]}, and the gap is within two standard errors, too close to call "
-            "from these samples."
-        )
-    return first + ending
+        sentence += " That is within two standard errors of the threshold, too close to call."
+    return sentence
 
 
 def _cell(entry: Any) -> tuple[Any, float | None, int | None]:

@@ -1,0 +1,144 @@
+"""The command line: jax-unlearn demo | data | sample."""
+
+import os
+import pathlib
+import sys
+import webbrowser
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from jax_unlearn.options import (
+    DataOptions,
+    DemoOptions,
+    RunOptions,
+    SampleOptions,
+    load_run,
+)
+
+__all__ = ["main"]
+
+_COMMANDS: dict[str, type] = {"demo": DemoOptions, "data": DataOptions, "sample": SampleOptions}
+_USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
+
+  demo     forget a class of the embedded model and data; needs no network
+  data     forget images that a diffusers checkpoint of yours was trained on
+  sample   draw a grid of samples from a checkpoint
+
+  --help after a command lists its options with their defaults and units.
+  --config RUN.JSON after demo or data repeats the run that wrote it.
+"""
+
+
+def _take(arguments: list[str], flag: str) -> str | None:
+    """Removes `flag VALUE` or `flag=VALUE` from the arguments."""
+    for place, argument in enumerate(arguments):
+        if argument == flag:
+            if place + 1 == len(arguments):
+                raise ValueError(f"{flag} needs a value.")
+            value = arguments[place + 1]
+            del arguments[place : place + 2]
+            return value
+        if argument.startswith(flag + "="):
+            del arguments[place]
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _parse(command: str, arguments: list[str]) -> Any:
+    kind = _COMMANDS[command]
+    config = _take(arguments, "--config") if issubclass(kind, RunOptions) else None
+    default = None if config is None else load_run(pathlib.Path(config), command, kind)
+    if default is None and "--resume" in arguments:
+        out = _take(list(arguments), "--out")
+        saved = pathlib.Path(out or kind.out) / "run.json"
+        if not saved.is_file():
+            raise ValueError(f"nothing to resume: {saved} is not there.")
+        default = load_run(saved, command, kind)
+    options = tyro.cli(
+        kind,
+        args=arguments,
+        default=default,
+        prog=f"jax-unlearn {command}",
+        config=(tyro.conf.UseAppendAction,),
+    )
+    options.validate()
+    return options
+
+
+def _cache_compilations() -> None:
+    """Keeps XLA's compilations in the user's cache folder, unless told where already."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "jax_unlearn"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _unlearn(command: str, options: RunOptions) -> int:
+    from jax_unlearn import embedded
+    from jax_unlearn.models.judge import load_judge
+    from jax_unlearn.pretrained import load_pretrained
+    from jax_unlearn.problem import from_embedded, from_paths
+    from jax_unlearn.run import Interrupted, NotFinite, prepare_folder, run
+
+    if isinstance(options, DemoOptions):
+        pretrained = load_pretrained(embedded.model_path())
+        problem, options = from_embedded(pretrained, options)
+        judge = embedded.judge()
+    else:
+        assert isinstance(options, DataOptions)
+        judge = None if options.judge is None else load_judge(options.judge)
+        pretrained = load_pretrained(options.model)
+        problem = from_paths(pretrained, options)
+    prepare_folder(options)
+    try:
+        result = run(problem, options, command=command, judge=judge)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal
+    except NotFinite as stop:
+        print(f"jax-unlearn: {stop}", file=sys.stderr)
+        return 1
+    from jax_unlearn.report import verdict
+
+    print(verdict(result.report))
+    print(f"report: {result.page}\nmodel:  {options.out / 'model'}")
+    if sys.stdout.isatty() and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
+        webbrowser.open(result.page.absolute().as_uri())
+    return 0
+
+
+def _sample(options: SampleOptions) -> int:
+    from jax_unlearn.sampling import draw_grid
+
+    draw_grid(options)
+    print(options.out)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 done, 1 the run failed, 2 the input was wrong, 130 and 143 stopped."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if given else 2
+    command, *rest = given
+    if command not in _COMMANDS:
+        print(f"jax-unlearn: unknown command {command!r}.\n\n{_USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        options = _parse(command, rest)
+        _cache_compilations()
+        if isinstance(options, SampleOptions):
+            return _sample(options)
+        return _unlearn(command, options)
+    except ValueError as error:
+        print(f"jax-unlearn: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""The options of each command: one frozen dataclass each, saved with the run as run.json."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any, Literal
+
+import jax_unlearn
+
+__all__ = [
+    "DataOptions",
+    "DemoOptions",
+    "RunOptions",
+    "SampleOptions",
+    "Threshold",
+    "load_run",
+    "parse_threshold",
+    "save_run",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What every unlearning run can be told."""
+
+    out: pathlib.Path = pathlib.Path("unlearned")
+    """Folder for the results; refused if it exists, unless --resume or --overwrite."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out, with the options saved there."""
+    overwrite: bool = False
+    """Move an existing --out aside (to OUT.previous-N) and start anew."""
+    per_image: bool = False
+    """Make each image to forget a constraint of its own, with its own multiplier."""
+    threshold: tuple[str, ...] = ("calibrated",)
+    """What each constraint's denoising loss must reach: a number (in the loss's unit), "2x" (that
+    many times the reference model's own value) or "calibrated" (as likely as held-out retained
+    images, and no less). One for all, or one for each --forget."""
+    weighting: Literal["simple", "nelbo"] = "simple"
+    """Unit of objective and constraints: "simple" is the mean squared error of the noise, a
+    dimension and time step; "nelbo" is the negative ELBO (path KL) in nats an image."""
+    estimator: Literal["two_term", "importance", "norm_balanced"] = "norm_balanced"
+    """How the gradient of the Lagrangian is estimated; see jax_unlearn.forward_kl."""
+    steps: int = 200
+    """Primal-dual steps."""
+    batch_size: int = 64
+    """Retained images a step."""
+    forget_batch_size: int = 32
+    """Images to forget a step, spread evenly over the constraints."""
+    base_share: float = 0.5
+    """Share of --batch-size shown under conditions that must become the law of the retained images
+    (the null label and forgotten labels) when whole labels are forgotten; in [0, 1]."""
+    null_share: float = 0.5
+    """Share of images shown under the null label, where the model has one; in [0, 1]."""
+    learning_rate: float = 5e-4
+    """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
+    dual_learning_rate: float = 0.05
+    """Ascent rate of the multipliers, for violations relative to the reference model's value."""
+    dual_damping: float = 0.5
+    """Proportional gain of the multipliers' PI controller, on the same scale; 0 is plain ascent."""
+    balance: float = 1.0
+    """"norm_balanced": largest norm of the constraints' gradient, as a share of the objective's."""
+    max_multiplier: float = 10.0
+    """Bound on each multiplier. One that stays there means that its constraint was not met."""
+    held_out_share: float = 0.2
+    """Share of the retained images held out, to calibrate and judge on, never trained on."""
+    evaluation_images: int = 512
+    """Images (or draws) that each reported estimate is made from."""
+    samples: int = 32
+    """Samples drawn for each label before and after; 0 draws none and skips their metrics."""
+    sampling_steps: int = 25
+    """DDIM steps of a sample, 1 to the number of training steps."""
+    guidance: float = 2.0
+    """Classifier-free guidance scale of the samples: 1 is none, 0 the null label alone."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def validate(self) -> None:
+        """Checks every number against its domain.
+
+        Raises:
+          ValueError: naming the option, what was given and what is allowed.
+        """
+        positive = (
+            "steps", "batch_size", "forget_batch_size", "learning_rate", "balance",
+            "max_multiplier", "evaluation_images", "sampling_steps", "checkpoint_every",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}.")
+        for name in ("dual_learning_rate", "dual_damping", "samples", "guidance", "seed"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {value}.")
+        for name in ("base_share", "null_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must lie in [0, 1], not be {getattr(self, name)}."
+                )
+        if not 0 < self.held_out_share < 1:
+            raise ValueError(f"--held-out-share must lie in (0, 1), not be {self.held_out_share}.")
+        for text in self.threshold:
+            parse_threshold(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoOptions(RunOptions):
+    """Forgets a class, or the sixteen repeated images, of the embedded model and data."""
+
+    forget: tuple[str, ...] = ("Trouser",)
+    """Labels to forget, by name or number, each one constraint; or "repeated", the sixteen images
+    that the embedded model's training set repeats, each of them a constraint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(RunOptions):
+    """Forgets images that a diffusers checkpoint was trained on."""
+
+    model: str = ""
+    """Pipeline folder (model_index.json), model folder (config.json) or name on the hub."""
+    forget: tuple[str, ...] = ()
+    """Images to forget, each one constraint: a folder, an image, an .npz or an idx file; PATH:LABEL
+    gives or selects the label."""
+    retain: tuple[str, ...] = ()
+    """Images to retain, in the same forms."""
+    held_out: tuple[str, ...] = ()
+    """Retained images that the model was not trained on; default: a share of --retain."""
+    resize: bool = False
+    """Crop and resize images, and convert their channels, to what the model takes."""
+    judge: pathlib.Path | None = None
+    """Folder of a classifier (judge.json, judge.safetensors) that names what samples show."""
+
+    def validate(self) -> None:
+        """Checks that the job is complete, and every number."""
+        super().validate()
+        for name in ("model", "forget", "retain"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing: see jax-unlearn data --help.")
+        if len(self.threshold) not in (1, len(self.forget)):
+            raise ValueError(
+                f"{len(self.threshold)} thresholds for {len(self.forget)} --forget: give one for "
+                "all, or one each."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """Draws a grid of samples from a diffusers checkpoint."""
+
+    model: str = "embedded"
+    """Pipeline folder, model folder or name on the hub; "embedded" is the embedded model."""
+    out: pathlib.Path = pathlib.Path("samples.png")
+    """The picture to write; refused if it exists, unless --overwrite."""
+    overwrite: bool = False
+    """Replace an existing picture."""
+    labels: tuple[str, ...] = ()
+    """Labels to draw, by name or number, a row each; default all of them."""
+    samples: int = 10
+    """Samples for each label."""
+    steps: int = 50
+    """Sampler steps, 1 to the number of training steps."""
+    method: Literal["ddim", "ddpm"] = "ddim"
+    """Sampler."""
+    guidance: float = 2.0
+    """Classifier-free guidance scale: 1 is none, 0 the null label alone."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def validate(self) -> None:
+        """Checks every number.
+
+        Raises:
+          ValueError: naming the option.
+        """
+        for name in ("samples", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be 1 or more, not {getattr(self, name)}.")
+        if self.guidance < 0:
+            raise ValueError(f"--guidance must be 0 or more, not {self.guidance}.")
+        if self.out.exists() and not self.overwrite:
+            raise ValueError(f"{self.out} exists: choose another --out, or --overwrite it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """A threshold as it was asked for.
+
+    Attributes:
+      kind: "absolute", "relative" (times the reference model's value) or "calibrated".
+      number: of the first two; None for "calibrated".
+    """
+
+    kind: Literal["absolute", "relative", "calibrated"]
+    number: float | None = None
+
+
+def parse_threshold(text: str) -> Threshold:
+    """Reads "calibrated", "2x" or "0.1".
+
+    Raises:
+      ValueError: for anything else, and for numbers that are not positive and finite.
+    """
+    if text == "calibrated":
+        return Threshold("calibrated")
+    relative = text.endswith("x")
+    try:
+        number = float(text[:-1] if relative else text)
+    except ValueError:
+        raise ValueError(
+            f"threshold {text!r} is not a number, a ratio such as 2x, or 'calibrated'."
+        ) from None
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"threshold {text!r} must be positive and finite: losses are.")
+    return Threshold("relative" if relative else "absolute", number)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def save_run(path: pathlib.Path, command: str, options: Any) -> None:
+    """Writes the resolved options of a command, beside and renamed into place."""
+    fields = {
+        field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)
+    }
+    for name in ("resume", "overwrite"):
+        fields.pop(name, None)
+    text = {"command": command, "version": jax_unlearn.__version__, "options": fields}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(text, indent=2) + "\n")
+    partial.replace(path)
+
+
+def load_run(path: pathlib.Path, command: str, kind: type) -> Any:
+    """Reads options back from run.json.
+
+    Raises:
+      ValueError: if there is no such file, it is not of this command, or an option is unknown.
+    """
+    try:
+        run = json.loads(path.read_text())
+        saved, fields = run["command"], dict(run["options"])
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the run.json of a run.") from error
+    if saved != command:
+        raise ValueError(f"{path} is of `jax-unlearn {saved}`, not `jax-unlearn {command}`.")
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(f"{path} has unknown options: {', '.join(unknown)}.")
+    for name, value in fields.items():
+        if isinstance(value, list):
+            fields[name] = tuple(value)
+        elif isinstance(known[name].default, pathlib.Path) or (name == "judge" and value):
+            fields[name] = pathlib.Path(value)
+    return kind(**fields)

@@ -1,0 +1,510 @@
+"""One unlearning run from problem to report: loop, checkpoints, signals, files."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jax_unlearn
+from jax_unlearn import data, multipliers, report, sharding
+from jax_unlearn import problem as problems
+from jax_unlearn.checkpoint import Checkpoints
+from jax_unlearn.evaluation import Evaluation, Measured, evaluator, make_weighting
+from jax_unlearn.formulations import Batch, forward_kl
+from jax_unlearn.models.judge import JudgeFunctions
+from jax_unlearn.options import RunOptions, parse_threshold, save_run
+from jax_unlearn.pretrained import save_pretrained
+from jax_unlearn.primal_dual import Certificate, PrimalDualState, certificate, primal_dual
+from jax_unlearn.problem import Problem
+from jax_unlearn.typing import Array, Estimate
+
+__all__ = ["Interrupted", "NotFinite", "Result", "prepare_folder", "run"]
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved a checkpoint."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class NotFinite(Exception):
+    """A loss or gradient became infinite or not a number."""
+
+
+class Result(NamedTuple):
+    """What a run ends with: the report as in report.json, and the page that shows it."""
+
+    report: dict[str, Any]
+    page: pathlib.Path
+
+
+def prepare_folder(options: RunOptions) -> None:
+    """Makes room for the outputs, or refuses.
+
+    Raises:
+      ValueError: if the folder is in use and neither resume nor overwrite was asked for, if
+        there is nothing to resume, or if the folder cannot be made.
+    """
+    out = options.out
+    if options.resume:
+        if not (out / "run.json").is_file():
+            raise ValueError(f"nothing to resume: {out} has no run.json.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not options.overwrite:
+            raise ValueError(
+                f"{out} is in use: choose another --out, or --resume, or --overwrite (which "
+                "moves it aside)."
+            )
+        number = 1
+        while (aside := out.with_name(f"{out.name}.previous-{number}")).exists():
+            number += 1
+        out.rename(aside)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {out}: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list instead of dying of them."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = [
+            signal.signal(number, lambda got, _: received.append(got)) for number in numbers
+        ]
+    except ValueError:  # Not the main thread: signals are somebody else's business.
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def _thresholds(problem: Problem, before: Measured) -> np.ndarray:
+    """The thresholds as numbers, [m], from the reference model's own values."""
+    numbers = []
+    for constraint, own in zip(problem.constraints, before.constraints.value, strict=True):
+        asked = parse_threshold(constraint.threshold)
+        if asked.kind == "calibrated":
+            numbers.append(float(before.calibration.value))
+        elif asked.kind == "relative":
+            numbers.append(float(asked.number or 0) * float(own))
+        else:
+            numbers.append(float(asked.number or 0))
+    return np.asarray(numbers, np.float32)
+
+
+def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[str, Any]:
+    def plain(values: Array) -> list[float | None]:
+        return [float(v) if np.isfinite(v) else None for v in np.asarray(values)]
+
+    return {
+        "step": step,
+        "objective": float(info.objective),
+        "values": plain(info.values),
+        "violations": plain(info.violations),
+        "multipliers": plain(info.multipliers),
+        "thresholds": plain(thresholds),
+        "gradient_norm": float(info.gradient_norm),
+        **{name: float(value) for name, value in info.diagnostics.items()},
+        "seconds": round(seconds, 3),
+    }
+
+
+def _keep_rows(path: pathlib.Path, steps: int) -> float:
+    """Cuts metrics.jsonl back to the rows of the first `steps` steps; the seconds they took."""
+    rows = [row for row in report.read_rows(path) if row["step"] <= steps] if path.exists() else []
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
+    return rows[-1]["seconds"] if rows else 0.0
+
+
+def run(
+    problem: Problem,
+    options: RunOptions,
+    *,
+    command: str,
+    judge: JudgeFunctions | None = None,
+    progress: bool = True,
+    after_step: Callable[[int], None] | None = None,
+) -> Result:
+    """Unlearns, and writes model, report, metrics and checkpoints into options.out.
+
+    Call `prepare_folder` first. A run that was killed goes on bit for bit from its last
+    checkpoint with options.resume: batches and noise are functions of the seed and the step.
+
+    Args:
+      problem: what to forget and to keep.
+      options: how.
+      command: the name under which run.json and the report can repeat the run.
+      judge: names what samples show; without one agreement, KID and FID are not measured.
+      progress: whether to show a bar on the terminal.
+      after_step: called with each finished step's number.
+
+    Raises:
+      Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
+      NotFinite: if a loss or gradient is not; the state of the step before is saved.
+      ValueError: if the disk is full or a checkpoint does not fit.
+    """
+    try:
+        return _run(problem, options, command, judge, progress, after_step)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"the disk of {options.out} is full: free some space and --resume from its last "
+            "checkpoint. No finished file was damaged."
+        ) from error
+
+
+def _run(
+    problem: Problem,
+    options: RunOptions,
+    command: str,
+    judge: JudgeFunctions | None,
+    progress: bool,
+    after_step: Callable[[int], None] | None,
+) -> Result:
+    started = time.monotonic()
+    out, pretrained = options.out, problem.pretrained
+    if not options.resume:
+        save_run(out / "run.json", command, options)
+
+    def say(text: str) -> None:
+        if progress:
+            print(text, file=sys.stderr, flush=True)
+
+    for note in problem.notes:
+        say(f"note: {note}")
+    say("measuring the reference model ...")
+    weighting = make_weighting(problem, options)
+    evaluation = evaluator(problem, options, weighting, judge)
+    before = evaluation.measure(pretrained.params)
+    thresholds = _thresholds(problem, before)
+    timing = {"reference": time.monotonic() - started}
+
+    # Multipliers are on the scale of objective per constraint value; violations are made
+    # relative to the reference's values so that one rate serves every unit.
+    scale = 1.0 / np.maximum(before.constraints.value, 1e-12)
+    formulation = forward_kl(
+        pretrained.apply,
+        pretrained.schedule,
+        weighting,
+        estimator=options.estimator,
+        balance=options.balance,
+        project=multipliers.box(options.max_multiplier),
+    )
+    warmup = min(20, max(options.steps // 10, 1))
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, options.learning_rate, warmup, max(options.steps, warmup + 1)
+    )
+    algorithm = primal_dual(
+        formulation,
+        optax.adam(rate, b1=0.9, b2=0.99),
+        multipliers.nu_pi(
+            integral=jnp.asarray(options.dual_learning_rate * scale, jnp.float32),
+            proportional=jnp.asarray(options.dual_damping * scale, jnp.float32),
+            nu=0.9,
+        ),
+    )
+    state = algorithm.init(pretrained.params, thresholds)
+    # run() is one computation; a step's key follows from the seed and the state's own count.
+    key = jax.random.key(options.seed)
+    mesh = sharding.data_mesh() if jax.device_count() > 1 else None
+
+    def step(key: Array, state: PrimalDualState, raw: Batch) -> Any:
+        unit = raw._replace(
+            kept=raw.kept and raw.kept._replace(x_0=data.to_unit_range(raw.kept.x_0)),
+            base=raw.base and raw.base._replace(x_0=data.to_unit_range(raw.base.x_0)),
+            forget=raw.forget._replace(x_0=data.to_unit_range(raw.forget.x_0)),
+        )
+        return algorithm.step(jax.random.fold_in(key, state.step), state, unit)
+
+    compiled = sharding.jit_step(step, mesh)
+    with contextlib.closing(Checkpoints(out / "checkpoints")) as checkpoints:
+        metrics_path = out / "metrics.jsonl"
+        elapsed = 0.0
+        if options.resume and checkpoints.latest is not None:
+            state, _ = checkpoints.restore(state)
+            say(f"resuming after step {int(state.step)}")
+        elapsed = _keep_rows(metrics_path, int(state.step))
+        state, timing["first_step"] = _train(
+            problem,
+            options,
+            state,
+            lambda state, batch: compiled(key, state, batch),
+            lambda batch: batch if mesh is None else sharding.shard_batch(batch, mesh),
+            checkpoints,
+            metrics_path,
+            thresholds,
+            elapsed,
+            progress,
+            after_step,
+        )
+        timing["train"] = report.read_rows(metrics_path)[-1]["seconds"]
+        say("measuring the unlearned model ...")
+        measuring = time.monotonic()
+        params = jax.device_get(state.params)
+        after = evaluation.measure(params)
+        timing["unlearned"] = time.monotonic() - measuring
+        save_pretrained(out / "model", pretrained._replace(params=params), overwrite=True)
+        certified = certificate(
+            formulation,
+            objective=after.objective,
+            values=after.constraints,
+            thresholds=thresholds,
+            multipliers=state.multipliers,
+        )
+        found = _report(
+            problem, options, command, before, after, certified, timing, elapsed, started
+        )
+        rows = report.read_rows(metrics_path)
+        page = report.write_report(out, found, rows, _grids(problem, evaluation, before, after))
+    return Result(found, page)
+
+
+def _train(
+    problem: Problem,
+    options: RunOptions,
+    state: PrimalDualState,
+    step: Callable[[PrimalDualState, Batch], Any],
+    place: Callable[[Batch], Batch],
+    checkpoints: Checkpoints,
+    metrics_path: pathlib.Path,
+    thresholds: np.ndarray,
+    elapsed: float,
+    progress: bool,
+    after_step: Callable[[int], None] | None,
+) -> tuple[PrimalDualState, float]:
+    """Runs the remaining steps; the final state and the seconds that the first step took."""
+    first, started = int(state.step), time.monotonic()
+    first_step = 0.0
+    bar = tqdm(
+        total=options.steps, initial=first, unit="step", disable=not progress, dynamic_ncols=True
+    )
+    resume = f"jax-unlearn … --out {options.out} --resume"
+    host = {"seed": options.seed}
+    with bar, metrics_path.open("a") as log, _stop_signals() as received:
+
+        def record(number: int, info: Any) -> None:
+            info = jax.device_get(info)
+            if not info.finite:
+                log.flush()
+                checkpoints.save(state, host)
+                checkpoints.wait()
+                raise NotFinite(
+                    f"step {number}: a loss or gradient is not finite. The last good state is "
+                    f"saved ({options.out}/checkpoints). Try a lower --learning-rate or "
+                    "--max-multiplier, or --estimator norm_balanced."
+                )
+            seconds = elapsed + time.monotonic() - started
+            log.write(json.dumps(_row(number, info, thresholds, seconds)) + "\n")
+            log.flush()
+            worst = float(np.max(info.violations))
+            many = np.asarray(info.multipliers)
+            shown = (
+                " ".join(f"{value:.2f}" for value in many)
+                if many.size <= 4
+                else f"{many.min():.2f}…{many.max():.2f}"
+            )
+            bar.set_postfix_str(
+                f"objective {float(info.objective):.4g}, violation {worst:+.3g}, λ {shown}"
+            )
+            bar.update()
+            if after_step is not None:
+                after_step(number)
+
+        pending = None
+        for number in range(first + 1, options.steps + 1):
+            batch = place(problems.batch(problem, options, number - 1))
+            state, info = step(state, batch)
+            # The step before is logged while this one runs.
+            if pending is not None:
+                record(*pending)
+            pending = (number, info)
+            if number == first + 1:
+                jax.block_until_ready(info)
+                first_step = time.monotonic() - started
+            if received or number % options.checkpoint_every == 0 or number == options.steps:
+                record(*pending)
+                pending = None
+                checkpoints.save(state, host)
+            if received:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"stopped after step {number}; saved. Go on with: {resume}", received[0]
+                )
+    return state, first_step
+
+
+def _report(
+    problem: Problem,
+    options: RunOptions,
+    command: str,
+    before: Measured,
+    after: Measured,
+    certified: Certificate,
+    timing: dict[str, float],
+    elapsed: float,
+    started: float,
+) -> dict[str, Any]:
+    dimensions = int(np.prod(problem.pretrained.config.sample_shape))
+    simple = options.weighting == "simple"
+    unit = "mean squared error a dimension" if simple else "nats an image"
+    saved = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+    def estimate(one: Estimate) -> dict[str, float]:
+        return {"value": float(one.value), "stderr": float(one.stderr)}
+
+    def sides(name: str) -> dict[str, Any]:
+        pair = {"before": before.metrics[name], "after": after.metrics[name]}
+        return {
+            side: estimate(value) if isinstance(value, Estimate) else value
+            for side, value in pair.items()
+        }
+
+    metrics = {name: sides(name) for name in before.metrics if name != "nelbo"}
+    metrics["nelbo"] = {
+        "unit": "bits/dim",
+        **{
+            name: {
+                "before": estimate(before.metrics["nelbo"][name]),
+                "after": estimate(after.metrics["nelbo"][name]),
+            }
+            for name in before.metrics["nelbo"]
+        },
+    }
+    if "agreement" in metrics:
+        metrics["agreement"]["description"] = (
+            "Share of the samples of each label that the judge names so; the forgotten labels "
+            "should fall, the others should not."
+        )
+    constraints = [
+        {
+            "name": constraint.name,
+            "value": float(certified.values.value[i]),
+            "stderr": float(certified.values.stderr[i]),
+            "unit": unit,
+            "threshold": float(certified.thresholds[i]),
+            "reference_value": float(before.constraints.value[i]),
+            "slack": -float(certified.violations[i]),
+            "multiplier": float(certified.multipliers[i]),
+            "satisfied": bool(certified.satisfied[i]),
+        }
+        for i, constraint in enumerate(problem.constraints)
+    ]
+    source = problem.pretrained.config.source
+    sources = {
+        constraint.source: {
+            "name": constraint.source,
+            "source": constraint.source,
+            "images": sum(
+                len(one.indices) for one in problem.constraints if one.source == constraint.source
+            ),
+            "label": None,
+        }
+        for constraint in problem.constraints
+    }
+    return {
+        "asked": {
+            "command": f"jax-unlearn {command} --config {options.out / 'run.json'} --out NEW",
+            "model": source,
+            "forget": list(sources.values()),
+            "retain": {
+                "images": len(problem.retain.pixels),
+                "held_out": len(problem.held_out.pixels),
+                "notes": list(problem.notes),
+            },
+            "thresholds": ", ".join(options.threshold),
+            "options": {
+                name: str(value) if isinstance(value, (pathlib.Path, tuple)) else value
+                for name, value in saved.items()
+            },
+        },
+        "formulation": "forward_kl",
+        "objective": {
+            **estimate(after.objective),
+            "unit": unit,
+            "description": "path KL from the reference model to the unlearned one, on held-out "
+            "images under their own labels"
+            + (
+                f", divided by {dimensions} dimensions and weighted evenly over time steps"
+                if simple
+                else ""
+            ),
+        },
+        "constraints": constraints,
+        "feasible": bool(certified.feasible),
+        "complementary_slackness": float(np.abs(certified.complementary_slackness).max()),
+        "metrics": metrics,
+        "steps": options.steps,
+        "seconds": round(elapsed + time.monotonic() - started, 2),
+        "timing": {name: round(value, 2) for name, value in timing.items()},
+        "seed": options.seed,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "versions": {
+            "jax_unlearn": jax_unlearn.__version__,
+            "python": sys.version.split()[0],
+            **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+        },
+    }
+
+
+def _grids(
+    problem: Problem, evaluation: Evaluation, before: Measured, after: Measured
+) -> list[report.Grid]:
+    config = problem.pretrained.config
+    grids = []
+    if before.samples is not None and after.samples is not None:
+        count = min(8, before.samples.shape[1])
+
+        def rows(labels: list[int], title: str, caption: str) -> report.Grid:
+            where = [evaluation.labels.index(label) for label in labels] if labels else [0]
+            shape = (-1, *config.sample_shape)
+            pair = [
+                samples[where][:, :count].reshape(shape)
+                for samples in (before.samples, after.samples)
+                if samples is not None
+            ]
+            return report.Grid(title, caption, pair[0], pair[1], count)
+
+        names = config.id2label or {}
+        forgotten = list(problem.forgotten_labels)
+        if forgotten:
+            asked = ", ".join(names.get(label, str(label)) for label in forgotten)
+            grids.append(rows(forgotten, f"Forgotten: {asked}", f"Samples asked for as {asked}."))
+        kept = [label for label in evaluation.labels if label not in forgotten]
+        named = ", ".join(names.get(label, str(label)) for label in kept)
+        grids.append(rows(kept, "Retained", f"A row each: {named}." if kept else "Samples."))
+    grids.append(
+        report.Grid(
+            "Forgotten images, noised and denoised",
+            "Images to forget with noise to 60 % of the way, denoised again: a model that knows "
+            "an image returns it.",
+            before.reconstructions,
+            after.reconstructions,
+            min(8, len(before.reconstructions)),
+        )
+    )
+    return grids

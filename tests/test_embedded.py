@@ -1,0 +1,84 @@
+import importlib.util
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from jax_unlearn import embedded
+from jax_unlearn.metrics import agreement
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def data():
+    return embedded.load_data()
+
+
+def test_sizes_and_balance(data):
+    for images, per_label in ((data.train, 600), (data.held_out, 300)):
+        assert images.pixels.shape == (10 * per_label, 28, 28, 1)
+        assert images.pixels.dtype == np.uint8
+        assert images.labels.dtype == np.int32
+        np.testing.assert_array_equal(np.bincount(images.labels), np.full(10, per_label))
+
+
+def test_no_image_is_there_twice(data):
+    both = np.concatenate([data.train.pixels, data.held_out.pixels])
+    assert len({image.tobytes() for image in both}) == 9_000
+
+
+def test_repeated_images_are_sixteen_at_most_two_of_a_label(data):
+    assert data.repeated.shape == (16,)
+    assert len(set(data.repeated.tolist())) == 16
+    assert np.bincount(data.train.labels[data.repeated]).max() == 2
+
+
+def test_the_judge_knows_the_held_out_images(data):
+    logits = embedded.judge().logits(data.held_out.pixels / np.float32(127.5) - 1)
+    result = agreement(logits, data.held_out.labels, 10)
+    assert result.rate.mean() >= 0.91
+    assert result.rate.min() >= 0.7
+
+
+def test_features_are_penultimate(data):
+    features = embedded.judge().features(data.held_out.pixels[:5] / np.float32(127.5) - 1)
+    assert features.shape == (5, 64)
+    assert (np.asarray(features) >= 0).all()
+
+
+def test_the_package_data_stay_small_and_licensed():
+    folder = pathlib.Path(embedded.__file__).parent
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert sum(path.stat().st_size for path in files) < 12e6
+    assert "Zalando" in (folder / "LICENSE.txt").read_text()
+
+
+def test_model_path_says_how_to_make_a_missing_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(embedded, "_folder", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match="train_embedded_model"):
+        embedded.model_path()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    assert embedded.model_path() == tmp_path / "model"
+
+
+def _example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.torch
+def test_the_judge_holds_out_what_the_model_holds_out(monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setitem(sys.modules, "train_judge", None)
+    monkeypatch.setitem(sys.modules, "train_embedded_model", None)
+    labels = np.random.default_rng(0).integers(10, size=60_000).astype(np.uint8)
+    splits = (_example(name).split(labels) for name in ("train_judge", "train_embedded_model"))
+    for ours, theirs in zip(*splits, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
