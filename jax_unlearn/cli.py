@@ -1,5 +1,6 @@
 """The command line: jax-unlearn demo | data | sample."""
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -56,6 +57,17 @@ def _parse(command: str, arguments: list[str]) -> Any:
         if not saved.is_file():
             raise ValueError(f"nothing to resume: {saved} is not there.")
         default = load_run(saved, command, kind)
+    default = kind() if default is None else default
+    # A repeated option starts from nothing, not from its default.
+    given = {
+        field.name: ()
+        for field in dataclasses.fields(kind)
+        if isinstance(getattr(default, field.name), tuple)
+        and any(
+            argument.split("=")[0] == f"--{field.name.replace('_', '-')}" for argument in arguments
+        )
+    }
+    default = dataclasses.replace(default, **given)
     options = tyro.cli(
         kind,
         args=arguments,

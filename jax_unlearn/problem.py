@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_unlearn import data, embedded
+from jax_unlearn import data, embedded, schedules
 from jax_unlearn.formulations import Batch, Examples, Forget
 from jax_unlearn.options import DataOptions, DemoOptions, RunOptions
 from jax_unlearn.pretrained import Pretrained, PretrainedConfig
@@ -70,6 +70,8 @@ def make_problem(
       ValueError: if nothing is left to retain.
     """
     notes = []
+    # Refused now and not after minutes of work.
+    schedules.timesteps(pretrained.schedule, options.sampling_steps)
     sets = [images for _, _, images in forget]
     retain, removed = data.remove_overlap(retain, sets)
     if removed:

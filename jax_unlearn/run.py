@@ -431,11 +431,11 @@ def _report(
             "command": f"jax-unlearn {command} --config {options.out / 'run.json'} --out NEW",
             "model": source,
             "forget": list(sources.values()),
-            "retain": {
-                "images": len(problem.retain.pixels),
-                "held_out": len(problem.held_out.pixels),
-                "notes": list(problem.notes),
-            },
+            "retain": [
+                {"name": "retained, trained on", "images": len(problem.retain.pixels)},
+                {"name": "retained, held out", "images": len(problem.held_out.pixels)},
+            ],
+            "notes": list(problem.notes),
             "thresholds": ", ".join(options.threshold),
             "options": {
                 name: str(value) if isinstance(value, (pathlib.Path, tuple)) else value

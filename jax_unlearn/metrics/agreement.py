@@ -31,8 +31,8 @@ def agreement(logits: ArrayLike, labels: ArrayLike, num_labels: int) -> Agreemen
 
     The standard error is the half-width of Wilson's interval at one σ,
     √(r(1−r)/n + 1/(4n²)) / (1 + 1/n): unlike the binomial √(r(1−r)/n) it is not 0 at r = 0 or 1,
-    where unlearning wants to end up. It is about r, the plain share, that we state it. For a
-    forgotten label, the unlearning accuracy is 1 − r. It runs outside jit, for labels are checked.
+    where unlearning wants to end up; `rate` itself is the plain share r, not Wilson's centre. The
+    unlearning accuracy of a forgotten label is 1 − r. Labels are checked, so call it outside jit.
 
     Args:
       logits: the judge's, [n, num_labels].

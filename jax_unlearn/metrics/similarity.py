@@ -59,7 +59,8 @@ def nearest_neighbours(queries: ArrayLike, bank: ArrayLike, *, k: int = 1) -> tu
     queries, bank = jnp.asarray(queries), jnp.asarray(bank)
     if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
         raise ValueError(
-            f"queries and bank are features [n, d] and [m, d], not {queries.shape} and {bank.shape}."
+            f"queries and bank are features [n, d] and [m, d], not {queries.shape} and "
+            f"{bank.shape}."
         )
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be 1 to {len(bank)}, the size of the bank, not {k}.")

@@ -159,20 +159,17 @@ def load_judge(path: str | os.PathLike[str]) -> JudgeFunctions:
         num_features=options["num_features"],
     )
     stored = {name: value.astype(np.float32) for name, value in load_file(path).items()}
-    expected = traverse_util.flatten_dict(
-        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"], sep="."
-    )
-    shapes = {name: value.shape for name, value in stored.items()}
-    if shapes != {name: value.shape for name, value in expected.items()}:
-        raise ValueError(
-            f"{path} holds {shapes}, but its json file describes "
-            f"{ {name: value.shape for name, value in expected.items()} }."
-        )
+    variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    expected = jax.tree.map(jnp.shape, traverse_util.flatten_dict(variables["params"], sep="."))
+    found = {name: value.shape for name, value in stored.items()}
+    if found != expected:
+        raise ValueError(f"{path} holds {found}, but its json file describes {expected}.")
     params = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(stored, sep="."))
 
     @jax.jit
     def apply(params: Params, images: Array) -> JudgeOutput:
-        return module.apply({"params": params}, images)
+        output: Any = module.apply({"params": params}, images)
+        return output
 
     def judge(images: ArrayLike) -> JudgeOutput:
         images = jnp.asarray(images, jnp.float32)
