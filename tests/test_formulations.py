@@ -1,0 +1,241 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_unlearn import formulations, losses, schedules
+from jax_unlearn.formulations import Batch, Examples, Forget
+from jax_unlearn.primal_dual import primal_dual
+
+BETAS = (0.1, 0.3, 0.5, 0.7)
+ALPHA = np.sqrt(np.cumprod(1 - np.array(BETAS)))
+SIGMA = np.sqrt(1 - ALPHA**2)
+WEIGHTS = np.array([2.0, 1.0, 0.6, 0.3])
+PROBABILITIES = np.array([0.3, 0.3, 0.2, 0.2])
+SCHEDULE = schedules.noise_schedule(trained_betas=BETAS)
+WEIGHTING = losses.TimeWeighting(jnp.float32(WEIGHTS), jnp.float32(PROBABILITIES))
+
+RNG = np.random.default_rng(0)
+# gain [T], then bias [label, T]
+PARAMS, REFERENCE = 0.5 * RNG.normal(size=(2, 12))
+KEPT, BASE, FORGET = RNG.uniform(-1, 1, (3, 4))
+MULTIPLIERS, THRESHOLDS = np.array([0.7, 0.3]), np.array([2.0, 3.0])
+CONSTRAINT = np.array([0, 1, 1, 1])
+
+
+def denoiser(params, x_t, t, cond):
+    """Linear in x_t, so that every expectation over the noise is a polynomial."""
+    label = 0 if cond is None else cond
+    bias = params[4:].reshape(2, 4)[label, t]
+    return params[t].reshape(-1, 1, 1, 1) * x_t + bias.reshape(-1, 1, 1, 1)
+
+
+def images(values):
+    return jnp.float32(values).reshape(-1, 1, 1, 1)
+
+
+def batch_of(kept=True, base=True, labels=True):
+    def under(label):
+        return jnp.full(4, label) if labels else None
+
+    return Batch(
+        kept=Examples(images(KEPT), under(0)) if kept else None,
+        base=Examples(images(BASE), under(1)) if base else None,
+        forget=Forget(images(FORGET), under(1), jnp.asarray(CONSTRAINT)),
+    )
+
+
+def exact(params, kept=0, base=1, forget=1, use=("kept", "base")):
+    """Objective and constraint values in float64; labels are given, images are the above."""
+    gain, bias = params[:4], params[4:].reshape(2, 4)
+    gain_ref, bias_ref = REFERENCE[:4], REFERENCE[4:].reshape(2, 4)
+
+    def noise_regression(x, label):  # E(ε − g(αx + σε) − c)²
+        return (1 - gain * SIGMA) ** 2 + (gain * ALPHA * x[:, None] + bias[label]) ** 2
+
+    slope, offset = gain - gain_ref, bias[kept] - bias_ref[kept]
+    rows = []
+    if "base" in use:
+        rows.append(noise_regression(BASE, base) @ WEIGHTS)
+    if "kept" in use:  # E(Δg (αx + σε) + Δc)²
+        held = (slope * SIGMA) ** 2 + (slope * ALPHA * KEPT[:, None] + offset) ** 2
+        rows.append(held @ WEIGHTS)
+    values = noise_regression(FORGET, forget) @ WEIGHTS
+    return np.concatenate(rows).mean(), np.array(
+        [values[CONSTRAINT == i].mean() for i in (0, 1)]
+    )
+
+
+def exact_lagrangian(params, **options):
+    objective, values = exact(params, **options)
+    return objective + MULTIPLIERS @ (THRESHOLDS - values)
+
+
+def finite_differences(function, point, step=1e-5):
+    return np.array(
+        [(function(point + step * e) - function(point - step * e)) / (2 * step)
+         for e in np.eye(len(point))]
+    )  # fmt: skip
+
+
+def estimates(formulation, batch, count=20_000):
+    """Samples of (objective, two values, gradient of the Lagrangian), [count, 15]."""
+
+    def lagrangian(params, key):
+        got = formulation.losses(params, jnp.float32(REFERENCE), key, batch, None)
+        values = jnp.stack(
+            [jnp.where(got.index == i, got.constraint, 0).sum() / (CONSTRAINT == i).sum()
+             for i in (0, 1)]
+        )  # fmt: skip
+        objective = got.objective.mean()
+        total = objective + jnp.float32(MULTIPLIERS) @ (jnp.float32(THRESHOLDS) - values)
+        return total, (objective, values)
+
+    @jax.jit
+    @jax.vmap
+    def one(key):
+        gradient, (objective, values) = jax.grad(lagrangian, has_aux=True)(
+            jnp.float32(PARAMS), key
+        )
+        return jnp.concatenate([objective[None], values, gradient])
+
+    return np.asarray(one(jax.random.split(jax.random.key(0), count)), np.float64)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "mixing", "case"),
+    [
+        ("two_term", 0.5, "both"),
+        ("norm_balanced", 0.5, "both"),
+        ("importance", 0.5, "both"),
+        ("importance", 0.25, "base"),
+        ("two_term", 0.5, "kept"),
+        ("importance", 0.4, "kept"),
+    ],
+)
+def test_losses_and_gradient_are_unbiased(estimator, mixing, case):
+    """Against closed-form expectations and their finite differences; both estimators alike."""
+    formulation = formulations.forward_kl(
+        denoiser, SCHEDULE, WEIGHTING, estimator=estimator, mixing=mixing
+    )
+    if case == "kept":  # without conditions, so that pairs of the mixture agree on theirs
+        batch, options = batch_of(base=False, labels=False), {"forget": 0, "use": ("kept",)}
+    elif case == "base":
+        batch, options = batch_of(kept=False), {"use": ("base",)}
+    else:
+        batch, options = batch_of(), {}
+    objective, values = exact(PARAMS, **options)
+    gradient = finite_differences(lambda p: exact_lagrangian(p, **options), PARAMS)
+    got = estimates(formulation, batch)
+    stderr = got.std(axis=0) / np.sqrt(len(got))
+    expected = np.concatenate([[objective], values, gradient])
+    assert (np.abs(got.mean(axis=0) - expected) < 4.5 * stderr + 1e-6).all()
+    assert (stderr < 0.04).all()
+
+
+def test_importance_holds_a_kept_pair_under_the_forgotten_condition():
+    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, estimator="importance")
+    got = estimates(formulation, batch_of(base=False))[:, 0]
+    objective, _ = exact(PARAMS, kept=1, use=("kept",))  # label 1, not the kept images' own 0
+    assert abs(got.mean() - objective) < 4.5 * got.std() / np.sqrt(len(got))
+
+
+@pytest.mark.parametrize("estimator", formulations.ESTIMATORS)
+def test_kept_rows_vanish_at_the_reference(estimator):
+    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, estimator=estimator)
+    reference = jnp.float32(REFERENCE)
+
+    @jax.jit
+    def objective(params):
+        return formulation.losses(
+            params, reference, jax.random.key(0), batch_of(base=False), None
+        ).objective
+
+    np.testing.assert_array_equal(objective(reference), np.zeros(4))
+    np.testing.assert_array_equal(jax.jacobian(objective)(reference), np.zeros((4, 12)))
+
+
+def test_the_reference_gets_no_gradient_where_it_is_frozen():
+    """The kept target is data: its derivative in params is that of ε_θ alone."""
+    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING)
+    batch = batch_of(base=False)
+
+    def kept(params, reference):
+        return formulation.losses(params, reference, jax.random.key(1), batch, None).objective.sum()
+
+    params, reference = jnp.float32(PARAMS), jnp.float32(REFERENCE)
+    ours, theirs = jax.jit(jax.grad(kept, argnums=(0, 1)))(params, reference)
+    # A square of a difference of two linear maps: the derivatives mirror one another.
+    np.testing.assert_allclose(ours, -theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("balance", [1.5, 0.3, 100.0])
+def test_norm_balanced_shortens_the_constraints_gradient(balance):
+    """From runs with λ = 0 and λ of "two_term", whose difference is the constraints' part."""
+
+    def gradient(multiplier, **options):
+        formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, **options)
+        algorithm = primal_dual(formulation, optax.sgd(1.0), optax.set_to_zero())
+        state = algorithm.init(
+            jnp.float32(PARAMS), THRESHOLDS, multipliers=multiplier, reference=REFERENCE
+        )
+        after, info = jax.jit(algorithm.step)(jax.random.key(0), state, batch_of())
+        return np.asarray(state.params - after.params, np.float64), info
+
+    kept, _ = gradient(0.0)
+    forgotten = gradient(MULTIPLIERS)[0] - kept
+    got, info = gradient(MULTIPLIERS, estimator="norm_balanced", balance=balance)
+    ratio = balance * np.linalg.norm(kept) / np.linalg.norm(forgotten)
+    np.testing.assert_allclose(got, kept + min(1.0, ratio) * forgotten, rtol=2e-5, atol=2e-5)
+    assert info.gradient_norm == pytest.approx(np.linalg.norm(got), rel=1e-5)
+
+
+def test_importance_reports_effective_sample_sizes():
+    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, estimator="importance")
+
+    def sizes(x, a):
+        batch = Batch(
+            None, Examples(images(x), None), Forget(images(a), None, jnp.zeros(len(a), int))
+        )
+        got = formulation.losses(jnp.float32(PARAMS), None, jax.random.key(3), batch, None)
+        return got.diagnostics["ess_retain"], got.diagnostics["ess_forget"]
+
+    same = np.full(8, 0.3)
+    np.testing.assert_allclose(sizes(same, same), [1.0, 1.0], rtol=1e-6)
+    # Far apart each image's weight is 0 or 1/share: the two shares of use add up to one.
+    retain, forget = sizes(np.full(8, 100.0), np.full(8, -100.0))
+    assert retain + forget == pytest.approx(1.0)
+
+
+def test_formulation_is_the_paper_s():
+    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING)
+    assert formulation.sign == 1
+    assert formulation.balance is None
+    np.testing.assert_array_equal(formulation.project(jnp.array([-1.0, 2.0])), [0.0, 2.0])
+    capped = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, project=lambda x: x / 2)
+    np.testing.assert_array_equal(capped.project(jnp.array([-1.0])), [-0.5])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"estimator": "siss"}, "siss"),
+        ({"mixing": 0.0}, "mixing"),
+        ({"mixing": 1.0}, "mixing"),
+        ({"balance": 0.0}, "balance"),
+        ({"balance": -1.0}, "balance"),
+    ],
+)
+def test_bad_options_are_refused(options, word):
+    with pytest.raises(ValueError, match=word):
+        formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, **options)
+
+
+@pytest.mark.parametrize("part", ["base", "kept"])
+def test_importance_refuses_more_forgotten_images_than_it_can_pair(part):
+    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, estimator="importance")
+    few = Examples(images(KEPT[:3]), jnp.zeros(3, int))
+    batch = batch_of()._replace(base=None, kept=None)._replace(**{part: few})
+    with pytest.raises(ValueError, match=rf"batch\.{part}, which has 3"):
+        formulation.losses(jnp.float32(PARAMS), REFERENCE, jax.random.key(0), batch, None)
