@@ -16,7 +16,7 @@ from jax_unlearn.typing import Array, Estimate, Params
 __all__ = ["Evaluation", "Measured", "evaluator", "make_weighting"]
 
 BATCH = 64
-NELBO_DRAWS = 16
+NELBO_DRAWS = 8
 RECONSTRUCTED = 32
 
 

@@ -39,9 +39,9 @@ class RunOptions:
     weighting: Literal["simple", "nelbo"] = "simple"
     """Unit of objective and constraints: "simple" is the mean squared error of the noise, a
     dimension and time step; "nelbo" is the negative ELBO (path KL) in nats an image."""
-    estimator: Literal["two_term", "importance", "norm_balanced"] = "norm_balanced"
+    estimator: Literal["two_term", "importance", "norm_balanced"] = "two_term"
     """How the gradient of the Lagrangian is estimated; see jax_unlearn.forward_kl."""
-    steps: int = 200
+    steps: int = 100
     """Primal-dual steps."""
     batch_size: int = 64
     """Retained images a step."""

@@ -178,8 +178,9 @@ def bin_log_probability(x_0, center, deviation):
     upper = np.where(x_0 > 0.999, np.inf, x_0 + 1 / 255)
     # On the side where both tails are small.
     right = lower > center
-    big, small = np.where(right, law.logsf(lower), law.logcdf(upper)), np.where(
-        right, law.logsf(upper), law.logcdf(lower)
+    big, small = (
+        np.where(right, law.logsf(lower), law.logcdf(upper)),
+        np.where(right, law.logsf(upper), law.logcdf(lower)),
     )
     return big + np.log(-np.expm1(small - big))
 

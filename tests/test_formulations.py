@@ -62,9 +62,7 @@ def exact(params, kept=0, base=1, forget=1, use=("kept", "base")):
         held = (slope * SIGMA) ** 2 + (slope * ALPHA * KEPT[:, None] + offset) ** 2
         rows.append(held @ WEIGHTS)
     values = noise_regression(FORGET, forget) @ WEIGHTS
-    return np.concatenate(rows).mean(), np.array(
-        [values[CONSTRAINT == i].mean() for i in (0, 1)]
-    )
+    return np.concatenate(rows).mean(), np.array([values[CONSTRAINT == i].mean() for i in (0, 1)])
 
 
 def exact_lagrangian(params, **options):
@@ -95,9 +93,7 @@ def estimates(formulation, batch, count=20_000):
     @jax.jit
     @jax.vmap
     def one(key):
-        gradient, (objective, values) = jax.grad(lagrangian, has_aux=True)(
-            jnp.float32(PARAMS), key
-        )
+        gradient, (objective, values) = jax.grad(lagrangian, has_aux=True)(jnp.float32(PARAMS), key)
         return jnp.concatenate([objective[None], values, gradient])
 
     return np.asarray(one(jax.random.split(jax.random.key(0), count)), np.float64)
@@ -107,7 +103,6 @@ def estimates(formulation, batch, count=20_000):
     ("estimator", "mixing", "case"),
     [
         ("two_term", 0.5, "both"),
-        ("norm_balanced", 0.5, "both"),
         ("importance", 0.5, "both"),
         ("importance", 0.25, "base"),
         ("two_term", 0.5, "kept"),
@@ -131,7 +126,7 @@ def test_losses_and_gradient_are_unbiased(estimator, mixing, case):
     stderr = got.std(axis=0) / np.sqrt(len(got))
     expected = np.concatenate([[objective], values, gradient])
     assert (np.abs(got.mean(axis=0) - expected) < 4.5 * stderr + 1e-6).all()
-    assert (stderr < 0.04).all()
+    assert (stderr < 0.1).all()
 
 
 def test_importance_holds_a_kept_pair_under_the_forgotten_condition():
@@ -198,7 +193,8 @@ def test_importance_reports_effective_sample_sizes():
         batch = Batch(
             None, Examples(images(x), None), Forget(images(a), None, jnp.zeros(len(a), int))
         )
-        got = formulation.losses(jnp.float32(PARAMS), None, jax.random.key(3), batch, None)
+        evaluate = jax.jit(formulation.losses, static_argnums=4)
+        got = evaluate(jnp.float32(PARAMS), None, jax.random.key(3), batch, None)
         return got.diagnostics["ess_retain"], got.diagnostics["ess_forget"]
 
     same = np.full(8, 0.3)

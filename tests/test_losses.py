@@ -56,7 +56,9 @@ def test_zero_probability_ends_are_never_drawn():
 
 
 def test_noise_is_standard_normal_and_independent():
-    noise, _, uniform = jax.jit(losses.draw)(jax.random.key(3), jnp.zeros((4000, 2, 3, 1)), jnp.ones(4) / 4)
+    noise, _, uniform = jax.jit(losses.draw)(
+        jax.random.key(3), jnp.zeros((4000, 2, 3, 1)), jnp.ones(4) / 4
+    )
     flat = np.asarray(noise).reshape(4000, 6)
     assert stats.kstest(flat.ravel(), "norm").pvalue > 1e-3
     np.testing.assert_allclose(np.corrcoef(flat.T), np.eye(6), atol=5 / np.sqrt(4000))
@@ -103,7 +105,9 @@ def test_time_weighting():
     expected = 0.8 * np.array([0.5, 1.0, 0.8, 0.4]) / 2.7 + 0.05
     np.testing.assert_allclose(focused.probabilities, expected, rtol=1e-6)
     np.testing.assert_allclose(
-        losses.importance(focused, jnp.array([3, 0])), [0.1 / expected[3], 5 / expected[0]], rtol=1e-6
+        losses.importance(focused, jnp.array([3, 0])),
+        [0.1 / expected[3], 5 / expected[0]],
+        rtol=1e-6,
     )
     np.testing.assert_allclose(losses.simple_weights(4, 6), np.full(4, 1 / 24), rtol=1e-6)
 

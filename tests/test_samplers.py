@@ -167,7 +167,11 @@ def test_final_alpha_leaves_the_noise_of_the_first_step():
             trained_betas=[0.19, 0.3, 0.4], final_alpha_cumprod_one=one
         )
         ends[one] = samplers.sample(
-            lambda x, t: jnp.full_like(x, 0.5), schedule, jax.random.key(0), jnp.ones((1, 1)), steps=1
+            lambda x, t: jnp.full_like(x, 0.5),
+            schedule,
+            jax.random.key(0),
+            jnp.ones((1, 1)),
+            steps=1,
         ).x_0[0, 0]
     # One leading step, at t = 0: ᾱ_0 = 0.81.
     clean = (1 - np.sqrt(0.19) * 0.5) / 0.9
@@ -277,9 +281,7 @@ def test_guidance_is_two_forward_passes():
 def test_bad_calls_are_refused():
     schedule, x = schedules.noise_schedule(), jnp.zeros((1, 1))
     with pytest.raises(ValueError, match="euler"):
-        samplers.sample(
-            lambda x, t: x, schedule, jax.random.key(0), x, steps=2, method="euler"
-        )
+        samplers.sample(lambda x, t: x, schedule, jax.random.key(0), x, steps=2, method="euler")
     with pytest.raises(ValueError, match="steps"):
         samplers.sample(lambda x, t: x, schedule, jax.random.key(0), x, steps=0)
 

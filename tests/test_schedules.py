@@ -264,7 +264,9 @@ def diffusers_scheduler(name, **options):
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_alphas_cumprod_of_diffusers(name, rescale):
-    theirs = diffusers_scheduler("DDPMScheduler", beta_schedule=name, rescale_betas_zero_snr=rescale)
+    theirs = diffusers_scheduler(
+        "DDPMScheduler", beta_schedule=name, rescale_betas_zero_snr=rescale
+    )
     ours = schedules.from_diffusers(theirs.config)
     # Theirs is a float32 product of a thousand factors.
     np.testing.assert_allclose(

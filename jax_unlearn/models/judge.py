@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from jax_unlearn.typing import Array, ArrayLike, Params
 
@@ -127,7 +127,8 @@ def save_judge(
         "num_features": module.num_features,
         "about": dict(about or {}),
     }
-    save_file(tensors, path)
+    # save_file would leave a file that only its owner can read.
+    path.write_bytes(save(tensors))
     path.with_suffix(".json").write_text(json.dumps(options, indent=2) + "\n")
 
 

@@ -231,10 +231,11 @@ def test_gradients_are_finite():
         {"mid_block_type": None, "dropout": 0.3, "center_input_sample": True},
     ],
 )
-def test_live_torch(options, tmp_path):
+def test_live_torch(options, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    from tests.fixtures import write_unet_fixtures as torch_side
+    monkeypatch.syspath_prepend(FOLDER.parent)
+    import write_unet_fixtures as torch_side
 
     config = torch_side.SMALLEST | options
     network = torch_side.torch_unet(config, seed=11)

@@ -1,0 +1,105 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_unlearn import formulations, losses, schedules, sharding
+from jax_unlearn.formulations import Batch, Examples, Forget
+from jax_unlearn.primal_dual import primal_dual
+
+DEVICES = 8
+SCHEDULE = schedules.noise_schedule("squaredcos_cap_v2", num_steps=50)
+KEY = jax.random.key(0)
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < DEVICES,
+    reason=f"needs XLA_FLAGS=--xla_force_host_platform_device_count={DEVICES}",
+)
+
+
+def network(params, x_t, t, cond):
+    hidden = jnp.tanh(
+        x_t.reshape(len(x_t), -1) @ params["in"] + params["time"][t] + params["label"][cond]
+    )
+    return (hidden @ params["out"]).reshape(x_t.shape)
+
+
+def params_of(key):
+    keys = jax.random.split(key, 4)
+    shapes = {"in": (4, 16), "time": (50, 16), "label": (3, 16), "out": (16, 4)}
+    return {
+        name: 0.3 * jax.random.normal(k, shape)
+        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def batch_of(key):
+    kept, base, forget = jax.random.normal(key, (3, 16, 2, 2, 1))
+    return Batch(
+        # Twice as many kept images: parts of unequal size.
+        Examples(jnp.concatenate([kept, kept + 1]), jnp.zeros(32, int)),
+        Examples(base, jnp.ones(16, int)),
+        # Constraint 2 has examples on one device only.
+        Forget(forget + 1, jnp.full(16, 2), jnp.array([0, 1] * 7 + [2, 2])),
+    )
+
+
+def algorithm_of(estimator, axis_name=None):
+    weighting = losses.time_weighting(losses.simple_weights(50, 4), np.linspace(1.0, 0.1, 50))
+    formulation = formulations.forward_kl(network, SCHEDULE, weighting, estimator=estimator)
+    return primal_dual(formulation, optax.sgd(0.3), optax.sgd(0.2), axis_name=axis_name)
+
+
+def split(batch):
+    return jax.tree.map(lambda leaf: leaf.reshape(DEVICES, -1, *leaf.shape[1:]), batch)
+
+
+@pytest.mark.parametrize("estimator", formulations.ESTIMATORS)
+def test_jit_and_pmap_give_the_result_of_one_device(estimator):
+    mesh = sharding.data_mesh()
+    assert mesh.size == DEVICES
+    single = algorithm_of(estimator)
+    ways = {
+        "one": (sharding.jit_step(single.step), lambda batch: batch),
+        "jit": (
+            sharding.jit_step(single.step, mesh),
+            functools.partial(sharding.shard_batch, mesh=mesh),
+        ),
+        "pmap": (sharding.pmap_step(algorithm_of(estimator, "data").step), split),
+    }
+    params, ends = params_of(KEY), {}
+    for name, (step, put) in ways.items():
+        state = single.init(params, jnp.array([1.5, 2.0, 1.8]), multipliers=0.2)
+        for i in range(20):
+            key = jax.random.fold_in(KEY, i)
+            state, info = step(key, state, put(batch_of(key)))
+        ends[name] = jax.tree.map(np.asarray, (state.params, state.multipliers, info))
+    for other in ("jit", "pmap"):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+            ends["one"],
+            ends[other],
+        )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), ends["one"][0], params)
+    assert all(change > 1e-3 for change in moved.values())
+    assert (np.abs(ends["one"][1] - 0.2) > 1e-2).all()
+    for leaf in jax.tree.leaves(params):  # the donated state was a copy
+        assert not leaf.is_deleted()
+
+
+def test_batches_are_split_over_the_mesh():
+    mesh = sharding.data_mesh(jax.devices()[:4])
+    assert mesh.axis_names == ("data",)
+    placed = sharding.shard_batch({"x": np.arange(8.0), "none": None}, mesh)
+    assert placed["none"] is None
+    assert len(placed["x"].sharding.device_set) == 4
+    assert {shard.data.shape for shard in placed["x"].addressable_shards} == {(2,)}
+    np.testing.assert_array_equal(placed["x"], np.arange(8.0))
+
+
+def test_indivisible_batches_are_refused():
+    with pytest.raises(ValueError, match=r"a batch of 12 .* 8 devices"):
+        sharding.shard_batch({"x": jnp.zeros((16, 2)), "y": jnp.zeros(12)}, sharding.data_mesh())
