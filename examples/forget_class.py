@@ -19,9 +19,7 @@ keep, drop = np.flatnonzero(train.labels != CLASS), np.flatnonzero(train.labels 
 
 # The problem: stay near the reference, and make the class half again as unlikely.
 weighting = losses.time_weighting(losses.simple_weights(schedule.num_steps, 28 * 28))
-formulation = jax_unlearn.forward_kl(
-    model.apply, schedule, weighting, project=multipliers.box(10.0)
-)
+formulation = jax_unlearn.forward_kl(model.apply, schedule, weighting)
 optimizer = optax.adam(optax.cosine_decay_schedule(5e-4, STEPS))
 algorithm = jax_unlearn.primal_dual(formulation, optimizer, multipliers.nu_pi(1.0, 10.0, nu=0.9))
 state = algorithm.init(model.params, thresholds=[0.075])

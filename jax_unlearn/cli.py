@@ -83,7 +83,7 @@ def _cache_compilations() -> None:
     """Keeps XLA's compilations in the user's cache folder, unless told where already."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "jax_unlearn"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -21,7 +21,7 @@ ESTIMATORS = ("two_term", "importance", "norm_balanced")
 class Examples(NamedTuple):
     """Kept images [n, height, width, channels] in [−1, 1], and what each is shown under."""
 
-    x_0: Array
+    x_0: Any
     cond: Condition
 
 
@@ -34,9 +34,9 @@ class Forget(NamedTuple):
       constraint: the constraint i that each belongs to, integer [f].
     """
 
-    x_0: Array
+    x_0: Any
     cond: Condition
-    constraint: Array
+    constraint: Any
 
 
 class Batch(NamedTuple):
@@ -131,7 +131,9 @@ def forward_kl(
       "norm_balanced": "two_term", and the constraints' part of the gradient is shortened to
         at most `balance` times the norm of the objective's: a trust region against a large
         multiplier. With balance ≥ 1 the stationary points of the Lagrangian stay the same,
-        since both parts have one norm there.
+        since both parts have one norm there. Kept rows regress on the noise here, as in
+        SISS: the gradient of their path KL is zero at the reference, and would let nothing
+        move.
 
     Args:
       apply: the denoiser.
@@ -140,9 +142,10 @@ def forward_kl(
       estimator: see above.
       mixing: γ, the share of forgotten images in the mixture ("importance").
       balance: ν ("norm_balanced").
-      project: onto the dual domain; default non-negative. In distribution space the domain
-        is Σ λ_i q_i ≤ q, which samples cannot check: bound the multipliers by a
-        `multipliers.box` if need be.
+      project: onto the dual domain; default `multipliers.capped_simplex()`. In distribution
+        space the domain is Σ λ_i q_i ≤ q almost everywhere. Samples cannot check that, but
+        its integral, Σ λ_i ≤ 1, is necessary: beyond it the Lagrangian falls without bound by
+        making every image unlikely alike.
 
     Returns:
       A Formulation over `Batch`, in the unit of the weights.
@@ -194,7 +197,7 @@ def forward_kl(
             x_t = jnp.concatenate([mixed.x_t, x_t[pairs:]])
             cond = _concatenate(forget.cond, _rows(cond, slice(pairs, None)))
             target = jnp.concatenate([mixed.noise_x, target[pairs:]])
-        if batch.kept is not None:
+        if batch.kept is not None and estimator != "norm_balanced":
             frozen = losses.predict_epsilon(
                 apply,
                 reference,
@@ -244,7 +247,7 @@ def forward_kl(
     return Formulation(
         losses=evaluate,
         sign=1.0,
-        project=multipliers.non_negative() if project is None else project,
+        project=multipliers.capped_simplex() if project is None else project,
         balance=balance if estimator == "norm_balanced" else None,
         name="forward_kl",
     )

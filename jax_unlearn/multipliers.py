@@ -72,16 +72,19 @@ def nu_pi(
       nu: ν in [0, 1), the smoothing of the proportional part.
     """
 
-    def init(multipliers: optax.Params) -> NuPIState:
+    def init(multipliers: Array) -> NuPIState:
         return NuPIState(jnp.zeros_like(multipliers), jnp.zeros((), jnp.int32))
 
     def update(
-        updates: optax.Updates, state: NuPIState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, NuPIState]:
+        updates: Array, state: NuPIState, params: Array | None = None
+    ) -> tuple[Array, NuPIState]:
         del params
         previous = jnp.where(state.count == 0, updates, state.smoothed)
-        smoothed = nu * previous + (1 - nu) * updates
-        change = -(integral * updates + proportional * (smoothed - previous))
+        share = jnp.asarray(nu)
+        smoothed = share * previous + (1 - share) * updates
+        change = -(
+            jnp.asarray(integral) * updates + jnp.asarray(proportional) * (smoothed - previous)
+        )
         return change, NuPIState(smoothed, state.count + 1)
 
     return optax.GradientTransformation(init, update)  # pyrefly: ignore

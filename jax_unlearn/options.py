@@ -55,13 +55,14 @@ class RunOptions:
     learning_rate: float = 5e-4
     """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
     dual_learning_rate: float = 0.05
-    """Ascent rate of the multipliers, for violations relative to the reference model's value."""
+    """Ascent rate of the multipliers' sum, for violations relative to the reference's values."""
     dual_damping: float = 0.5
     """Proportional gain of the multipliers' PI controller, on the same scale; 0 is plain ascent."""
     balance: float = 1.0
     """"norm_balanced": largest norm of the constraints' gradient, as a share of the objective's."""
-    max_multiplier: float = 10.0
-    """Bound on each multiplier. One that stays there means that its constraint was not met."""
+    max_multiplier: float = 0.9
+    """Bound on the sum of the multipliers, inside (0, 1): at 1 the problem is unbounded. A sum that
+    stays at its bound means that the constraints cannot be met at that price."""
     held_out_share: float = 0.2
     """Share of the retained images held out, to calibrate and judge on, never trained on."""
     evaluation_images: int = 512
@@ -85,7 +86,7 @@ class RunOptions:
         """
         positive = (
             "steps", "batch_size", "forget_batch_size", "learning_rate", "balance",
-            "max_multiplier", "evaluation_images", "sampling_steps", "checkpoint_every",
+            "evaluation_images", "sampling_steps", "checkpoint_every",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -100,8 +101,11 @@ class RunOptions:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must lie in [0, 1], not be {getattr(self, name)}."
                 )
-        if not 0 < self.held_out_share < 1:
-            raise ValueError(f"--held-out-share must lie in (0, 1), not be {self.held_out_share}.")
+        for name in ("held_out_share", "max_multiplier"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must lie in (0, 1), not be {getattr(self, name)}."
+                )
         for text in self.threshold:
             parse_threshold(text)
 

@@ -182,10 +182,10 @@ def from_embedded(pretrained: Pretrained, options: DemoOptions) -> tuple[Problem
     labels = [find_label(text, pretrained.config) for text in options.forget]
     names = pretrained.config.id2label or {}
     forget = [
-        (names[label], names[label], data.take(train, np.flatnonzero(train.labels == label)))
+        (names[label], names[label], data.take(train, np.flatnonzero(stored.train.labels == label)))
         for label in labels
     ]
-    kept = data.take(held_out, np.flatnonzero(~np.isin(held_out.labels, labels)))
+    kept = data.take(held_out, np.flatnonzero(~np.isin(stored.held_out.labels, labels)))
     return make_problem(pretrained, forget, train, kept, options), options
 
 

@@ -115,7 +115,7 @@ def _thresholds(problem: Problem, before: Measured) -> np.ndarray:
 
 
 def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[str, Any]:
-    def plain(values: Array) -> list[float | None]:
+    def plain(values: Any) -> list[float | None]:
         return [float(v) if np.isfinite(v) else None for v in np.asarray(values)]
 
     return {
@@ -204,16 +204,16 @@ def _run(
     thresholds = _thresholds(problem, before)
     timing = {"reference": time.monotonic() - started}
 
-    # Multipliers are on the scale of objective per constraint value; violations are made
-    # relative to the reference's values so that one rate serves every unit.
-    scale = 1.0 / np.maximum(before.constraints.value, 1e-12)
+    # Violations relative to the reference's values, averaged over the constraints: one rate
+    # serves every unit and every number of constraints.
+    scale = 1.0 / np.maximum(before.constraints.value, 1e-12) / len(thresholds)
     formulation = forward_kl(
         pretrained.apply,
         pretrained.schedule,
         weighting,
         estimator=options.estimator,
         balance=options.balance,
-        project=multipliers.box(options.max_multiplier),
+        project=multipliers.capped_simplex(1 - options.max_multiplier),
     )
     warmup = min(20, max(options.steps // 10, 1))
     rate = optax.warmup_cosine_decay_schedule(

@@ -33,7 +33,7 @@ class Denoiser(Protocol):
 
 
 class Estimate(NamedTuple):
-    """A Monte Carlo estimate: a mean and the standard error of that mean."""
+    """A Monte Carlo estimate: a mean and the standard error of that mean, on device or host."""
 
-    value: Array
-    stderr: Array
+    value: Any
+    stderr: Any

@@ -1,10 +1,18 @@
+import atexit
 import os
+import shutil
+import tempfile
 
-# Before jax is imported: the sharding tests need more than one device.
+# Before jax is imported: the sharding tests need more than one device, and whole runs compile
+# the same programs again, in this process and in those it starts.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="jax_unlearn-tests-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
 
 import numpy as np
 import pytest

@@ -32,11 +32,6 @@ def arguments(model, images, out, *more):
     ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def own_compilation_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(cli, "_cache_compilations", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def finished(tiny_model, tiny_images, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
@@ -120,7 +115,6 @@ def test_an_output_folder_in_use_is_refused_and_overwriting_keeps_the_old_one(
 KILLED = """
 import os, signal, sys
 from jax_unlearn import cli, run
-cli._cache_compilations = lambda: None
 original, number = run.run, int(sys.argv[1])
 def killing(*args, **kwargs):
     def after_step(step):
