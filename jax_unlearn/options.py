@@ -71,7 +71,7 @@ class RunOptions:
     """Samples drawn for each label before and after; 0 draws none and skips their metrics."""
     sampling_steps: int = 25
     """DDIM steps of a sample, 1 to the number of training steps."""
-    guidance: float = 2.0
+    guidance: float = 2.5
     """Classifier-free guidance scale of the samples: 1 is none, 0 the null label alone."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
@@ -168,7 +168,7 @@ class SampleOptions:
     """Sampler steps, 1 to the number of training steps."""
     method: Literal["ddim", "ddpm"] = "ddim"
     """Sampler."""
-    guidance: float = 2.0
+    guidance: float = 2.5
     """Classifier-free guidance scale: 1 is none, 0 the null label alone."""
     seed: int = 0
     """Seed of the noise."""

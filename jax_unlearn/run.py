@@ -101,16 +101,24 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def _thresholds(problem: Problem, before: Measured) -> np.ndarray:
-    """The thresholds as numbers, [m], from the reference model's own values."""
+    """The thresholds as numbers, [m], from the reference model's own values.
+
+    "calibrated" asks of a set of images that its mean loss become that of held-out images. Where
+    each image of the set is a constraint, all are raised in the same proportion, since some
+    images are harder to denoise than others, seen or not:
+    b_i = value_i · (mean of held-out images) / (mean of the set).
+    """
+    values = np.asarray(before.constraints.value)
+    sources = np.array([constraint.source for constraint in problem.constraints])
     numbers = []
-    for constraint, own in zip(problem.constraints, before.constraints.value, strict=True):
+    for constraint, own in zip(problem.constraints, values, strict=True):
         asked = parse_threshold(constraint.threshold)
-        if asked.kind == "calibrated":
-            numbers.append(float(before.calibration.value))
-        elif asked.kind == "relative":
-            numbers.append(float(asked.number or 0) * float(own))
-        else:
-            numbers.append(float(asked.number or 0))
+        if asked.kind == "absolute":
+            numbers.append(asked.number)
+            continue
+        together = values[sources == constraint.source].mean()
+        ratio = asked.number if asked.kind == "relative" else before.calibration.value / together
+        numbers.append(own * ratio)
     return np.asarray(numbers, np.float32)
 
 

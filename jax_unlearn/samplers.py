@@ -27,14 +27,15 @@ def _log_alpha_cumprod(log_snr: Array) -> Array:
 def _predictions(
     prediction: Array, x_t: Array, log_snr: Array, schedule: schedules.NoiseSchedule
 ) -> tuple[Array, Array]:
-    """(ε, x_0), the latter clipped to the schedule's range."""
+    """(ε, x_0), the latter clipped to the schedule's range and the former made to fit it."""
     converted = schedules.convert(
         prediction, x_t=x_t, log_snr=log_snr, prediction_type=schedule.prediction_type
     )
-    x_0 = converted.x_0
-    if schedule.clip_range is not None:
-        x_0 = jnp.clip(x_0, -schedule.clip_range, schedule.clip_range)
-    return converted.epsilon, x_0
+    if schedule.clip_range is None:
+        return converted.epsilon, converted.x_0
+    x_0 = jnp.clip(converted.x_0, -schedule.clip_range, schedule.clip_range)
+    again = schedules.convert(x_0, x_t=x_t, log_snr=log_snr, prediction_type="sample")
+    return again.epsilon, x_0
 
 
 def ddpm_step(
@@ -84,8 +85,10 @@ def ddim_step(
 ) -> Array:
     """One DDIM step from t to s < t (Song et al. 2021, eq. 12).
 
-    x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−v) ε̂ + √v z, with v = η² (1−ᾱ_s)/(1−ᾱ_t) (1 − ᾱ_t/ᾱ_s). As in
-    diffusers, clipping x̂_0 does not change ε̂. η = 0 is deterministic.
+    x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−v) ε̂ + √v z, with v = η² (1−ᾱ_s)/(1−ᾱ_t) (1 − ᾱ_t/ᾱ_s). η = 0 is
+    deterministic. Where x̂_0 is clipped, ε̂ is derived anew from it and x_t (diffusers'
+    `use_clipped_model_output=True`; its default leaves ε̂, and guided samples of models that
+    clip then drift off: at scale 3 the judge agreed with 42 % of the embedded model's).
     """
     epsilon, x_0 = _predictions(prediction, x_t, log_snr_t, schedule)
     log_ratio = _log_alpha_cumprod(log_snr_t) - _log_alpha_cumprod(log_snr_s)
