@@ -17,6 +17,7 @@ __all__ = ["Evaluation", "Measured", "evaluator", "make_weighting"]
 
 BATCH = 64
 NELBO_DRAWS = 8
+LEAST_DRAWS = 32
 RECONSTRUCTED = 32
 
 
@@ -136,11 +137,13 @@ def evaluator(
     keys = jax.random.split(jax.random.key(options.seed + 1), 6)
     null = config.null_label
 
-    draws = max(options.evaluation_images // len(problem.constraints), 8)
-    tested = np.concatenate(
-        [one.indices[_spread(len(one.indices), draws, rng)] for one in problem.constraints]
-    )
-    owner = np.repeat(np.arange(len(problem.constraints)), draws)
+    # Draw k of every constraint before draw k + 1 of any: time steps are stratified over a
+    # batch, and each constraint must get its share of all of them.
+    draws = max(options.evaluation_images // len(problem.constraints), LEAST_DRAWS)
+    tested = np.stack(
+        [one.indices[_spread(len(one.indices), draws, rng)] for one in problem.constraints], axis=1
+    ).ravel()
+    owner = np.tile(np.arange(len(problem.constraints)), draws)
     tested_images = data.take(problem.forget, tested)
     tested_cond = under_null(tested_images.labels, null, options.null_share, rng)
     held = data.take(

@@ -164,6 +164,8 @@ def forward_kl(
         params: Params, reference: Params, key: Array, batch: Batch, axis_name: str | None
     ) -> Losses:
         forget, parts = batch.forget, [part for part in (batch.base, batch.kept) if part]
+        if not parts:
+            raise ValueError("a batch needs examples in kept or in base: it has no objective.")
         rows: Examples = _concatenate(*parts)
         based = 0 if batch.base is None else batch.base.x_0.shape[0]
         pairs = forget.x_0.shape[0] if estimator == "importance" else 0

@@ -446,7 +446,7 @@ def _report(
             "notes": list(problem.notes),
             "thresholds": ", ".join(options.threshold),
             "options": {
-                name: str(value) if isinstance(value, (pathlib.Path, tuple)) else value
+                name: ", ".join(value) if isinstance(value, tuple) else value
                 for name, value in saved.items()
             },
         },

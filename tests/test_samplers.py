@@ -193,6 +193,26 @@ def test_clipping_bounds_the_estimate_of_the_image():
         np.testing.assert_allclose(out, [[0.5], [-0.5]], rtol=1e-6)
 
 
+def test_ddim_takes_the_noise_that_fits_the_clipped_image():
+    """x_t = α x̂_0 + σ ε̂ must hold of the clipped x̂_0, of which x_s is the new mixture."""
+    schedule = schedules.noise_schedule(trained_betas=[0.19, 0.5, 0.7], clip_range=0.5)
+    alphas_cumprod = np.array([0.81, 0.405])
+    (alpha_s, alpha_t), (sigma_s, sigma_t) = np.sqrt([alphas_cumprod, 1 - alphas_cumprod])
+    x_t = np.array([[1.5], [0.2], [-2.0]])
+    x_0 = np.clip((x_t - sigma_t * 0.4) / alpha_t, -0.5, 0.5)
+    assert (np.abs(x_0) == 0.5).sum() == 2
+    expected = alpha_s * x_0 + sigma_s * (x_t - alpha_t * x_0) / sigma_t
+    got = samplers.ddim_step(
+        jnp.full((3, 1), 0.4),
+        x_t=jnp.float32(x_t),
+        noise=jnp.full((3, 1), jnp.pi),
+        log_snr_t=schedule.log_snr[1],
+        log_snr_s=schedule.log_snr[0],
+        schedule=schedule,
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["ddim", "ddpm"])
 def test_trajectory_holds_the_inputs_of_every_step(method):
     schedule = schedules.noise_schedule(num_steps=30, beta_end=0.3, spacing="linspace")
@@ -359,6 +379,7 @@ def test_ddim_step_of_diffusers(options, eta):
             int(times[k]),
             torch.tensor(x_t),
             eta=eta,
+            use_clipped_model_output=True,
             variance_noise=torch.tensor(noise) if eta else None,
         ).prev_sample
         got = samplers.ddim_step(
@@ -388,7 +409,9 @@ def test_whole_ddim_chain_of_diffusers(options):
     x = np.float32(np.random.default_rng(0).normal(size=(2, 1, 2, 2)))
     expected = torch.tensor(x)
     for t in theirs.timesteps:
-        expected = theirs.step(torch.tanh(0.8 * expected), int(t), expected).prev_sample
+        output = torch.tanh(0.8 * expected)
+        step = theirs.step(output, int(t), expected, use_clipped_model_output=True)
+        expected = step.prev_sample
     got = samplers.sample(
         lambda x_t, t: jnp.tanh(0.8 * x_t), ours, jax.random.key(0), jnp.asarray(x), steps=10
     )

@@ -88,9 +88,8 @@ def _nonlinear(forward, options):
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("channels", [1, 8])
-def test_gradients_equal_those_of_lax(options, channels):
-    x, params = given(**options, channels=channels)
+def test_gradients_equal_those_of_lax(options):
+    x, params = given(**options)
     actual, expected = (
         jax.grad(_nonlinear(forward, options), argnums=(0, 1))(params, x)
         for forward in (conv, by_lax)
@@ -100,8 +99,9 @@ def test_gradients_equal_those_of_lax(options, channels):
     )
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_second_derivatives_equal_those_of_lax(options):
+@pytest.mark.parametrize("name", ["same", "uneven_padding"])
+def test_second_derivatives_equal_those_of_lax(name):
+    options = CASES[name]
     x, params = given(**options)
     direction = jax.tree.map(
         lambda leaf: jnp.asarray(values(*leaf.shape, seed=3), leaf.dtype), (params, x)
