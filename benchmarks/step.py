@@ -73,7 +73,7 @@ def draws(key, weighting, batch):
 
 
 def ours(rows):
-    """The step: a function of no arguments that takes one, and the seconds until it was ready."""
+    """The step: a function of no arguments that takes one, and what compiling it took."""
     model, _, _, algorithm, batch = make(rows)
     state, key = algorithm.init(model.params, [THRESHOLD]), jax.random.key(0)
     times = [time.perf_counter()]
@@ -90,7 +90,14 @@ def ours(rows):
         jax.block_until_ready((state, info))
 
     names = ("trace", "lower", "compile")
-    return once, dict(zip(names, np.diff(times).tolist(), strict=True))
+    parts = zip(names, np.diff(times), strict=True)
+    listed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts)
+    return once, f"{listed}; {buffers(compiled)}"
+
+
+def buffers(compiled):
+    """What XLA plans to hold beside arguments and results; peak residence includes compiling."""
+    return f"temporary buffers {compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB"
 
 
 def floor(rows):
@@ -116,7 +123,7 @@ def floor(rows):
     reference = jax.tree.map(jnp.copy, model.params)
     given = (model.params, reference, x_t, drawn.t, cond, drawn.noise)
     compiled = evaluate.lower(*given).compile()
-    return lambda: jax.block_until_ready(compiled(*given)), None
+    return lambda: jax.block_until_ready(compiled(*given)), buffers(compiled)
 
 
 class TorchStep:
@@ -301,8 +308,7 @@ def main():
     for name in names:
         steps[name], compiling = VARIANTS[name](rows)
         if compiling:
-            listed = ", ".join(f"{part} {value:.1f} s" for part, value in compiling.items())
-            print(f"{name}: {listed}")
+            print(f"{name}: {compiling}")
         steps[name]()
     for _ in range(rounds):
         for name in names:

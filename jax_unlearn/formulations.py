@@ -106,6 +106,7 @@ def forward_kl(
     mixing: float = 0.5,
     balance: float = 1.0,
     project: multipliers.Projection | None = None,
+    reference_values: ArrayLike | None = None,
 ) -> Formulation:
     """FU: min KL(q‖p) subject to KL(q_i‖p) ≥ b_i, for q and q_i given by images.
 
@@ -146,6 +147,11 @@ def forward_kl(
         space the domain is Σ λ_i q_i ≤ q almost everywhere. Samples cannot check that, but
         its integral, Σ λ_i ≤ 1, is necessary: beyond it the Lagrangian falls without bound by
         making every image unlikely alike.
+      reference_values: the reference model's own constraint values, [m], measured well
+        beforehand; or None. With them a constraint's value is estimated by
+        reference_value_i + mean(loss of θ − loss of the reference) on the same noise: the
+        gradient is the same, and the noise of a draw, which the two share, cancels. Costs a
+        frozen forward of the images to forget, in one pass with that of the kept ones.
 
     Returns:
       A Formulation over `Batch`, in the unit of the weights.
@@ -199,51 +205,55 @@ def forward_kl(
             x_t = jnp.concatenate([mixed.x_t, x_t[pairs:]])
             cond = _concatenate(forget.cond, _rows(cond, slice(pairs, None)))
             target = jnp.concatenate([mixed.noise_x, target[pairs:]])
-        if batch.kept is not None and estimator != "norm_balanced":
-            frozen = losses.predict_epsilon(
-                apply,
-                reference,
-                schedule,
-                x_t=x_t[based:],
-                t=t[based:],
-                cond=_rows(cond, slice(based, None)),
-            )
-            target = jnp.concatenate([target[:based], frozen])
-
+        count = x_t.shape[0]
+        forgotten, noise, weight = slice(0, pairs), drawn.noise, jnp.ones((count,))
+        diagnostics = {}
         if mixed is None:
             other = losses.draw(keys[2], forget.x_0, weighting.probabilities, axis_name=axis_name)
             noisy = schedules.add_noise(
                 x_0=forget.x_0, noise=other.noise, log_snr=schedule.log_snr[other.t]
             )
-            epsilon = losses.predict_epsilon(
-                apply,
-                params,
-                schedule,
-                x_t=jnp.concatenate([x_t, noisy]),
-                t=jnp.concatenate([t, other.t]),
-                cond=_concatenate(cond, forget.cond),
-            )
-            ours, forgotten = jnp.split(epsilon, [x_t.shape[0]])
-            return Losses(
-                objective=scale * losses.squared_error(ours, target),
-                constraint=losses.importance(weighting, other.t)
-                * losses.squared_error(forgotten, other.noise),
-                index=forget.constraint,
-                diagnostics={},
-            )
-
-        ours = losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=cond)
-        weight = jnp.concatenate([mixed.weight_x, jnp.ones_like(scale[pairs:])])
-        return Losses(
-            objective=weight * scale * losses.squared_error(ours, target),
-            constraint=mixed.weight_a
-            * scale[:pairs]
-            * losses.squared_error(ours[:pairs], mixed.noise_a),
-            index=forget.constraint,
-            diagnostics={
+            x_t, t = jnp.concatenate([x_t, noisy]), jnp.concatenate([t, other.t])
+            cond = _concatenate(cond, forget.cond)
+            forgotten, noise = slice(count, None), other.noise
+            forget_scale = losses.importance(weighting, other.t)
+        else:
+            noise = mixed.noise_a
+            forget_scale = mixed.weight_a * scale[:pairs]
+            weight = weight.at[:pairs].set(mixed.weight_x)
+            diagnostics = {
                 "ess_retain": losses.effective_sample_size(mixed.weight_x, axis_name=axis_name),
                 "ess_forget": losses.effective_sample_size(mixed.weight_a, axis_name=axis_name),
-            },
+            }
+
+        distils = batch.kept is not None and estimator != "norm_balanced"
+        controlled = reference_values is not None
+        # One frozen forward over the rows that need it: the kept, the forgotten, or both.
+        start = 0 if controlled and pairs else based if distils else count
+        stop = x_t.shape[0] if controlled else count
+        frozen = jnp.zeros_like(x_t)
+        if start < stop:
+            part = slice(start, stop)
+            frozen = frozen.at[part].set(
+                losses.predict_epsilon(
+                    apply, reference, schedule, x_t=x_t[part], t=t[part], cond=_rows(cond, part)
+                )
+            )
+        if distils:
+            target = jnp.concatenate([target[:based], frozen[based:count]])
+
+        ours = losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=cond)
+        constraint = losses.squared_error(ours[forgotten], noise)
+        if controlled:
+            constraint -= losses.squared_error(frozen[forgotten], noise)
+        constraint = forget_scale * constraint
+        if controlled:
+            constraint += jnp.asarray(reference_values)[forget.constraint]
+        return Losses(
+            objective=weight * scale * losses.squared_error(ours[:count], target),
+            constraint=constraint,
+            index=forget.constraint,
+            diagnostics=diagnostics,
         )
 
     return Formulation(

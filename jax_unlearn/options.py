@@ -54,9 +54,9 @@ class RunOptions:
     """Share of images shown under the null label, where the model has one; in [0, 1]."""
     learning_rate: float = 5e-4
     """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
-    dual_learning_rate: float = 0.05
+    dual_learning_rate: float = 0.02
     """Ascent rate of the multipliers' sum, for violations relative to the reference's values."""
-    dual_damping: float = 0.5
+    dual_damping: float = 0.2
     """Proportional gain of the multipliers' PI controller, on the same scale; 0 is plain ascent."""
     balance: float = 1.0
     """"norm_balanced": largest norm of the constraints' gradient, as a share of the objective's."""

@@ -222,6 +222,7 @@ def _run(
         estimator=options.estimator,
         balance=options.balance,
         project=multipliers.capped_simplex(1 - options.max_multiplier),
+        reference_values=jnp.asarray(before.constraints.value, jnp.float32),
     )
     warmup = min(20, max(options.steps // 10, 1))
     rate = optax.warmup_cosine_decay_schedule(

@@ -259,3 +259,47 @@ def test_a_batch_without_an_objective_is_refused():
     batch = batch_of(kept=False, base=False)
     with pytest.raises(ValueError, match="kept or in base"):
         formulation.losses(jnp.float32(PARAMS), REFERENCE, jax.random.key(0), batch, None)
+
+
+@pytest.mark.parametrize("estimator", ["two_term", "importance", "norm_balanced"])
+def test_reference_values_keep_the_gradient_and_cancel_the_noise(estimator):
+    """With the exact reference values the constraint's mean is unchanged and its spread falls."""
+    schedule = schedules.noise_schedule("squaredcos_cap_v2", num_steps=20)
+    weighting = losses.time_weighting(losses.simple_weights(20, 1))
+    key = jax.random.key(3)
+
+    def linear(params, x_t, t, cond):
+        return params["a"][t][:, None, None, None] * x_t + params["b"]
+
+    reference = {"a": jnp.sqrt(jax.nn.sigmoid(-schedule.log_snr)), "b": jnp.zeros(())}
+    params = {"a": reference["a"] + 0.02, "b": jnp.array(0.05)}
+    x_0 = jax.random.normal(key, (4096, 1, 1, 1))
+    batch = formulations.Batch(
+        kept=formulations.Examples(x_0, None),
+        base=None,
+        forget=formulations.Forget(x_0 + 0.1, None, jnp.arange(4096) % 2),
+    )
+
+    def values(given, params, key):
+        formulation = formulations.forward_kl(
+            linear, schedule, weighting, estimator=estimator, reference_values=given
+        )
+        found = formulation.losses(params, reference, key, batch, None)
+        return jnp.zeros(2).at[found.index].add(found.constraint) / 2048, found.constraint
+
+    keys = jax.random.split(key, 40)
+    exact = jax.vmap(lambda k: values(None, reference, k)[0])(keys).mean(axis=0)
+    plain, plain_rows = values(None, params, key)
+    controlled, controlled_rows = values(exact, params, key)
+    gradient, other = (
+        jax.jacrev(lambda p, given=given: values(given, p, key)[0])(params)
+        for given in (None, exact)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, other
+    )
+    assert controlled_rows.std() < 0.5 * plain_rows.std()
+    error = 4 * float(plain_rows.std()) / np.sqrt(2048)
+    np.testing.assert_allclose(controlled, plain, atol=error)
+    _, at_reference = values(exact, reference, key)
+    np.testing.assert_allclose(at_reference, exact[batch.forget.constraint], rtol=1e-6)
