@@ -30,7 +30,7 @@ def path_kl_weights(schedule: schedules.NoiseSchedule, variance: str = "fixed_sm
     (Ho et al. 2020, eq. 12). At t = 0 the posterior variance vanishes; as Ho et al. do, that
     of t = 1 stands in for it, so that w_0 = β_0²/(2 v_1 α_0 (1−ᾱ_0)) with v_1 the posterior
     variance of t = 1. At a zero terminal SNR, where ε carries no image, the last weight is
-    infinite; use `schedule.num_steps − 1` steps there.
+    infinite. Computed in float64 on the host: the schedule must not be traced.
 
     By the data-processing inequality the path KL bounds the KL of the two image
     distributions from above: "path KL ≥ b" is weaker than "KL ≥ b".
@@ -147,7 +147,7 @@ def nelbo_terms(
       key: a PRNG key; the same key gives the same noise and time steps for every params.
       x_0: images [batch, height, width, channels] on the 256 levels of [−1, 1].
       cond: the condition of each image.
-      draws: time steps drawn for each image, stratified over draws and images.
+      draws: time steps drawn for each image; each draw is stratified over the images.
       probabilities: of t, [T]; None draws in proportion to √w_t.
 
     Returns:

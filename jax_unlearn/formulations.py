@@ -104,7 +104,7 @@ def forward_kl(
     *,
     estimator: str = "two_term",
     mixing: float = 0.5,
-    balance: float = 1.0,
+    balance: float = 2.0,
     project: multipliers.Projection | None = None,
     reference_values: ArrayLike | None = None,
 ) -> Formulation:
@@ -125,13 +125,14 @@ def forward_kl(
       "importance": forgotten image j shares one noisy image, drawn from a mixture of the two
         (`losses.mixture`) under the forgotten one's condition, with image j of
         `batch.base`, or of `batch.kept` where there is no base; all others are used as in
-        "two_term". Needs at least as many of them as of forgotten images. Diagnostics
+        "two_term". Needs at least as many of them as of forgotten images; with as many, a
+        batch spread over devices has the same pairs. Diagnostics
         `ess_retain`, `ess_forget`: effective sample sizes as shares of the batch; where they
         are near the mixing shares (1−γ, γ) the weights have saturated and nothing is gained
         over "two_term".
       "norm_balanced": "two_term", and the constraints' part of the gradient is shortened to
         at most `balance` times the norm of the objective's: a trust region against a large
-        multiplier. With balance ≥ 1 the stationary points of the Lagrangian stay the same,
+        multiplier. With balance > 1 the stationary points of the Lagrangian stay the same,
         since both parts have one norm there. Kept rows regress on the noise here, as in
         SISS: the gradient of their path KL is zero at the reference, and would let nothing
         move.

@@ -51,10 +51,10 @@ def capped_simplex(margin: float = 1e-3) -> Projection:
 
 
 class NuPIState(NamedTuple):
-    """ξ_{k−1}, the smoothed violations, and how many updates there were."""
+    """ξ_{k−1}, the smoothed violations, and which constraints have had one."""
 
     smoothed: Array
-    count: Array
+    seen: Array
 
 
 def nu_pi(
@@ -64,7 +64,8 @@ def nu_pi(
 
     ξ_k = ν ξ_{k−1} + (1−ν) e_k, ξ_0 = e_0;  λ_{k+1} = λ_k + κ_i e_k + κ_p (ξ_k − ξ_{k−1}), where
     e_k is the violation. κ_p = 0 is gradient ascent; κ_p > 0 damps the multiplier's
-    oscillations about the boundary, as a PI controller does.
+    oscillations about the boundary, as a PI controller does. A violation of exactly 0 is that
+    of a constraint without an example in the batch: its ξ and λ stay as they are.
 
     Args:
       integral: κ_i ≥ 0.
@@ -73,18 +74,18 @@ def nu_pi(
     """
 
     def init(multipliers: Array) -> NuPIState:
-        return NuPIState(jnp.zeros_like(multipliers), jnp.zeros((), jnp.int32))
+        return NuPIState(jnp.zeros_like(multipliers), jnp.zeros(multipliers.shape, bool))
 
     def update(
         updates: Array, state: NuPIState, params: Array | None = None
     ) -> tuple[Array, NuPIState]:
         del params
-        previous = jnp.where(state.count == 0, updates, state.smoothed)
-        share = jnp.asarray(nu)
-        smoothed = share * previous + (1 - share) * updates
-        change = -(
-            jnp.asarray(integral) * updates + jnp.asarray(proportional) * (smoothed - previous)
+        share, present = jnp.asarray(nu), updates != 0
+        previous = jnp.where(state.seen, state.smoothed, updates)
+        smoothed = jnp.where(present, share * previous + (1 - share) * updates, state.smoothed)
+        change = jnp.asarray(integral) * updates + jnp.where(
+            present, jnp.asarray(proportional) * (smoothed - previous), 0.0
         )
-        return change, NuPIState(smoothed, state.count + 1)
+        return -change, NuPIState(smoothed, state.seen | present)
 
     return optax.GradientTransformation(init, update)  # pyrefly: ignore

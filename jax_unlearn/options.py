@@ -58,7 +58,7 @@ class RunOptions:
     """Ascent rate of the multipliers' sum, for violations relative to the reference's values."""
     dual_damping: float = 0.2
     """Proportional gain of the multipliers' PI controller, on the same scale; 0 is plain ascent."""
-    balance: float = 1.0
+    balance: float = 2.0
     """"norm_balanced": largest norm of the constraints' gradient, as a share of the objective's."""
     max_multiplier: float = 0.9
     """Bound on the sum of the multipliers, inside (0, 1): at 1 the problem is unbounded. A sum that

@@ -54,7 +54,7 @@ class PrimalDualInfo(NamedTuple):
       values: of the constraints, [m]; NaN for one with no example in the batch.
       violations: sign · (threshold − value), [m]; 0 for one with no example.
       multipliers: after the dual step, [m].
-      gradient_norm: of the Lagrangian in the parameters, before any clipping.
+      gradient_norm: of the gradient in the parameters that the optimizer is given.
       finite: whether losses and gradient were; if not, the state was left as it was.
       diagnostics: of the formulation.
     """

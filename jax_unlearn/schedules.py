@@ -108,7 +108,7 @@ def noise_schedule(
       **options: further fields of `NoiseSchedule`.
 
     Raises:
-      ValueError: for an unknown name, or betas outside [0, 1).
+      ValueError: for an unknown name, or betas outside (0, 1).
     """
     if trained_betas is not None:
         betas = np.asarray(trained_betas, np.float64)
@@ -145,8 +145,9 @@ def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     """Makes the noise schedule of a diffusers `scheduler_config.json`.
 
     DDPM, DDIM, PNDM and the other discrete schedulers share the fields that define the
-    process a network was trained on; missing ones take diffusers' defaults. Fields of a
-    particular solver, whose names are not read here, do not change that process.
+    process a network was trained on; missing ones take diffusers' defaults for the class (DDPM
+    and DDIM clip x_0, PNDM and the ODE solvers do not). Fields of a particular solver, whose
+    names are not read here, do not change that process.
 
     Raises:
       ValueError: for a schedule, prediction or variance type that is not supported.
@@ -161,7 +162,11 @@ def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
         variance = "fixed_small"
     if variance not in _VARIANCE_TYPES:
         raise ValueError(f"variance_type {variance!r} is not one of {_VARIANCE_TYPES}.")
-    clip = config.get("clip_sample", True)
+    # DDPM and DDIM, also under names such as DDPMParallelScheduler, have other defaults than the
+    # schedulers that came after them.
+    kind = config.get("_class_name", "DDPMScheduler")
+    early, pndm = kind.startswith(("DDPM", "DDIM")), kind == "PNDMScheduler"
+    clip = config.get("clip_sample", early)
     return noise_schedule(
         config.get("beta_schedule", "linear"),
         num_steps=config.get("num_train_timesteps", 1000),
@@ -172,9 +177,9 @@ def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
         prediction_type=config.get("prediction_type", "epsilon"),
         variance_type=variance,
         clip_range=float(config.get("clip_sample_range", 1.0)) if clip else None,
-        spacing=config.get("timestep_spacing", "leading"),
+        spacing=config.get("timestep_spacing", "leading" if early or pndm else "linspace"),
         steps_offset=config.get("steps_offset", 0),
-        final_alpha_cumprod_one=config.get("set_alpha_to_one", True),
+        final_alpha_cumprod_one=config.get("set_alpha_to_one", not pndm),
     )
 
 
