@@ -12,7 +12,7 @@ import optax
 
 from jax_unlearn.typing import Array, ArrayLike
 
-__all__ = ["NuPIState", "box", "capped_simplex", "non_negative", "nu_pi"]
+__all__ = ["NuPIState", "box", "capped_simplex", "l1_ball", "non_negative", "nu_pi"]
 
 Projection = Callable[[Array], Array]
 
@@ -48,6 +48,20 @@ def capped_simplex(margin: float = 1e-3) -> Projection:
         return jnp.where(positive.sum() <= 1.0 - margin, positive, on_face)
 
     return project
+
+
+def l1_ball(margin: float = 1e-3) -> Projection:
+    """Euclidean projection onto {Σ |λ_i| ≤ 1 − margin}: the capped simplex for equalities.
+
+    With it value_i = b_i is asked in place of value_i ≥ b_i: a negative multiplier draws a value
+    that lies beyond its threshold back to it.
+
+    Raises:
+      ValueError: unless 0 < margin < 1.
+    """
+    if not 0 < margin < 1:
+        raise ValueError(f"margin must lie inside (0, 1), not be {margin}.")
+    return lambda multipliers: optax.projections.projection_l1_ball(multipliers, 1.0 - margin)
 
 
 class NuPIState(NamedTuple):

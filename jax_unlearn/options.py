@@ -61,8 +61,8 @@ class RunOptions:
     balance: float = 2.0
     """"norm_balanced": largest norm of the constraints' gradient, as a share of the objective's."""
     max_multiplier: float = 0.9
-    """Bound on the sum of the multipliers, inside (0, 1): at 1 the problem is unbounded. A sum that
-    stays at its bound means that the constraints cannot be met at that price."""
+    """Bound on the sum of the multipliers' sizes, inside (0, 1): at 1 the problem is unbounded. A
+    sum that stays at its bound means that the constraints cannot be met at that price."""
     held_out_share: float = 0.2
     """Share of the retained images held out, to calibrate and judge on, never trained on."""
     evaluation_images: int = 512

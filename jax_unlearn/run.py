@@ -215,13 +215,19 @@ def _run(
     # Violations relative to the reference's values, averaged over the constraints: one rate
     # serves every unit and every number of constraints.
     scale = 1.0 / np.maximum(before.constraints.value, 1e-12) / len(thresholds)
+    # "And no less": where images are forgotten and not a whole label, a calibrated threshold is
+    # approached from both sides. A label is given to the kept images instead, and its own may
+    # become as unlikely as that makes them.
+    calibrated = all(one.threshold == "calibrated" for one in problem.constraints)
+    equal = calibrated and not problem.forgotten_labels
+    domain = multipliers.l1_ball if equal else multipliers.capped_simplex
     formulation = forward_kl(
         pretrained.apply,
         pretrained.schedule,
         weighting,
         estimator=options.estimator,
         balance=options.balance,
-        project=multipliers.capped_simplex(1 - options.max_multiplier),
+        project=domain(1 - options.max_multiplier),
         reference_values=jnp.asarray(before.constraints.value, jnp.float32),
     )
     warmup = min(20, max(options.steps // 10, 1))

@@ -103,3 +103,34 @@ def test_nu_pi_without_its_proportional_part_is_gradient_ascent():
     got = run(multipliers.nu_pi(0.3, 0.0, 0.5))
     np.testing.assert_allclose(got, run(optax.sgd(0.3)), atol=1e-6)
     np.testing.assert_allclose(got[-1], 0.3 * VIOLATIONS.sum(axis=0), atol=1e-5)
+
+
+def test_nu_pi_leaves_a_constraint_without_examples_alone():
+    controller = multipliers.nu_pi(0.1, 0.5, 0.3)
+    both, alone = controller.init(jnp.zeros(2)), controller.init(jnp.zeros(1))
+    for first, second in [(0.0, 1.0), (2.0, 0.0), (1.5, 0.0), (0.0, 3.0), (-1.0, 2.0)]:
+        change, both = controller.update(-jnp.array([first, second]), both)
+        if first:
+            expected, alone = controller.update(-jnp.array([first]), alone)
+            np.testing.assert_allclose(change[0], expected[0], rtol=1e-6)
+        else:
+            assert change[0] == 0
+    np.testing.assert_allclose(both.smoothed[0], alone.smoothed[0], rtol=1e-6)
+
+
+def test_l1_ball_is_the_nearest_point():
+    rng = np.random.default_rng(5)
+    for scale in (0.1, 1.0, 4.0):
+        point = scale * rng.normal(size=4)
+        got = np.asarray(multipliers.l1_ball(0.2)(jnp.asarray(point, jnp.float32)))
+        # In positive and negative parts the ball is a simplex, which SLSQP handles.
+        found = optimize.minimize(
+            lambda z, point=point: ((z[:4] - z[4:] - point) ** 2).sum(),
+            np.full(8, 0.01),
+            bounds=[(0, None)] * 8,
+            constraints={"type": "ineq", "fun": lambda z: 0.8 - z.sum()},
+            options={"ftol": 1e-12, "maxiter": 500},
+        )
+        np.testing.assert_allclose(got, found.x[:4] - found.x[4:], atol=2e-4)
+    with pytest.raises(ValueError, match="margin"):
+        multipliers.l1_ball(1.0)

@@ -315,3 +315,31 @@ def test_timesteps_of_diffusers(scheduler, spacing, offset):
     for steps in (1, 2, 7, 30, 50, 333, 999):
         theirs.set_timesteps(steps)
         np.testing.assert_array_equal(schedules.timesteps(ours, steps), theirs.timesteps.numpy())
+
+
+@pytest.mark.parametrize(
+    ("kind", "clips", "spacing", "final_one"),
+    [
+        ("DDPMScheduler", True, "leading", True),
+        ("DDIMScheduler", True, "leading", True),
+        ("PNDMScheduler", False, "leading", False),
+        ("EulerDiscreteScheduler", False, "linspace", True),
+    ],
+)
+def test_missing_options_take_the_defaults_of_the_class(kind, clips, spacing, final_one):
+    schedule = schedules.from_diffusers({"_class_name": kind})
+    assert (schedule.clip_range is not None) == clips
+    assert schedule.spacing == spacing
+    assert schedule.final_alpha_cumprod_one == final_one
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler"])
+def test_the_defaults_of_the_class_are_those_of_diffusers(kind):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = getattr(diffusers, kind)().config
+    ours = schedules.from_diffusers({"_class_name": kind})
+    full = schedules.from_diffusers({"_class_name": kind, **theirs})
+    assert ours.spacing == theirs["timestep_spacing"] == full.spacing
+    assert (ours.clip_range is not None) == bool(theirs.get("clip_sample", False))
+    assert ours.final_alpha_cumprod_one == theirs.get("set_alpha_to_one", True)
