@@ -111,6 +111,12 @@ def _unlearn(command: str, options: RunOptions) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signal
+    except KeyboardInterrupt:  # While measuring; the steps themselves stop as Interrupted.
+        print(
+            f"stopped. Go on with: jax-unlearn {command} --out {options.out} --resume",
+            file=sys.stderr,
+        )
+        return 130
     except NotFinite as stop:
         print(f"jax-unlearn: {stop}", file=sys.stderr)
         return 1

@@ -244,7 +244,7 @@ def _run(
         ),
     )
     state = algorithm.init(pretrained.params, thresholds)
-    # run() is one computation; a step's key follows from the seed and the state's own count.
+    # A step's key follows from the seed and the state's own count: nothing more to save.
     key = jax.random.key(options.seed)
     mesh = sharding.data_mesh() if jax.device_count() > 1 else None
 
@@ -267,6 +267,7 @@ def _run(
         state, timing["first_step"] = _train(
             problem,
             options,
+            command,
             state,
             lambda state, batch: compiled(key, state, batch),
             lambda batch: batch if mesh is None else sharding.shard_batch(batch, mesh),
@@ -302,6 +303,7 @@ def _run(
 def _train(
     problem: Problem,
     options: RunOptions,
+    command: str,
     state: PrimalDualState,
     step: Callable[[PrimalDualState, Batch], Any],
     place: Callable[[Batch], Batch],
@@ -318,7 +320,6 @@ def _train(
     bar = tqdm(
         total=options.steps, initial=first, unit="step", disable=not progress, dynamic_ncols=True
     )
-    resume = f"jax-unlearn … --out {options.out} --resume"
     host = {"seed": options.seed}
     with bar, metrics_path.open("a") as log, _stop_signals() as received:
 
@@ -368,7 +369,9 @@ def _train(
             if received:
                 checkpoints.wait()
                 raise Interrupted(
-                    f"stopped after step {number}; saved. Go on with: {resume}", received[0]
+                    f"stopped after step {number}; saved. Go on with: "
+                    f"jax-unlearn {command} --out {options.out} --resume",
+                    received[0],
                 )
     return state, first_step
 
