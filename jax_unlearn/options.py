@@ -65,7 +65,7 @@ class RunOptions:
     sum that stays at its bound means that the constraints cannot be met at that price."""
     held_out_share: float = 0.2
     """Share of the retained images held out, to calibrate and judge on, never trained on."""
-    evaluation_images: int = 512
+    evaluation_images: int = 384
     """Images (or draws) that each reported estimate is made from."""
     samples: int = 32
     """Samples drawn for each label before and after; 0 draws none and skips their metrics."""

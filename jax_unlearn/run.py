@@ -247,6 +247,8 @@ def _run(
     # A step's key follows from the seed and the state's own count: nothing more to save.
     key = jax.random.key(options.seed)
     mesh = sharding.data_mesh() if jax.device_count() > 1 else None
+    if mesh is not None:
+        state, key = sharding.replicate((state, key), mesh)
 
     def step(key: Array, state: PrimalDualState, raw: Batch) -> Any:
         unit = raw._replace(

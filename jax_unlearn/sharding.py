@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["data_mesh", "jit_step", "pmap_step", "shard_batch"]
+__all__ = ["data_mesh", "jit_step", "pmap_step", "replicate", "shard_batch"]
 
 AXIS = "data"
 
@@ -31,6 +31,15 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
                 f"choose a multiple of {mesh.size}."
             )
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Puts arrays whole on every device of the mesh.
+
+    Do this with the first state, which is on one device: `jit_step` would take it as it is, and
+    compile once more when its own, replicated, state comes back.
+    """
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
