@@ -98,6 +98,8 @@ def _unlearn(command: str, options: RunOptions) -> int:
 
     if isinstance(options, DemoOptions):
         pretrained = load_pretrained(embedded.model_path())
+        config = dataclasses.replace(pretrained.config, source="the embedded model")
+        pretrained = pretrained._replace(config=config)
         problem, options = from_embedded(pretrained, options)
         judge = embedded.judge()
     else:

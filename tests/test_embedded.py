@@ -2,13 +2,16 @@ import importlib.util
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+import jax_unlearn
 from jax_unlearn import embedded
 from jax_unlearn.metrics import agreement
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "unet_2d"
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +85,14 @@ def test_the_judge_holds_out_what_the_model_holds_out(monkeypatch):
     splits = (_example(name).split(labels) for name in ("train_judge", "train_embedded_model"))
     for ours, theirs in zip(*splits, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_embedded_model_predicts_what_torch_diffusers_does():
+    """The whole model against outputs that write_unet_fixtures.py stored with torch."""
+    model = jax_unlearn.load_pretrained(embedded.model_path())
+    with np.load(FIXTURES / "embedded.npz") as stored, jax.default_matmul_precision("highest"):
+        ours = jax.jit(model.apply)(model.params, stored["x_t"], stored["t"], stored["cond"])
+        error = np.linalg.norm(ours - stored["output"]) / np.linalg.norm(stored["output"])
+    assert error < 1e-5
+    assert model.config.null_label == 10
+    assert model.config.id2label[1] == "Trouser"
