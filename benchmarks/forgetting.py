@@ -18,7 +18,7 @@ import numpy as np
 from jax_unlearn import cli
 
 TASKS = {
-    "class": ["--forget", "Trouser", "--samples", "64"],
+    "class": ["--forget", "Trouser", "--samples", "64", "--evaluation-images", "512"],
     "images": [
         "--forget", "repeated", "--samples", "16", "--learning-rate", "1e-4",
     ],
