@@ -13,7 +13,7 @@ from jax_unlearn.options import RunOptions
 from jax_unlearn.problem import Problem, under_null
 from jax_unlearn.typing import Array, Estimate, Params
 
-__all__ = ["Evaluation", "Measured", "evaluator", "make_weighting"]
+__all__ = ["Evaluation", "Measured", "estimate", "evaluator", "make_weighting"]
 
 BATCH = 64
 NELBO_DRAWS = 8
@@ -28,6 +28,8 @@ class Measured(NamedTuple):
       objective: path KL to the reference on held-out images, in the weighting's unit.
       constraints: the loss of each constraint's images, [m].
       calibration: the same loss on held-out images.
+      nelbo: "forgotten", "held_out", "retained" -> the NELBO of each image shown, bits/dim, [n];
+        a set smaller than n is shown several times, with other noise.
       metrics: name -> number, Estimate, or a further level of names.
       samples: uint8 [labels, samples, height, width, channels]; unconditional models have one
         row; None where none were asked for.
@@ -37,6 +39,7 @@ class Measured(NamedTuple):
     objective: Estimate
     constraints: Estimate
     calibration: Estimate
+    nelbo: dict[str, np.ndarray]
     metrics: dict[str, Any]
     samples: np.ndarray | None
     reconstructions: np.ndarray
@@ -56,7 +59,8 @@ class Evaluation(NamedTuple):
     labels: tuple[int, ...]
 
 
-def _mean(values: np.ndarray) -> Estimate:
+def estimate(values: np.ndarray) -> Estimate:
+    """The mean of independent values [n] and its standard error (NaN for one value)."""
     stderr = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return Estimate(np.asarray(values.mean()), np.asarray(stderr))
 
@@ -223,8 +227,8 @@ def evaluator(
         ("held_out", problem.held_out),
         ("retained", problem.retain),
     ):
-        wanted = min(len(images.pixels), options.evaluation_images // 2)
-        likelihood_sets[name] = data.take(images, _spread(len(images.pixels), max(wanted, 1), rng))
+        shown_images = _spread(len(images.pixels), max(options.evaluation_images // 2, 1), rng)
+        likelihood_sets[name] = data.take(images, shown_images)
     shown = data.take(
         problem.forget,
         _spread(len(problem.forget.pixels), min(RECONSTRUCTED, len(problem.forget.pixels)), rng),
@@ -275,32 +279,29 @@ def evaluator(
             tested_images.pixels,
             tested_cond,
         )
-        by_constraint = [_mean(values[owner == i]) for i in range(len(problem.constraints))]
+        by_constraint = [estimate(values[owner == i]) for i in range(len(problem.constraints))]
         calibration = _in_batches(
             lambda key, x, c: constraint_losses(params, key, x, c), keys[1], held.pixels, held_cond
         )
         objective = _in_batches(
             lambda key, x, c: path_kl(params, key, x, c), keys[2], held.pixels, held.labels
         )
-        found: dict[str, Any] = {
-            "nelbo": {
-                name: _mean(
-                    _in_batches(
-                        lambda key, x, c: nelbo(params, key, x, c),
-                        keys[3],
-                        images.pixels,
-                        images.labels,
-                    )
-                )
-                for name, images in likelihood_sets.items()
-            }
+        nelbos = {
+            name: _in_batches(
+                lambda key, x, c: nelbo(params, key, x, c),
+                keys[3],
+                images.pixels,
+                images.labels,
+            )
+            for name, images in likelihood_sets.items()
         }
+        found: dict[str, Any] = {}
         again = _in_batches(
             lambda key, x, c: reconstruct(params, key, x, c), keys[4], shown.pixels, shown.labels
         )
         reconstructions = data.to_pixels(again)
         similar = metrics.cosine_similarity(features(reconstructions), features(shown.pixels))
-        found["similarity"] = _mean(np.asarray(similar))
+        found["similarity"] = estimate(np.asarray(similar))
         samples = None
         if options.samples:
             drawn = _in_batches(
@@ -310,12 +311,13 @@ def evaluator(
             if judge is not None:
                 found |= judge_samples(samples)
         return Measured(
-            objective=_mean(objective),
+            objective=estimate(objective),
             constraints=Estimate(
                 np.array([one.value for one in by_constraint]),
                 np.array([one.stderr for one in by_constraint]),
             ),
-            calibration=_mean(calibration),
+            calibration=estimate(calibration),
+            nelbo=nelbos,
             metrics=found,
             samples=samples,
             reconstructions=reconstructions,

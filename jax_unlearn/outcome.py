@@ -10,7 +10,7 @@ import numpy as np
 
 import jax_unlearn
 from jax_unlearn import report
-from jax_unlearn.evaluation import Evaluation, Measured
+from jax_unlearn.evaluation import Evaluation, Measured, estimate
 from jax_unlearn.options import RunOptions
 from jax_unlearn.primal_dual import Certificate
 from jax_unlearn.problem import Problem
@@ -46,25 +46,26 @@ def describe(
     unit = "mean squared error a dimension" if simple else "nats an image"
     saved = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
 
-    def estimate(one: Estimate) -> dict[str, float]:
+    def plain(one: Estimate) -> dict[str, float]:
         return {"value": float(one.value), "stderr": float(one.stderr)}
 
     def sides(name: str) -> dict[str, Any]:
         pair = {"before": before.metrics[name], "after": after.metrics[name]}
         return {
-            side: estimate(value) if isinstance(value, Estimate) else value
+            side: plain(value) if isinstance(value, Estimate) else value
             for side, value in pair.items()
         }
 
-    metrics = {name: sides(name) for name in before.metrics if name != "nelbo"}
+    metrics = {name: sides(name) for name in before.metrics}
     metrics["nelbo"] = {
         "unit": "bits/dim",
         **{
             name: {
-                "before": estimate(before.metrics["nelbo"][name]),
-                "after": estimate(after.metrics["nelbo"][name]),
+                "before": plain(estimate(before.nelbo[name])),
+                "after": plain(estimate(after.nelbo[name])),
+                "change": plain(estimate(after.nelbo[name] - before.nelbo[name])),
             }
-            for name in before.metrics["nelbo"]
+            for name in before.nelbo
         },
     }
     if "agreement" in metrics:
@@ -116,7 +117,7 @@ def describe(
         },
         "formulation": "forward_kl",
         "objective": {
-            **estimate(after.objective),
+            **plain(after.objective),
             "unit": unit,
             "description": "path KL from the reference model to the unlearned one, on held-out "
             "images under their own labels"

@@ -221,13 +221,24 @@ def test_metrics_are_optional_and_unknown_ones_are_shown(tmp_path):
             "after": {"sneaker": {"rate": 0.021, "stderr": 0.013, "count": 1234}},
         },
         "fid": {"before": 8.125, "after": 9.375},
-        "nelbo": {"held_out": pair(4.5, 7.75), "unit": "bits/dim"},
+        "nelbo": {
+            "held_out": {**pair(4.5, 7.75), "change": {"value": 3.25, "stderr": 0.0625}},
+            "unit": "bits/dim",
+        },
         "precision_at_k": pair(16.5, 32.25),
     }
     page = write(tmp_path / "some", make_report(constraint(), metrics=metrics))
     for shown in ("0.987 ± 0.011", "0.021 ± 0.013", "1,234", "to forget", "FID", "8.125", "9.375"):
         assert shown in page.text
-    for shown in ("held out", "4.50 ± 0.50", "7.75", "precision at k", "16.50 ± 0.50", "32.25"):
+    for shown in (
+        "held out",
+        "4.50 ± 0.50",
+        "7.75",
+        "3.250 ± 0.062",
+        "precision at k",
+        "16.50 ± 0.50",
+        "32.25",
+    ):
         assert shown in page.text
     assert "KID" not in page.text.replace("unbiased KID", "")
 

@@ -166,11 +166,12 @@ def _cell(entry: Any) -> tuple[Any, float | None, int | None]:
 def _metric_rows(names: tuple[str, ...], node: Any) -> list[dict[str, Any]]:
     """The rows of a metric: {"before", "after"}, with names of parts outside or inside of it."""
     if not isinstance(node, Mapping) or {"value", "rate"} & set(node):
-        return [{"names": names, "before": _cell(None), "after": _cell(node)}]
+        empty = _cell(None)
+        return [{"names": names, "before": empty, "after": _cell(node), "change": empty}]
     if not {"before", "after"} & set(node):
         parts = [(key, entry) for key, entry in node.items() if key not in ("unit", "description")]
         return [row for key, entry in parts for row in _metric_rows((*names, key), entry)]
-    sides = {side: node.get(side) for side in ("before", "after")}
+    sides = {side: node.get(side) for side in ("before", "after", "change")}
     inner: dict[str, None] = {}
     for entry in sides.values():
         if isinstance(entry, Mapping) and not {"value", "rate"} & set(entry):
@@ -208,6 +209,7 @@ def _metric_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "counted": any(
                         row[s][2] is not None for row in rows for s in ("before", "after")
                     ),
+                    "changed": any(row["change"][0] is not None for row in rows),
                     "bars": present == ["agreement"],
                 }
             )
