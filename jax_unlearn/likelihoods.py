@@ -40,8 +40,9 @@ _DIVERGENCES = ("exact", "rademacher", "gaussian")
 
 
 def _mean(values: Array) -> Estimate:
-    """Mean over the first axis and its standard error."""
-    return Estimate(values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(values.shape[0]))
+    """Mean over the first axis and its standard error, which is not differentiated."""
+    deviation = jax.lax.stop_gradient(values).std(axis=0, ddof=1)
+    return Estimate(values.mean(axis=0), deviation / np.sqrt(values.shape[0]))
 
 
 def _time_weighting(
@@ -50,22 +51,24 @@ def _time_weighting(
     probabilities: ArrayLike | None,
 ) -> losses.TimeWeighting:
     if weights is None:
-        weights = divergences.path_kl_weights(schedule)
-        if not np.isfinite(weights).all():
+        if np.isneginf(np.asarray(schedule.log_snr)[-1]):
             raise ValueError(
                 "the path-KL weights of this schedule are infinite at its zero terminal SNR, where "
                 "ε carries no image: pass finite `weights`, for instance with 0 at the last step."
             )
+        weights = divergences.path_kl_weights(schedule)
+    weights, log_snr = jnp.asarray(weights), schedule.log_snr
+    if weights.shape != log_snr.shape:
+        raise ValueError(f"weights must be {list(log_snr.shape)}, not {list(weights.shape)}.")
     if probabilities is None:
-        # Where concepts differ, their ε differ by about min(α, σ): by σ times a score at low
-        # noise, by α times a difference of images at high noise.
-        log_snr = schedule.log_snr
-        probabilities = weights * jnp.sqrt(jax.nn.sigmoid(log_snr) * jax.nn.sigmoid(-log_snr))
-        probabilities = probabilities / probabilities.sum()
-    weights, probabilities = jnp.asarray(weights), jnp.asarray(probabilities)
-    for name, given in (("weights", weights), ("probabilities", probabilities)):
-        if given.shape != (schedule.num_steps,):
-            raise ValueError(f"{name} must be [{schedule.num_steps}], not {list(given.shape)}.")
+        # Where concepts differ, their ε differ by about α or less; √w keeps a share for steps
+        # of large weight where α is small and networks still differ.
+        shares = weights * jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(weights)
+        probabilities = sum(0.5 * share / share.sum() for share in shares)
+    probabilities = jnp.asarray(probabilities)
+    if probabilities.shape != log_snr.shape:
+        given = list(probabilities.shape)
+        raise ValueError(f"probabilities must be {list(log_snr.shape)}, not {given}.")
     return losses.TimeWeighting(weights, probabilities)
 
 
@@ -100,8 +103,11 @@ def concept_energies(
     With the default weights, E_c + `divergences.prior_kl` + (d/2) log(2π v_1) is the negative
     ELBO of the ancestral chain of ε_c with posterior variances, whose last step is Gaussian
     with that of t = 1, v_1. So E_c bounds −log p_c(x_0) up to what no concept changes; the gap
-    is KL(q(x_{1:T}|x_0) ‖ p_c(x_{1:T}|x_0)) of the noised images. For exact denoisers it
-    vanishes as the steps are refined; for a network it is unknown and may differ by concept.
+    is KL(q(x_{1:T}|x_0) ‖ p_c(x_{1:T}|x_0)) of the noised images. It does not vanish, even
+    for exact denoisers, but then its difference between concepts does, as the steps are refined
+    and σ_0 falls below their details; for networks that difference is unknown. Where ᾱ_{T−1} is
+    nearly 0 (cosine schedules), w_{T−1} is so large that a network's errors at that step count
+    for nats: weights with 0 there leave them out.
 
     Args:
       apply: the conditional denoiser.
@@ -113,7 +119,7 @@ def concept_energies(
         [concepts, ...].
       draws: number of (t, ε) for each image.
       weights: w_t, [T]; None takes `divergences.path_kl_weights`, in nats.
-      probabilities: π_t, [T]; None draws in proportion to w_t α_t σ_t.
+      probabilities: π_t, [T]; None draws half in proportion to w_t α_t, half to √w_t.
       concepts_at_once: how many concepts go into one forward pass; None takes all.
 
     Raises:
@@ -121,7 +127,7 @@ def concept_energies(
         are not [T], no draws, or default weights at a zero terminal SNR.
     """
     weighting = _time_weighting(schedule, weights, probabilities)
-    count, batch = _count(concepts), x_0.shape[0]
+    x_0, count, batch = jnp.asarray(x_0), _count(concepts), x_0.shape[0]
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}.")
     cumulative = jnp.cumsum(weighting.probabilities)
@@ -192,8 +198,11 @@ def diffusion_classifier(
         apply, params, schedule, key, x_0=x_0, concepts=concepts, draws=draws, **options
     )
     log_posterior = jax.nn.log_softmax(log_prior - energies.mean(axis=0))
-    expected = (jnp.exp(log_posterior) * energies).sum(axis=-1, keepdims=True)
-    return Estimate(log_posterior, _mean(energies - expected).stderr)
+    # E_c − Σ_k p_k E_k as one contraction: written as a difference, jaxlib 0.10.2 compiles the
+    # moments over the draws into wrong numbers on a CPU.
+    centre = jnp.eye(count) - jnp.exp(log_posterior)[:, :, None]
+    centred = jnp.einsum("dbk,bkc->dbc", energies, centre, precision="highest")
+    return Estimate(log_posterior, _mean(centred).stderr)
 
 
 def _at_least_two(name: str, given: int) -> None:
@@ -259,7 +268,7 @@ class _Nodes(NamedTuple):
 
 
 def _nodes(schedule: schedules.NoiseSchedule, steps: int, last: int) -> _Nodes:
-    log_snr = np.asarray(schedule.log_snr[: last + 1], np.float64)
+    log_snr = np.asarray(schedule.log_snr, np.float64)[: last + 1]
     log_sigma, log_alpha = -0.5 * np.logaddexp(0, log_snr), -0.5 * np.logaddexp(0, -log_snr)
     tau = log_sigma - np.log1p(np.exp(log_alpha))
     # Even in τ as far as integers allow, each step two or more of them wide.
@@ -288,7 +297,7 @@ def _log_likelihoods(
     last: int | None,
 ) -> Array:
     """One log p for each probe, [probes, batch]; [1, batch] with the exact trace."""
-    last = schedule.num_steps - 1 if last is None else last
+    x_0, last = jnp.asarray(x_0), schedule.num_steps - 1 if last is None else last
     if not 2 <= last < schedule.num_steps:
         raise ValueError(f"last must be in [2, {schedule.num_steps - 1}], not {last}.")
     if not 1 <= steps <= last // 2:
