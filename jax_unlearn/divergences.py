@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
 
-from jax_unlearn import losses, schedules
+from jax_unlearn import losses, samplers, schedules
 from jax_unlearn.typing import Array, Condition, Denoiser, Params
 
 __all__ = [
@@ -137,8 +137,11 @@ def nelbo_terms(
 ) -> NelboTerms:
     """An unbiased estimate of the negative ELBO of 8-bit images under the ancestral sampler.
 
-    −log p(x_0) ≤ KL(q(x_T|x_0)‖N(0,1)) + Σ_{t≥1} w_t E‖ε − ε_θ(x_t, t)‖² − E log p(x_0|x at 0),
-    with posterior ("fixed_small") variances and x̂_0 not clipped (Ho et al. 2020, eq. 5).
+    −log p(x_0) ≤ KL(q(x_T|x_0)‖N(0,1)) + Σ_{t≥1} ½(SNR_{t−1} − SNR_t) E‖x_0 − x̂_0(x_t, t)‖²
+    − E log p(x_0|x at 0), with posterior ("fixed_small") variances (Ho et al. 2020, eq. 5;
+    Kingma et al. 2021, eq. 14). x̂_0 is clipped where the schedule's samplers clip it: it is
+    the bound of the chain that is sampled. Without clipping the middle sum is that of
+    `path_kl_weights` and ε; in x_0 it is finite at a zero terminal SNR too.
 
     Args:
       apply: the denoiser.
@@ -148,37 +151,38 @@ def nelbo_terms(
       x_0: images [batch, height, width, channels] on the 256 levels of [−1, 1].
       cond: the condition of each image.
       draws: time steps drawn for each image; each draw is stratified over the images.
-      probabilities: of t, [T]; None draws in proportion to √w_t.
+      probabilities: of t, [T]; None draws in proportion to √((SNR_{t−1} − SNR_t)/(1 + SNR_t)).
 
     Returns:
       The three terms, [batch] each, in nats.
     """
-    weights = path_kl_weights(schedule).at[0].set(0.0)
+    snr = np.exp(np.asarray(schedule.log_snr, np.float64))
+    drop = np.concatenate([[0.0], snr[:-1] - snr[1:]])
     if probabilities is None:
-        probabilities = jnp.sqrt(weights) / jnp.sqrt(weights).sum()
-    weighting = losses.TimeWeighting(weights, probabilities)
+        spread = np.sqrt(drop / (1 + snr))
+        probabilities = jnp.asarray(spread / spread.sum(), jnp.float32)
+    weighting = losses.TimeWeighting(jnp.asarray(drop / 2, jnp.float32), probabilities)
     diffusion_key, last_key = jax.random.split(key)
+
+    def x_0_of(x_t: Array, t: Array) -> Array:
+        return samplers.clipped_predictions(
+            apply(params, x_t, t, cond), x_t, schedule.log_snr[t], schedule
+        )[1]
 
     def one(draw_key: Array) -> Array:
         drawn = losses.draw(draw_key, x_0, probabilities)
-        return losses.denoising_loss(
-            apply, params, schedule, x_0=x_0, cond=cond, draws=drawn, weighting=weighting
-        )
+        x_t = schedules.add_noise(x_0=x_0, noise=drawn.noise, log_snr=schedule.log_snr[drawn.t])
+        error = losses.squared_error(x_0_of(x_t, drawn.t), x_0)
+        return losses.importance(weighting, drawn.t) * error
 
     diffusion = jax.lax.map(one, jax.random.split(diffusion_key, draws)).mean(axis=0)
     first = jnp.zeros(x_0.shape[:1], jnp.int32)
     noise = jax.random.normal(last_key, x_0.shape, x_0.dtype)
     x_first = schedules.add_noise(x_0=x_0, noise=noise, log_snr=schedule.log_snr[first])
-    mean = schedules.convert(
-        apply(params, x_first, first, cond),
-        x_t=x_first,
-        log_snr=schedule.log_snr[first],
-        prediction_type=schedule.prediction_type,
-    ).x_0
     return NelboTerms(
         prior=prior_kl(schedule, x_0),
         diffusion=diffusion,
-        reconstruction=reconstruction(schedule, x_0, mean),
+        reconstruction=reconstruction(schedule, x_0, x_0_of(x_first, first)),
     )
 
 

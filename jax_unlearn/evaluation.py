@@ -117,6 +117,7 @@ def make_weighting(problem: Problem, options: RunOptions) -> losses.TimeWeightin
             t=many,
             cond=cond,
         )
+        epsilon = losses.clip_epsilon(epsilon, schedule, x_t=x_t, t=many)
         return losses.squared_error(epsilon, noise).mean()
 
     errors = [
@@ -166,6 +167,7 @@ def evaluator(
             cond=cond,
             draws=losses.draw(key, x_0, weighting.probabilities),
             weighting=weighting,
+            clip=True,
         )
 
     @jax.jit

@@ -118,7 +118,9 @@ def forward_kl(
     path KL itself, and both it and its gradient vanish exactly, without noise, at the
     reference model. `batch.base` regresses on the noise: it is for conditions under which p
     must become the law of the given images and not stay the reference's, such as the null
-    label and the label of a forgotten class.
+    label and the label of a forgotten class. Constraint values are of the chain that the samplers
+    run, which clips its estimate of x_0 where the schedule says so (`losses.clip_epsilon`): else
+    an error at the noisiest steps, which no sample ever shows, would pass for forgetting.
 
     Estimators:
       "two_term": one forward pass over kept and forgotten images.
@@ -244,9 +246,15 @@ def forward_kl(
             target = jnp.concatenate([target[:based], frozen[based:count]])
 
         ours = losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=cond)
-        constraint = losses.squared_error(ours[forgotten], noise)
+
+        def clipped(epsilon: Array) -> Array:
+            return losses.clip_epsilon(
+                epsilon[forgotten], schedule, x_t=x_t[forgotten], t=t[forgotten]
+            )
+
+        constraint = losses.squared_error(clipped(ours), noise)
         if controlled:
-            constraint -= losses.squared_error(frozen[forgotten], noise)
+            constraint -= losses.squared_error(clipped(frozen), noise)
         constraint = forget_scale * constraint
         if controlled:
             constraint += jnp.asarray(reference_values)[forget.constraint]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_unlearn import divergences, losses, schedules
+from jax_unlearn import divergences, losses, samplers, schedules
 
 BETAS = np.linspace(0.02, 0.6, 9)
 ALPHAS_CUMPROD = np.cumprod(1 - BETAS)
@@ -297,3 +297,50 @@ def test_the_same_key_compares_two_models_on_the_same_noise():
     # With independent noise the two would differ by their spread, of order one and more.
     assert (np.abs(first.diffusion - other.diffusion) < 0.5 * first.diffusion).all()
     np.testing.assert_array_equal(first.prior, other.prior)
+
+
+def test_nelbo_of_the_clipped_chain_at_zero_terminal_snr():
+    """x̂_0 far out of range: KL of the posterior to the sampler's own step, summed over t."""
+    schedule = schedules.NoiseSchedule(
+        log_snr=jnp.log(jnp.array([90.0, 8.0, 1.5, 0.0])),
+        prediction_type="v_prediction",
+        clip_range=1.0,
+    )
+    x_0, guess = jnp.full((2, 3), 0.2), 7.0
+
+    def far(params, x_t, t, cond):
+        alpha, sigma = schedules.alpha_sigma(schedule.log_snr[t], x_t)
+        return (alpha * x_t - guess) / sigma  # the v whose x̂_0 is `guess`
+
+    expected = 0.0
+    for t in (1, 2, 3):
+        ab_t, ab_s = (float(schedule.alphas_cumprod[i]) for i in (t, t - 1))
+        step = ab_t / ab_s  # α_t of Ho et al.
+        variance = (1 - step) * (1 - ab_s) / (1 - ab_t)
+        x_t = jnp.full((1, 1), 0.4)
+        mean = samplers.ddpm_step(
+            far(None, x_t, jnp.array([t]), None),
+            x_t=x_t,
+            noise=jnp.zeros((1, 1)),
+            log_snr_t=schedule.log_snr[t],
+            log_snr_s=schedule.log_snr[t - 1],
+            schedule=schedule,
+        )
+        posterior = (np.sqrt(ab_s) * (1 - step) * 0.2 + np.sqrt(step) * (1 - ab_s) * 0.4) / (
+            1 - ab_t
+        )
+        expected += 3 * (posterior - float(mean[0, 0])) ** 2 / (2 * variance)
+    snr = np.array([90.0, 8.0, 1.5, 0.0])
+    drop = np.concatenate([[0.0], snr[:-1] - snr[1:]])
+    terms = divergences.nelbo_terms(
+        far,
+        None,
+        schedule,
+        jax.random.key(0),
+        x_0=x_0,
+        cond=None,
+        probabilities=jnp.asarray(drop / drop.sum(), jnp.float32),  # leaves no variance
+    )
+    np.testing.assert_allclose(terms.diffusion, expected, rtol=1e-4)
+    plain = divergences.nelbo_terms(far, None, schedule, jax.random.key(0), x_0=x_0, cond=None)
+    assert np.isfinite(plain.total).all()

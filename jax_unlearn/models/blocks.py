@@ -189,7 +189,11 @@ class LabelEmbedding(nn.Module):
         """[B] integers → [B, features]."""
         init = nn.initializers.normal(1.0)
         table = self.param("embedding", init, (self.labels, self.features), jnp.float32)
-        rows = jnp.asarray(table).at[labels].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        rows = (
+            jnp.asarray(table)
+            .at[labels]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        )
         return rows if self.dtype is None else rows.astype(self.dtype)
 
 
