@@ -41,6 +41,7 @@ class Problem(NamedTuple):
     Attributes:
       point: ν -> Point.
       curvature: (ν, Point) -> −∂²g/∂ν² [m, m].
+      wall: ν -> a concave barrier at the domain's edge other than ν ≥ 0.
       objective: log_p -> the objective in nats.
       unit: of λ, [m]; constants that keep ν near one.
       size: what a violation is measured by, [m].
@@ -50,6 +51,7 @@ class Problem(NamedTuple):
 
     point: Callable[[Array], Point]
     curvature: Callable[[Array, Point], Array]
+    wall: Callable[[Array], Array]
     objective: Callable[[Array], Array]
     unit: Array
     size: Array
@@ -78,7 +80,7 @@ def _covariance(p: Array, rows: Array) -> Array:
 
 
 def reverse_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) -> Problem:
-    """min KL(p‖q) subject to KL(p‖q_i) ≥ b_i."""
+    """KL(p‖q) → min subject to KL(p‖q_i) ≥ b_i."""
     support = jnp.isfinite(log_q)
     free = jnp.any(support & ~jnp.isfinite(log_q_unlearn), axis=1)
     log_q = jnp.where(support, log_q, 0.0)
@@ -103,6 +105,7 @@ def reverse_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) ->
     return Problem(
         point,
         curvature,
+        wall=lambda multipliers: jnp.log(1.0 - multipliers.sum()),
         objective=lambda log_p: _expect(jnp.exp(log_p), log_p - log_q),
         unit=jnp.ones_like(thresholds),
         size=1.0 + jnp.abs(thresholds),
@@ -112,7 +115,7 @@ def reverse_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) ->
 
 
 def forward_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) -> Problem:
-    """min KL(q‖p) subject to KL(q_i‖p) ≥ b_i."""
+    """KL(q‖p) → min subject to KL(q_i‖p) ≥ b_i."""
     support = jnp.isfinite(log_q)
     free = jnp.any(~support & jnp.isfinite(log_q_unlearn), axis=1)
     q = jnp.exp(log_q)
@@ -142,9 +145,13 @@ def forward_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) ->
         weights = jnp.where(support & (at.margin > 0), 1.0 - scaled @ ratios, 1.0)
         return _outer(q / weights, ratios) - jnp.outer(unit, unit) / jnp.sum(q * weights)
 
+    def wall(scaled: Array) -> Array:
+        return _expect(q, jnp.log(jnp.where(support, 1.0 - scaled @ ratios, 1.0)))
+
     return Problem(
         point,
         curvature,
+        wall=wall,
         objective=lambda log_p: _expect(q, log_q - log_p),
         unit=unit,
         size=1.0 + jnp.abs(thresholds),
@@ -154,7 +161,7 @@ def forward_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) ->
 
 
 def likelihood_problem(log_q: Array, likelihoods: Array, thresholds: Array) -> Problem:
-    """min KL(p‖q) subject to E_p[h_i] ≤ ε_i."""
+    """KL(p‖q) → min subject to E_p[h_i] ≤ ε_i."""
     support = jnp.isfinite(log_q)
     q = jnp.exp(log_q)
     log_q = jnp.where(support, log_q, 0.0)
@@ -179,6 +186,7 @@ def likelihood_problem(log_q: Array, likelihoods: Array, thresholds: Array) -> P
     return Problem(
         point,
         curvature,
+        wall=lambda scaled: 0.0 * scaled.sum(),
         objective=lambda log_p: _expect(jnp.exp(log_p), log_p - log_q),
         unit=unit,
         size=jnp.maximum(jnp.abs(thresholds), smallest),
@@ -255,7 +263,7 @@ def dual_likelihood(
 
 
 def tilt_reverse_kl(multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: ArrayLike) -> Array:
-    """log p_λ [n] of p_λ ∝ q Π_i (q/q_i)^{α_i}, α_i = λ_i/(1−Λ); nan outside the domain.
+    """The log masses [n] of p_λ ∝ q Π_i (q/q_i)^{α_i}, α_i = λ_i/(1−Λ); nan outside the domain.
 
     Equally p_λ ∝ (q / Π_i q_i^{λ_i})^{1/(1−Λ)}. Source: arXiv 2605.30825. Args: as
     `dual_reverse_kl`.
@@ -265,7 +273,7 @@ def tilt_reverse_kl(multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: Arr
 
 
 def tilt_forward_kl(multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: ArrayLike) -> Array:
-    """log p_λ [n] of p_λ = (q − Σ_i λ_i q_i) / (1−Λ); nan outside the domain.
+    """The log masses [n] of p_λ = (q − Σ_i λ_i q_i) / (1−Λ); nan outside the domain.
 
     Source: arXiv 2605.30825. Args: as `dual_forward_kl`.
     """
@@ -274,7 +282,7 @@ def tilt_forward_kl(multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: Arr
 
 
 def tilt_likelihood(multipliers: ArrayLike, log_q: ArrayLike, likelihoods: ArrayLike) -> Array:
-    """log p_λ [n] of p_λ ∝ q exp(−Σ_i λ_i h_i); nan unless λ ≥ 0.
+    """The log masses [n] of p_λ ∝ q exp(−Σ_i λ_i h_i); nan unless λ ≥ 0.
 
     Source: arXiv 2605.30825. Args: as `dual_likelihood`.
     """

@@ -11,8 +11,6 @@ from jax_unlearn.typing import Array, ArrayLike
 
 __all__ = ["DualSolution", "solve_forward_kl", "solve_likelihood", "solve_reverse_kl"]
 
-_MAX_ITERATIONS = 500
-
 
 class DualSolution(NamedTuple):
     """What the dual of a finite problem says, m constraints over n cells.
@@ -74,8 +72,10 @@ class DualSolution(NamedTuple):
 class _Ascent(NamedTuple):
     scaled: Array
     at: closed_forms.Point
+    merit: Array
     residual: Array
     damping: Array
+    barrier: Array
     iterations: Array
     done: Array
 
@@ -86,55 +86,104 @@ def _residual(problem: closed_forms.Problem, scaled: Array, at: closed_forms.Poi
     return jnp.max(active / problem.size)
 
 
-def _maximise(problem: closed_forms.Problem) -> _Ascent:
-    """Projected Newton steps with Levenberg's damping, which also keeps λ inside the domain.
+def _ascend(
+    problem: closed_forms.Problem, start: Array, barrier: ArrayLike, limit: int, done: ArrayLike
+) -> _Ascent:
+    """Newton's method with Levenberg's damping on g + μ B, B = Σ log ν_i + wall; μ falls to 0.
 
-    A step solves (C_FF + τ diag C_FF) d = ∇g over the coordinates F that are positive or rise,
-    and is projected onto λ ≥ 0. It is taken if g rises enough, or, where g no longer resolves
-    the difference, if the KKT residual falls; else τ grows.
+    A step solves (C_FF + τ diag C_FF) d = ∇ over the coordinates F that are positive or rise.
+    With μ > 0 a coordinate falls to a tenth at most; with μ = 0 it is projected onto ν ≥ 0. A
+    step is taken if the merit rises enough, or, where that no longer resolves the difference,
+    if the KKT residual falls; else τ grows. μ shrinks when Newton's decrement is below it.
     """
-    eps = jnp.finfo(problem.unit.dtype).eps
+    eps = jnp.finfo(start.dtype).eps
     least = eps**0.75
 
-    def start() -> _Ascent:
-        scaled = jnp.zeros_like(problem.unit)
-        at = problem.point(scaled)
-        residual = _residual(problem, scaled, at)
-        return _Ascent(scaled, at, residual, least, jnp.zeros((), int), residual <= 0.0)
+    def merit(scaled: Array, dual: Array, barrier: Array) -> Array:
+        logs = jnp.log(jnp.where(scaled > 0, scaled, 1.0)).sum() + problem.wall(scaled)
+        return dual + jnp.where(barrier > 0, barrier * logs, 0.0)
 
     def step(state: _Ascent) -> _Ascent:
-        scaled, at = state.scaled, state.at
+        scaled, at, barrier = state.scaled, state.at, state.barrier
+        inverse = jnp.where(barrier > 0, 1.0 / scaled, 0.0)
         gradient = problem.unit * at.violations
-        free = (scaled > 0) | (gradient > 0)
         curvature = problem.curvature(scaled, at)
+        gradient += barrier * (inverse + jax.grad(problem.wall)(scaled))
+        curvature += barrier * (jnp.diag(inverse**2) - jax.hessian(problem.wall)(scaled))
+        free = (scaled > 0) | (gradient > 0)
         diagonal = jnp.maximum(jnp.diag(curvature), eps * (eps + jnp.abs(gradient)))
         root = jnp.sqrt(jnp.where(free, diagonal, 1.0))
         both = free[:, None] & free[None, :]
         matrix = jnp.where(both, curvature / jnp.outer(root, root), 0.0)
-        matrix += jnp.diag(jnp.where(free, state.damping, 1.0))
+        damped = jnp.where(barrier > 0, least, state.damping)
+        matrix += jnp.diag(jnp.where(free, damped, 1.0))
         move = jnp.linalg.solve(matrix, jnp.where(free, gradient / root, 0.0)) / root
-        trial = jnp.maximum(scaled + move, 0.0)
+        decrement = gradient @ move
+        fall = jnp.max(jnp.where(barrier > 0, -move * inverse, 0.0), initial=0.9)
+        shorter = jnp.where(barrier > 0, 0.9 / fall / (1.0 + state.damping), 1.0)
+        trial = jnp.maximum(scaled + shorter * move, 0.0)
         new = problem.point(trial)
+        value = merit(trial, new.dual, barrier)
         residual = _residual(problem, trial, new)
         slope = gradient @ (trial - scaled)
-        gain = new.dual - at.dual
+        gain = value - state.merit
         rises = (slope > 0) & (gain >= 1e-4 * slope)
         falls = (residual < 0.5 * state.residual) & (gain >= -100 * eps * (1 + jnp.abs(at.dual)))
-        taken = jnp.isfinite(new.dual) & (rises | falls)
-        lower = jnp.where(state.damping > 1e-3, 0.1 * state.damping, least)
-        higher = jnp.maximum(10 * state.damping, 1e-3)
-        damping = jnp.where(taken, lower, higher)
-        chosen = jax.tree.map(
-            lambda a, b: jnp.where(taken, a, b), (trial, new, residual), (scaled, at, state.residual)
+        taken = jnp.isfinite(value) & (rises | falls)
+        chosen, there, value, residual = jax.tree.map(
+            lambda a, b: jnp.where(taken, a, b),
+            (trial, new, value, residual),
+            (scaled, at, state.merit, state.residual),
         )
-        stuck = jnp.all(trial == scaled) | (damping > 1 / eps**3)
-        done = (chosen[2] <= 4 * eps) | stuck | (chosen[1].dual > 2 * problem.ceiling + 1)
-        return _Ascent(*chosen, damping, state.iterations + 1, done)
+        lower = jnp.where(state.damping > 1e-3, 0.1 * state.damping, least)
+        higher = jnp.maximum(10 * state.damping, jnp.where(barrier > 0, 1.0, 1e-3))
+        damping = jnp.where(taken, lower, higher)
+        stuck = jnp.all(trial == scaled) | (damping > 1 / eps**2)
+        central = (barrier > 0) & ((decrement < barrier) | stuck)
+        smaller = jnp.where(barrier > least * (1 + jnp.abs(there.dual)), 0.1 * barrier, 0.0)
+        barrier = jnp.where(central, smaller, barrier)
+        damping = jnp.where(central, least, damping)
+        done = (residual <= 4 * eps) | (stuck & ~central)
+        done |= there.dual > 2 * problem.ceiling + 1
+        value = merit(chosen, there.dual, barrier)
+        return _Ascent(chosen, there, value, residual, damping, barrier, state.iterations + 1, done)
 
     def going(state: _Ascent) -> Array:
-        return ~state.done & (state.iterations < _MAX_ITERATIONS)
+        return ~state.done & (state.iterations < limit)
 
-    return jax.lax.while_loop(going, step, start())
+    at = problem.point(start)
+    barrier = jnp.asarray(barrier, start.dtype)
+    residual = _residual(problem, start, at)
+    first = _Ascent(
+        start,
+        at,
+        merit(start, at.dual, barrier),
+        residual,
+        jnp.asarray(least, start.dtype),
+        barrier,
+        jnp.zeros((), int),
+        jnp.asarray(done) | (residual <= 0),
+    )
+    return jax.lax.while_loop(going, step, first)
+
+
+def _maximise(problem: closed_forms.Problem) -> tuple[Array, Array]:
+    """ν and the iterations it took: directly from λ = 0, else along the central path.
+
+    The direct ascent takes a few steps, but can get caught where the domain has edges besides
+    λ ≥ 0; the path along the barrier's maxima keeps away from them.
+    """
+    zeros = jnp.zeros_like(problem.unit)
+    enough = 1e3 * jnp.finfo(zeros.dtype).eps
+    direct = _ascend(problem, zeros, 0.0, 60, False)
+    over = (direct.residual <= enough) | (direct.at.dual > problem.ceiling)
+    inside = jnp.full_like(zeros, 0.1 / zeros.size)
+    path = _ascend(problem, inside, 0.1, 400, over)
+    better = over | (direct.at.dual > path.at.dual)
+    return (
+        jnp.where(better, direct.scaled, path.scaled),
+        direct.iterations + path.iterations,
+    )
 
 
 def _invert(linear: Any, target: Array) -> Array:
@@ -161,20 +210,18 @@ def _solution(problem: closed_forms.Problem, largest: Array, beyond: Array) -> D
         moved = scaled + problem.point(scaled).violations / problem.size
         return scaled - jnp.where(moved > 0, moved, 0.0)
 
-    def solve(function: Any, start: Array) -> tuple[Array, tuple[Array, Array]]:
+    def solve(function: Any, start: Array) -> tuple[Array, Array]:
         del function, start
-        state = _maximise(problem)
-        return state.scaled, (state.residual, state.iterations)
+        return _maximise(problem)
 
-    scaled, (residual, iterations) = jax.lax.custom_root(
+    scaled, iterations = jax.lax.custom_root(
         natural_residual, jnp.zeros_like(problem.unit), solve, _invert, has_aux=True
     )
     found = jax.lax.stop_gradient(problem.point(scaled))
     impossible = jnp.any(beyond) | (found.dual > problem.ceiling * (1 + tolerance) + tolerance)
     feasible = jnp.all(found.violations <= tolerance * problem.size) & ~impossible
     slackness = jnp.abs(problem.unit * scaled * found.violations).sum()
-    balanced = slackness <= tolerance * (1 + jnp.abs(found.dual))
-    attained = feasible & balanced & (residual <= tolerance)
+    attained = feasible & (slackness <= tolerance * (1 + jnp.abs(found.dual)))
     scaled = _without_derivative_unless(attained, scaled)
     at = problem.point(scaled)
     primal = jnp.where(feasible, problem.objective(at.log_p), jnp.inf)
