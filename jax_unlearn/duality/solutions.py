@@ -43,8 +43,9 @@ class DualSolution(NamedTuple):
         exceeds what the costliest p costs, max −log q.
       gap: primal_value − dual_value; ∞ where p_λ violates a constraint.
       violations: b_i − KL (RU, FU) or E_p[h_i] − ε_i (LU) at p_λ, [m]; −∞ for a constraint that
-        q itself meets with an infinite KL. Where not `attained`, the thresholds less (LU: plus)
-        the positive violations are ones that the same λ comes close to solving, jointly.
+        q itself meets with an infinite KL. Where not `attained`, the positive ones say which
+        constraints fail; with each threshold moved by its violation, to the value that p_λ
+        has, this same λ is the solution: thresholds to ask for instead.
       feasible: whether p_λ meets every constraint, up to rounding.
       attained: whether the maximum of the dual lies inside the domain: `feasible`, and
         complementary slackness holds up to rounding. The solution is good only if so.
@@ -212,9 +213,10 @@ def _solution(problem: closed_forms.Problem, largest: Array, beyond: Array) -> D
 
     def solve(function: Any, start: Array) -> tuple[Array, Array]:
         del function, start
-        return _maximise(problem)
+        scaled, count = _maximise(problem)
+        return scaled, count.astype(scaled.dtype)  # the aux of `custom_root` must be real
 
-    scaled, iterations = jax.lax.custom_root(
+    scaled, count = jax.lax.custom_root(
         natural_residual, jnp.zeros_like(problem.unit), solve, _invert, has_aux=True
     )
     found = jax.lax.stop_gradient(problem.point(scaled))
@@ -237,7 +239,7 @@ def _solution(problem: closed_forms.Problem, largest: Array, beyond: Array) -> D
         attained=attained,
         largest_thresholds=jax.lax.stop_gradient(largest),
         margin=at.margin,
-        iterations=iterations,
+        iterations=jax.lax.stop_gradient(count).astype(int),
     )
 
 
