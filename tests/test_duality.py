@@ -177,6 +177,7 @@ def test_no_p_of_a_fine_simplex_is_better(kind, cells):
     assert attained >= 2
 
 
+@pytest.mark.slow
 def test_many_random_problems_meet_the_kkt_conditions():
     """Also sharp and nearly coinciding q_i. RU may sit on its edge, and then says so."""
     rng = np.random.default_rng(7)
@@ -316,8 +317,11 @@ def test_forward_kl_past_its_edge_is_not_attained(cells):
     assert not past.attained
     assert not past.feasible
     np.testing.assert_allclose(past.multipliers, [0.5], rtol=5e-3)
-    np.testing.assert_allclose(past.largest_thresholds, [edge], atol=100 / cells)
-    assert past.largest_thresholds[0] < edge + 1e-3
+    step = 16 / cells
+    assert edge - 6 * step * np.log(1 / step) < past.largest_thresholds[0] < edge + 1e-3
+    # Past the edge a nat of separation is not free: holes cost λ = min q/q_1 nats each.
+    further = SOLVERS["forward"](log_q, log_u, np.array([edge + 4.0]))
+    np.testing.assert_allclose(further.dual_value - past.dual_value, 0.5, rtol=5e-3)
     assert past.margin < 1e-12
 
 
@@ -359,11 +363,9 @@ def test_empty_cells():
     assert solution.log_p[3] == -np.inf
     assert solution.multipliers[1] == 0
     assert solution.violations[1] == -np.inf
-    alone = SOLVERS["reverse"](
-        log_q[:3],
-        full[None, :3],
-        np.array([1.0]),
-    )
+    # Over three cells, where q_1 does not sum to one: its scale moves the threshold.
+    scale = np.log(np.exp(full[:3]).sum())
+    alone = SOLVERS["reverse"](log_q[:3], full[None, :3] - scale, np.array([1.0 + scale]))
     np.testing.assert_allclose(solution.primal_value, alone.primal_value, rtol=1e-9)
     rows = np.stack([hollow, spills])
     solution = SOLVERS["forward"](log_q, rows, np.array([1.0, 50.0]))
@@ -475,13 +477,17 @@ def test_derivatives_in_the_thresholds(kind, pattern):
     envelope = -expected if kind == "likelihood" else expected
     for value in (price, bound):
         np.testing.assert_allclose(jax.grad(value)(thresholds), envelope, atol=1e-8)
-        np.testing.assert_allclose(jax.jacfwd(value)(thresholds), envelope, atol=1e-8)
     np.testing.assert_allclose(finite_differences(price, thresholds), envelope, atol=1e-5)
-    # The second derivative of the price is the first of the multipliers.
-    curvature = jax.hessian(bound)(thresholds)
-    np.testing.assert_allclose(
-        curvature, -numeric if kind == "likelihood" else numeric, atol=1e-5 * scale
-    )
+
+
+@pytest.mark.slow
+@every_kind
+def test_second_derivative_of_the_price(kind):
+    """d²P*/db² = dλ*/db (RU, FU) or −dλ*/dε (LU)."""
+    log_q, rows, thresholds, _ = inverse_problem(kind, "active")
+    curvature = jax.hessian(lambda b: SOLVERS[kind](log_q, rows, b).dual_value)(thresholds)
+    slope = jax.jacfwd(lambda b: SOLVERS[kind](log_q, rows, b).multipliers)(thresholds)
+    np.testing.assert_allclose(curvature, -slope if kind == "likelihood" else slope, rtol=1e-6)
 
 
 @every_kind
@@ -548,7 +554,7 @@ def _laws(x64):
 
 
 def score_of(log_density):
-    return jax.vmap(jax.grad(lambda x: log_density(x[None])[0]))
+    return jax.jit(jax.vmap(jax.grad(lambda x: log_density(x[None])[0])))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -565,17 +571,18 @@ def test_forward_composition_is_exact_at_every_noise_level(laws, prediction_type
     inner = np.array([0.3, 0.4]) / 0.7
     rest = mixtures.subtract(q, [0.2, 0.5 * inner[0], 0.5 * inner[1]])
     exact = mixtures.denoiser(rest, schedule)
-    for step in (0, 3, 30, 99):
+    for step in (0, 30, 99):
         t = jnp.full(40, step)
-        np.testing.assert_allclose(composed(POINTS, t), exact(POINTS, t), rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(
+            jax.jit(composed)(POINTS, t), jax.jit(exact)(POINTS, t), rtol=1e-6, atol=1e-8
+        )
 
 
 def test_reverse_composition_is_the_score_of_tilted_noised_laws(laws):
     q, parts = laws
     multipliers = np.array([0.2, 0.1])
-    composed = duality.compose_reverse_kl(
-        mixtures.denoiser(q, SCHEDULE), [mixtures.denoiser(p, SCHEDULE) for p in parts], multipliers
-    )
+    denoisers = [mixtures.denoiser(p, SCHEDULE) for p in (q, *parts)]
+    composed = jax.jit(duality.compose_reverse_kl(denoisers[0], denoisers[1:], multipliers))
     for step in (0, 30, 99):
         log_snr = SCHEDULE.log_snr[step]
 

@@ -292,11 +292,13 @@ def solve_forward_kl(
     """min_p KL(q‖p) subject to KL(q_i‖p) ≥ b_i, on a finite space.
 
     p_λ = (q − Σ_i λ_i q_i)/(1−Λ), and λ maximises `dual_forward_kl` over λ ≥ 0, Σ_i λ_i q_i ≤ q.
-    In a continuous space there is a b past which the constraint is met for nothing, by ever
-    smaller holes in p, and no p is optimal. On a grid the holes are cells: the price falls with
-    the mesh, and λ agrees with the edge of its domain to the last digit. Such thresholds are
-    reported as not attained, with `largest_thresholds`; a small `margin` warns of them.
-    Source: arXiv 2605.30825.
+    In a continuous space there is a b past which λ stays on the edge of its domain: the
+    constraint is then met by ever smaller and deeper holes in p where q ≈ Σ_i λ_i q_i, each
+    further nat of b_i costs the same λ_i, and the infimum is not attained.
+    On a grid the holes are cells whose mass falls out of floating-point range, and λ agrees
+    with the edge to the last digit: not attained. A threshold beyond `largest_thresholds` that
+    is attained nevertheless is met by emptying cells, with a small `margin`.
+    Source of the closed form: arXiv 2605.30825.
 
     Args, returns, raises: as `solve_reverse_kl`.
     """
