@@ -1,0 +1,331 @@
+"""Exact solutions on finite spaces, from the concave dual, differentiable in all their data."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_unlearn.duality import closed_forms
+from jax_unlearn.typing import Array, ArrayLike
+
+__all__ = ["DualSolution", "solve_forward_kl", "solve_likelihood", "solve_reverse_kl"]
+
+
+class DualSolution(NamedTuple):
+    """What the dual of a finite problem says, m constraints over n cells.
+
+    **What is certain.** The dual function is differentiable inside its domain, with the
+    violations of p_λ as gradient. Where its maximum is attained there (`attained`), p_λ
+    therefore meets every constraint and λ_i violation_i = 0, so that it is optimal and the gap
+    is zero, on any space, however coarse, although RU and FU are not convex in p. A gap appears
+    where the maximum sits on the edge of the domain, Λ → 1 (RU), p_λ → 0 somewhere (FU) or
+    λ → ∞ (LU). In a space without atoms strong duality holds there too, since mass can be split
+    at will (arXiv 2605.30825); in a finite one the best p is then no tilt, and the dual value
+    is a lower bound of its price and no more. For FU this happens on a finite space only where
+    q is itself a mixture of the q_i; elsewhere log p = −∞ is approached, at a price.
+
+    **Derivatives** of `multipliers` follow from the implicit function theorem; the optimality
+    condition is the natural residual ν − [ν + a violation(ν)]_+ = 0 of the KKT conditions, in
+    units ν = λ/unit that keep ν near one. They serve thresholds, log masses and likelihoods, in
+    forward and reverse mode, under jit and vmap, and every other field is differentiated
+    through λ. Envelope: dP*/db_i = λ_i (RU, FU), dP*/dε_i = −λ_i (LU). At a weakly active
+    constraint (λ_i = 0 and violation_i = 0) λ* has two one-sided derivatives; that of the
+    inactive side is given. Where λ is not unique (q_i that coincide) the one of least norm in ν
+    is given. Where the optimum is not attained derivatives are nan.
+
+    Attributes:
+      multipliers: λ, [m]; where not `attained`, the point at which the ascent stopped.
+      log_p: log p_λ, [n].
+      primal_value: the objective at p_λ in nats; ∞ where p_λ violates a constraint.
+      dual_value: g(λ) in nats, a lower bound of the optimum in any case; ∞ where it is proven
+        that no p meets the thresholds: one lies beyond `largest_thresholds` (RU, LU), or g
+        exceeds what the costliest p costs, max −log q.
+      gap: primal_value − dual_value; ∞ where p_λ violates a constraint.
+      violations: b_i − KL (RU, FU) or E_p[h_i] − ε_i (LU) at p_λ, [m]; −∞ for a constraint that
+        q itself meets with an infinite KL. Where not `attained`, the positive ones say which
+        constraints fail; with each threshold moved by its violation, to the value that p_λ
+        has, this same λ is the solution: thresholds to ask for instead.
+      feasible: whether p_λ meets every constraint, up to rounding.
+      attained: whether the maximum of the dual lies inside the domain: `feasible`, and
+        complementary slackness holds up to rounding. The solution is good only if so.
+      largest_thresholds: the furthest that each constraint could be asked alone, [m]. RU:
+        max −log q_i over q's support, beyond which no p helps. LU: min h_i there, below which
+        none does. FU: KL(q_i‖p_λ) at the edge of the domain, less the cells which that
+        empties (w_λ ≈ 0): more is had by emptying single cells only, which on a grid is an
+        artefact of its mesh.
+      margin: distance from the domain's edge: 1 − Λ (RU), min_x w_λ(x) (FU), ∞ (LU).
+      iterations: of the solver.
+    """
+
+    multipliers: Array
+    log_p: Array
+    primal_value: Array
+    dual_value: Array
+    gap: Array
+    violations: Array
+    feasible: Array
+    attained: Array
+    largest_thresholds: Array
+    margin: Array
+    iterations: Array
+
+
+class _Ascent(NamedTuple):
+    scaled: Array
+    at: closed_forms.Point
+    merit: Array
+    residual: Array
+    damping: Array
+    barrier: Array
+    along_path: Array
+    iterations: Array
+    done: Array
+
+
+def _maximise(problem: closed_forms.Problem) -> tuple[Array, Array]:
+    """ν and the iterations it took: Newton's method on g, and if it gets caught on g + μ B.
+
+    The direct ascent from λ = 0 solves (C_FF + τ diag C_FF) d = ∇g over the coordinates F that
+    are positive or rise, and projects onto ν ≥ 0; Levenberg's τ also keeps it inside the
+    domain. It takes a few steps, but can get caught at the edges besides ν ≥ 0. The second
+    attempt then follows the maxima of g + μ B, B = Σ log ν_i + wall, which keep away from
+    them, with μ → 0 whenever Newton's decrement is below μ, and ends as the first began. A step
+    is taken if the merit rises enough, or, where that no longer resolves the difference, if
+    the KKT residual falls; else τ grows, which along the path shortens the step.
+    """
+    unit, size = problem.unit, problem.size
+    eps = jnp.finfo(unit.dtype).eps
+    least = jnp.asarray(eps**0.75, unit.dtype)
+    zeros, inside = jnp.zeros_like(unit), jnp.full_like(unit, 0.1 / unit.size)
+    none, wide = least * 0, jnp.asarray(0.1, unit.dtype)
+
+    def merit(scaled: Array, dual: Array, barrier: Array) -> Array:
+        logs = jnp.log(jnp.where(scaled > 0, scaled, 1.0)).sum() + problem.wall(scaled)[0]
+        return dual + jnp.where(barrier > 0, barrier * logs, 0.0)
+
+    def kkt(scaled: Array, at: closed_forms.Point) -> Array:
+        active = jnp.where(scaled > 0, jnp.abs(at.violations), jnp.maximum(at.violations, 0.0))
+        return jnp.max(active / size)
+
+    def step(state: _Ascent) -> _Ascent:
+        scaled, at, barrier, on_path = state.scaled, state.at, state.barrier, state.barrier > 0
+        inverse = jnp.where(on_path, 1.0 / scaled, 0.0)
+        _, slopes, bend = problem.wall(scaled)
+        gradient = unit * at.violations + barrier * (inverse + slopes)
+        curvature = problem.curvature(scaled, at) + barrier * (jnp.diag(inverse**2) + bend)
+        free = (scaled > 0) | (gradient > 0)
+        diagonal = jnp.maximum(jnp.diag(curvature), eps * (eps + jnp.abs(gradient)))
+        root = jnp.sqrt(jnp.where(free, diagonal, 1.0))
+        both = free[:, None] & free[None, :]
+        matrix = jnp.where(both, curvature / jnp.outer(root, root), 0.0)
+        matrix += jnp.diag(jnp.where(free, jnp.where(on_path, least, state.damping), 1.0))
+        move = jnp.linalg.solve(matrix, jnp.where(free, gradient / root, 0.0)) / root
+        fall = jnp.max(jnp.where(on_path, -move * inverse, 0.0), initial=0.9)
+        share = jnp.where(on_path, 0.9 / fall / (1.0 + state.damping), 1.0)
+        trial = jnp.maximum(scaled + share * move, 0.0)
+
+        new = problem.point(trial)
+        value, residual = merit(trial, new.dual, barrier), kkt(trial, new)
+        slope, gain = gradient @ (trial - scaled), value - state.merit
+        rises = (slope > 0) & (gain >= 1e-4 * slope)
+        falls = (residual < 0.5 * state.residual) & (gain >= -100 * eps * (1 + jnp.abs(at.dual)))
+        taken = jnp.isfinite(value) & (rises | falls)
+        scaled, at, residual = jax.tree.map(
+            lambda a, b: jnp.where(taken, a, b),
+            (trial, new, residual),
+            (scaled, at, state.residual),
+        )
+        lower = jnp.where(state.damping > 1e-3, 0.1 * state.damping, least)
+        higher = jnp.maximum(10 * state.damping, jnp.where(on_path, 1.0, 1e-3))
+        damping = jnp.where(taken, lower, higher)
+
+        stuck = jnp.all(trial == state.scaled) | (damping > 1 / eps**2)
+        solved = (residual <= 4 * eps) | (at.dual > 2 * problem.ceiling + 1)
+        next_mu = on_path & ((gradient @ move < barrier) | stuck)
+        smaller = jnp.where(barrier > least * (1 + jnp.abs(at.dual)), 0.1 * barrier, 0.0)
+        ended = ~next_mu & (stuck | (~state.along_path & (state.iterations >= 60)))
+        hopeless = residual > 1e3 * eps
+        restart = ended & ~solved & ~state.along_path & hopeless
+        scaled = jnp.where(restart, inside, scaled)
+        at = jax.tree.map(lambda a, b: jnp.where(restart, a, b), problem.point(inside), at)
+        barrier = jnp.where(restart, wide, jnp.where(next_mu, smaller, barrier))
+        return _Ascent(
+            scaled,
+            at,
+            merit(scaled, at.dual, barrier),
+            jnp.where(restart, kkt(scaled, at), residual),
+            jnp.where(restart | next_mu, least, damping),
+            barrier,
+            state.along_path | restart,
+            state.iterations + 1,
+            solved | (ended & ~restart),
+        )
+
+    def going(state: _Ascent) -> Array:
+        return ~state.done & (state.iterations < 500)
+
+    at = problem.point(zeros)
+    residual = kkt(zeros, at)
+    no, count = jnp.zeros((), bool), jnp.zeros((), int)
+    first = _Ascent(zeros, at, at.dual, residual, least, none, no, count, residual <= 0)
+    last = jax.lax.while_loop(going, step, first)
+    return last.scaled, last.iterations
+
+
+def _invert(linear: Any, target: Array) -> Array:
+    """Solves a small linear system given as a function, by least squares of least norm."""
+    matrix = jax.vmap(linear, out_axes=1)(jnp.eye(target.shape[0], dtype=target.dtype))
+    return jnp.linalg.pinv(matrix) @ target
+
+
+@jax.custom_jvp
+def _without_derivative_unless(condition: Array, values: Array) -> Array:
+    del condition
+    return values
+
+
+@_without_derivative_unless.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[1] * jnp.where(primals[0], 1.0, jnp.nan)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solution(formulation: Any, log_q: Array, rows: Array, thresholds: Array) -> DualSolution:
+    problem = formulation(log_q, rows, thresholds)
+    tolerance = math.sqrt(jnp.finfo(problem.unit.dtype).eps)
+
+    def natural_residual(scaled: Array) -> Array:
+        moved = scaled + problem.point(scaled).violations / problem.size
+        return scaled - jnp.where(moved > 0, moved, 0.0)
+
+    def solve(function: Any, start: Array) -> tuple[Array, Array]:
+        del function, start
+        scaled, count = _maximise(problem)
+        return scaled, count.astype(scaled.dtype)  # the aux of `custom_root` must be real
+
+    scaled, count = jax.lax.custom_root(
+        natural_residual, jnp.zeros_like(problem.unit), solve, _invert, has_aux=True
+    )
+    found = jax.lax.stop_gradient(problem.point(scaled))
+    impossible = jnp.any(problem.beyond) | (
+        found.dual > problem.ceiling * (1 + tolerance) + tolerance
+    )
+    feasible = jnp.all(found.violations <= tolerance * problem.size) & ~impossible
+    slackness = jnp.abs(problem.unit * scaled * found.violations).sum()
+    attained = feasible & (slackness <= tolerance * (1 + jnp.abs(found.dual)))
+    scaled = _without_derivative_unless(attained, scaled)
+    at = problem.point(scaled)
+    primal = jnp.where(feasible, problem.objective(at.log_p), jnp.inf)
+    dual = jnp.where(impossible, jnp.inf, at.dual)
+    return DualSolution(
+        multipliers=problem.unit * scaled,
+        log_p=at.log_p,
+        primal_value=primal,
+        dual_value=dual,
+        gap=jnp.where(feasible, primal - dual, jnp.inf),
+        violations=jnp.where(problem.free, -jnp.inf, at.violations),
+        feasible=feasible,
+        attained=attained,
+        largest_thresholds=jax.lax.stop_gradient(problem.largest),
+        margin=at.margin,
+        iterations=jax.lax.stop_gradient(count).astype(int),
+    )
+
+
+def _checked(log_q: ArrayLike, rows: ArrayLike, thresholds: ArrayLike, name: str) -> Any:
+    shapes = [list(np.shape(values)) for values in (log_q, rows, thresholds)]
+    if [len(shape) for shape in shapes] != [1, 2, 1] or shapes[1] != shapes[2] + shapes[0]:
+        raise ValueError(
+            f"expected log_q [n], {name} [m, n] and thresholds [m], got {shapes[0]}, {shapes[1]} "
+            f"and {shapes[2]}."
+        )
+    if shapes[1][0] == 0:
+        raise ValueError("expected at least one constraint, got none.")
+    if not isinstance(thresholds, jax.core.Tracer) and np.isnan(thresholds).any():
+        raise ValueError(f"thresholds must be numbers, got {thresholds}.")
+    for label, values in {"log_q": log_q, name: rows}.items():
+        if isinstance(values, jax.core.Tracer):
+            continue
+        values = np.asarray(values)
+        if label == "likelihoods":
+            if not (np.isfinite(values) & (values >= 0)).all():
+                raise ValueError("likelihoods must be finite and not negative.")
+        elif not (np.abs((total := np.exp(values).sum(axis=-1)) - 1) < 1e-3).all():
+            raise ValueError(
+                f"the masses of {label} must sum to one, got {total}: "
+                "normalise with jax.nn.log_softmax."
+            )
+    dtype = jnp.result_type(float)
+    return tuple(jnp.asarray(values, dtype) for values in (log_q, rows, thresholds))
+
+
+def solve_reverse_kl(
+    log_q: ArrayLike, log_q_unlearn: ArrayLike, thresholds: ArrayLike
+) -> DualSolution:
+    """min_p KL(p‖q) subject to KL(p‖q_i) ≥ b_i, on a finite space.
+
+    p_λ ∝ (q / Π_i q_i^{λ_i})^{1/(1−Λ)}, and λ maximises `dual_reverse_kl` over λ ≥ 0, Λ < 1. As
+    Λ → 1 p_λ becomes a point mass; thresholds that only it or less could meet are reported as
+    not attained. Source: arXiv 2605.30825.
+
+    Args:
+      log_q: log masses of the reference, [n]; −inf is an empty cell.
+      log_q_unlearn: log masses of each q_i, [m, n].
+      thresholds: b in nats, [m].
+
+    Returns:
+      A `DualSolution`, float64 under x64 and float32 otherwise: look at `attained`.
+
+    Raises:
+      ValueError: for shapes that do not fit, or (outside jit) masses that do not sum to one.
+    """
+    data = _checked(log_q, log_q_unlearn, thresholds, "log_q_unlearn")
+    return _solution(closed_forms.reverse_kl_problem, *data)
+
+
+def solve_forward_kl(
+    log_q: ArrayLike, log_q_unlearn: ArrayLike, thresholds: ArrayLike
+) -> DualSolution:
+    """min_p KL(q‖p) subject to KL(q_i‖p) ≥ b_i, on a finite space.
+
+    p_λ = (q − Σ_i λ_i q_i)/(1−Λ), and λ maximises `dual_forward_kl` over λ ≥ 0, Σ_i λ_i q_i ≤ q.
+    In a continuous space there is a b past which λ stays on the edge of its domain: the
+    constraint is then met by ever smaller and deeper holes in p where q ≈ Σ_i λ_i q_i, each
+    further nat of b_i costs the same λ_i, and the infimum is not attained.
+    On a grid the holes are cells whose mass falls out of floating-point range, and λ agrees
+    with the edge to the last digit: not attained. A threshold beyond `largest_thresholds` that
+    is attained nevertheless is met by emptying cells, with a small `margin`.
+    Source of the closed form: arXiv 2605.30825.
+
+    Args, returns, raises: as `solve_reverse_kl`.
+    """
+    data = _checked(log_q, log_q_unlearn, thresholds, "log_q_unlearn")
+    return _solution(closed_forms.forward_kl_problem, *data)
+
+
+def solve_likelihood(
+    log_q: ArrayLike, likelihoods: ArrayLike, thresholds: ArrayLike
+) -> DualSolution:
+    """min_p KL(p‖q) subject to E_p[h_i] ≤ ε_i, on a finite space; convex in p.
+
+    p_λ ∝ q exp(−Σ_i λ_i h_i), and λ maximises `dual_likelihood` over λ ≥ 0. If no p meets the
+    thresholds together the dual is unbounded: λ then grows until its value exceeds what any p
+    costs, which is the proof. Source: arXiv 2605.30825.
+
+    Args:
+      log_q: log masses of the reference, [n]; −inf is an empty cell.
+      likelihoods: h_i ≥ 0 of each cell, [m, n].
+      thresholds: ε in units of h, [m].
+
+    Returns:
+      A `DualSolution`, float64 under x64 and float32 otherwise: look at `attained`.
+
+    Raises:
+      ValueError: for shapes that do not fit, or (outside jit) masses that do not sum to one,
+        or likelihoods that are negative or not finite.
+    """
+    data = _checked(log_q, likelihoods, thresholds, "likelihoods")
+    return _solution(closed_forms.likelihood_problem, *data)
