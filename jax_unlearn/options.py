@@ -31,7 +31,8 @@ class RunOptions:
     overwrite: bool = False
     """Move an existing --out aside (to OUT.previous-N) and start anew."""
     per_image: bool = False
-    """Make each image to forget a constraint of its own, with its own multiplier."""
+    """Make each image to forget a constraint of its own, with its own multiplier. Single images
+    want --weighting nelbo, a lower --learning-rate (1e-4) and more --steps (300)."""
     threshold: tuple[str, ...] = ("calibrated",)
     """What each constraint's denoising loss must reach: a number (in the loss's unit), "2x" (that
     many times the reference model's own value) or "calibrated" (as likely as held-out retained

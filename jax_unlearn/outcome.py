@@ -26,6 +26,7 @@ def describe(
     before: Measured,
     after: Measured,
     certified: Certificate,
+    mean_multipliers: np.ndarray,
     timing: dict[str, float],
     seconds: float,
 ) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def describe(
       before: measurements of the reference model.
       after: of the unlearned model, on the same images and noise.
       certified: the certificate.
+      mean_multipliers: over the steps, [m].
       timing: seconds by part.
       seconds: all of them, those before a resume included.
     """
@@ -83,6 +85,7 @@ def describe(
             "reference_value": float(before.constraints.value[i]),
             "slack": -float(certified.violations[i]),
             "multiplier": float(certified.multipliers[i]),
+            "mean_multiplier": float(mean_multipliers[i]),
             "satisfied": bool(certified.satisfied[i]),
         }
         for i, constraint in enumerate(problem.constraints)

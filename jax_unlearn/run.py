@@ -277,7 +277,8 @@ def _run(
             progress,
             after_step,
         )
-        timing["train"] = report.read_rows(metrics_path)[-1]["seconds"]
+        rows = report.read_rows(metrics_path)
+        timing["train"] = rows[-1]["seconds"]
         say("measuring the unlearned model ...")
         measuring = time.monotonic()
         params = jax.device_get(state.params)
@@ -291,11 +292,11 @@ def _run(
             thresholds=thresholds,
             multipliers=state.multipliers,
         )
+        mean_multipliers = np.mean([row["multipliers"] for row in rows], axis=0)
         seconds = elapsed + time.monotonic() - started
         found = outcome.describe(
-            problem, options, command, before, after, certified, timing, seconds
+            problem, options, command, before, after, certified, mean_multipliers, timing, seconds
         )
-        rows = report.read_rows(metrics_path)
         page = report.write_report(
             out, found, rows, outcome.grids(problem, evaluation, before, after)
         )
