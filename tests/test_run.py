@@ -58,8 +58,12 @@ def test_a_run_leaves_everything_that_is_promised(finished):
     (constraint,) = found["constraints"]
     assert set(constraint) >= {
         "name", "value", "stderr", "threshold", "reference_value", "slack", "multiplier",
-        "satisfied",
+        "mean_multiplier", "satisfied",
     }  # fmt: skip
+    rows = report.read_rows(finished / "metrics.jsonl")
+    assert constraint["mean_multiplier"] == pytest.approx(
+        np.mean([row["multipliers"][0] for row in rows])
+    )
     assert constraint["slack"] == pytest.approx(constraint["value"] - constraint["threshold"])
     assert found["complementary_slackness"] == pytest.approx(
         abs(constraint["multiplier"] * constraint["slack"]), rel=1e-5

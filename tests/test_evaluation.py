@@ -1,0 +1,75 @@
+"""What a run measures, on a model whose every prediction is known: ε = 0."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_unlearn import data, divergences, evaluation, schedules
+from jax_unlearn import problem as problems
+from jax_unlearn.options import RunOptions
+from jax_unlearn.pretrained import Pretrained, PretrainedConfig
+
+STEPS = 50
+SCHEDULER = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Grey images, a model that predicts no noise, and 8 dimensions an image."""
+    unet = {"_class_name": "UNet2DModel", "sample_size": [2, 4], "in_channels": 1}
+    unet |= {"out_channels": 1}
+    pretrained = Pretrained(
+        lambda params, x_t, t, cond: params * x_t,
+        jnp.zeros(()),
+        schedules.from_diffusers(SCHEDULER),
+        PretrainedConfig(unet, SCHEDULER),
+    )
+    grey = np.random.default_rng(0).integers(120, 136, (72, 2, 4, 1)).astype(np.uint8)
+
+    def images(part, name):
+        return data.Images(part, None, tuple(f"{name} {i}" for i in range(len(part))))
+
+    return problems.make_problem(
+        pretrained,
+        [("forget", "forget", images(grey[:4], "forget"))],
+        images(grey[4:40], "retain"),
+        images(grey[40:], "held out"),
+        RunOptions(),
+    )
+
+
+def test_nelbo_weights_are_what_a_clipped_step_can_cost(problem):
+    weighting = evaluation.make_weighting(problem, RunOptions(weighting="nelbo"))
+    schedule = problem.pretrained.schedule
+    unbounded = np.asarray(divergences.path_kl_weights(schedule))
+    snr = np.exp(np.asarray(schedule.log_snr, np.float64))
+    # The error is ‖ε‖², 8 on average; a step costs a chain within [−1, 1] at most ½ΔSNR · 8 · 2².
+    most = 2.0 * (snr[:-1] - snr[1:])
+    ratio = np.asarray(weighting.weights)[1:] / np.minimum(unbounded[1:], most)
+    np.testing.assert_allclose(ratio, 1.0, rtol=0.25)  # e_t is measured on 64 images
+    assert unbounded[-1] > 100 * weighting.weights[-1]
+    assert weighting.weights[0] == unbounded[0]
+    assert np.asarray(weighting.probabilities).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_an_estimate_is_the_mean_and_its_standard_error():
+    found = evaluation.estimate(np.array([1.0, 2.0, 6.0]))
+    assert found.value == 3.0
+    assert found.stderr == pytest.approx(np.sqrt(7.0) / np.sqrt(3.0))
+    assert np.isnan(evaluation.estimate(np.array([1.0])).stderr)
+
+
+def test_measurements_are_paired_and_of_the_sampled_chain(problem):
+    options = RunOptions(samples=0, evaluation_images=64)
+    weighting = evaluation.make_weighting(problem, options)
+    measure = evaluation.evaluator(problem, options, weighting, None).measure
+    before, again, after = measure(jnp.zeros(())), measure(jnp.zeros(())), measure(jnp.ones(()))
+    for name in ("forgotten", "held_out", "retained"):
+        np.testing.assert_array_equal(before.nelbo[name], again.nelbo[name])
+        assert before.nelbo[name].shape == (32,)
+    assert before.objective.value == 0.0
+    # ‖0 − x_t‖² = ᾱ x_0² + (1−ᾱ) ‖ε‖² with x_0 ≈ 0, averaged over t and 8 dimensions.
+    noise_share = float((1 - problem.pretrained.schedule.alphas_cumprod).mean())
+    assert after.objective.value == pytest.approx(noise_share, rel=0.1)
+    # The images are near 0; ε = x_t gives x̂_0 = x_t (1−σ)/α, and ε = 0 gives x_t/α, clipped.
+    assert (after.nelbo["held_out"] < before.nelbo["held_out"]).all()
