@@ -1,0 +1,37 @@
+"""The exact side of constrained unlearning: closed forms, dual problems, composed denoisers."""
+
+from jax_unlearn.duality.closed_forms import (
+    dual_forward_kl,
+    dual_likelihood,
+    dual_reverse_kl,
+    tilt_forward_kl,
+    tilt_likelihood,
+    tilt_reverse_kl,
+)
+from jax_unlearn.duality.compositions import (
+    compose_forward_kl,
+    compose_likelihood,
+    compose_reverse_kl,
+)
+from jax_unlearn.duality.solutions import (
+    DualSolution,
+    solve_forward_kl,
+    solve_likelihood,
+    solve_reverse_kl,
+)
+
+__all__ = [
+    "DualSolution",
+    "compose_forward_kl",
+    "compose_likelihood",
+    "compose_reverse_kl",
+    "dual_forward_kl",
+    "dual_likelihood",
+    "dual_reverse_kl",
+    "solve_forward_kl",
+    "solve_likelihood",
+    "solve_reverse_kl",
+    "tilt_forward_kl",
+    "tilt_likelihood",
+    "tilt_reverse_kl",
+]

@@ -1,0 +1,290 @@
+"""The minimisers of the three Lagrangians and their dual functions, on finite spaces.
+
+A finite space is n cells: `log_q` [n] are the log masses of the reference q, row i of
+`log_q_unlearn` [m, n] those of q_i, row i of `likelihoods` [m, n] the values h_i ≥ 0. Each mass
+function sums to one; −inf is an empty cell. Λ = Σ_i λ_i, and all values are in nats.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_unlearn.typing import Array, ArrayLike
+
+__all__ = [
+    "dual_forward_kl",
+    "dual_likelihood",
+    "dual_reverse_kl",
+    "tilt_forward_kl",
+    "tilt_likelihood",
+    "tilt_reverse_kl",
+]
+
+
+class Point(NamedTuple):
+    """What a formulation says at one λ. `dual` is −inf outside the domain, the rest then void.
+
+    `margin` is the distance to the domain's edge: 1 − Λ, min_x w_λ(x), or ∞.
+    """
+
+    dual: Array
+    violations: Array
+    log_p: Array
+    margin: Array
+
+
+class Problem(NamedTuple):
+    """A formulation on a finite space, in the coordinates λ = unit · ν.
+
+    Attributes:
+      point: ν -> Point.
+      curvature: (ν, Point) -> −∂²g/∂ν² [m, m].
+      wall: ν -> a concave barrier at the domain's edge other than ν ≥ 0.
+      objective: log_p -> the objective in nats.
+      unit: of λ, [m]; constants that keep ν near one.
+      size: what a violation is measured by, [m].
+      free: constraints that q itself meets with an infinite value, bool [m].
+      ceiling: no feasible p costs more: a larger dual value proves that there is none.
+    """
+
+    point: Callable[[Array], Point]
+    curvature: Callable[[Array, Point], Array]
+    wall: Callable[[Array], Array]
+    objective: Callable[[Array], Array]
+    unit: Array
+    size: Array
+    free: Array
+    ceiling: Array
+
+
+def _floats(*arrays: ArrayLike) -> tuple[Array, ...]:
+    dtype = jnp.result_type(float)
+    return tuple(jnp.asarray(array, dtype) for array in arrays)
+
+
+def _expect(p: Array, values: Array) -> Array:
+    """Σ_x p(x) values(x), where 0 · ∞ is 0 and so is its derivative."""
+    return jnp.sum(p * jnp.where(p > 0, values, 0.0), axis=-1)
+
+
+def _outer(p: Array, rows: Array) -> Array:
+    """Σ_x p(x) rows_i(x) rows_j(x), [m, m]."""
+    return (rows * p) @ rows.T
+
+
+def _covariance(p: Array, rows: Array) -> Array:
+    rows = jnp.where(p > 0, rows, 0.0)
+    return _outer(p, rows - (rows @ p)[:, None])
+
+
+def reverse_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) -> Problem:
+    """KL(p‖q) → min subject to KL(p‖q_i) ≥ b_i."""
+    support = jnp.isfinite(log_q)
+    free = jnp.any(support & ~jnp.isfinite(log_q_unlearn), axis=1)
+    log_q = jnp.where(support, log_q, 0.0)
+    # A free constraint becomes KL(p‖q) ≥ −1, which binds nowhere and has finite derivatives.
+    rows = jnp.where(support & ~free[:, None], log_q_unlearn, log_q)
+    thresholds = jnp.where(free, -1.0, thresholds)
+
+    def point(multipliers: Array) -> Point:
+        margin = 1.0 - multipliers.sum()
+        power = jnp.where(margin > 0, margin, 1.0)
+        logits = (log_q - multipliers @ rows) / power
+        log_sum = jax.nn.logsumexp(logits, where=support)
+        log_p = jnp.where(support, logits - log_sum, -jnp.inf)
+        values = _expect(jnp.exp(log_p), log_p - rows)
+        dual = jnp.where(margin > 0, multipliers @ thresholds - power * log_sum, -jnp.inf)
+        return Point(dual, thresholds - values, log_p, margin)
+
+    def curvature(multipliers: Array, at: Point) -> Array:
+        del multipliers
+        return _covariance(jnp.exp(at.log_p), at.log_p - rows) / at.margin
+
+    return Problem(
+        point,
+        curvature,
+        wall=lambda multipliers: jnp.log(1.0 - multipliers.sum()),
+        objective=lambda log_p: _expect(jnp.exp(log_p), log_p - log_q),
+        unit=jnp.ones_like(thresholds),
+        size=1.0 + jnp.abs(thresholds),
+        free=free,
+        ceiling=jnp.max(-log_q, where=support, initial=0.0),
+    )
+
+
+def forward_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) -> Problem:
+    """KL(q‖p) → min subject to KL(q_i‖p) ≥ b_i."""
+    support = jnp.isfinite(log_q)
+    free = jnp.any(~support & jnp.isfinite(log_q_unlearn), axis=1)
+    q = jnp.exp(log_q)
+    log_q = jnp.where(support, log_q, 0.0)
+    rows = jnp.where(free[:, None], jnp.where(support, log_q, -jnp.inf), log_q_unlearn)
+    thresholds = jnp.where(free, -1.0, thresholds)
+    masses = jnp.exp(rows)
+    log_ratios = jnp.where(jnp.isfinite(rows), rows - log_q, -jnp.inf)
+    shift = jax.lax.stop_gradient(jnp.max(log_ratios, axis=1))
+    unit = jnp.exp(-shift)
+    ratios = jnp.exp(log_ratios - shift[:, None])  # at most one
+    prices = thresholds - _expect(masses, log_ratios)
+
+    def point(scaled: Array) -> Point:
+        weights = 1.0 - scaled @ ratios
+        margin = jnp.min(weights, where=support, initial=jnp.inf)
+        inside = (margin > 0) & support
+        log_w = jnp.log(jnp.where(inside, weights, 1.0))
+        rest = jnp.where(inside, q * weights, 0.0)
+        total = jnp.where(margin > 0, rest.sum(), 1.0)
+        log_p = jnp.where(support, log_q + log_w - jnp.log(total), -jnp.inf)
+        dual = (unit * scaled) @ prices - _expect(rest, log_w) + total * jnp.log(total)
+        violations = thresholds - _expect(masses, rows - log_p)
+        return Point(jnp.where(margin > 0, dual, -jnp.inf), violations, log_p, margin)
+
+    def curvature(scaled: Array, at: Point) -> Array:
+        weights = jnp.where(support & (at.margin > 0), 1.0 - scaled @ ratios, 1.0)
+        return _outer(q / weights, ratios) - jnp.outer(unit, unit) / jnp.sum(q * weights)
+
+    def wall(scaled: Array) -> Array:
+        return _expect(q, jnp.log(jnp.where(support, 1.0 - scaled @ ratios, 1.0)))
+
+    return Problem(
+        point,
+        curvature,
+        wall=wall,
+        objective=lambda log_p: _expect(q, log_q - log_p),
+        unit=unit,
+        size=1.0 + jnp.abs(thresholds),
+        free=free,
+        ceiling=jnp.asarray(jnp.inf, log_q.dtype),
+    )
+
+
+def likelihood_problem(log_q: Array, likelihoods: Array, thresholds: Array) -> Problem:
+    """KL(p‖q) → min subject to E_p[h_i] ≤ ε_i."""
+    support = jnp.isfinite(log_q)
+    q = jnp.exp(log_q)
+    log_q = jnp.where(support, log_q, 0.0)
+    rows = jnp.where(support, likelihoods, 0.0)
+    average = jax.lax.stop_gradient(rows @ q)
+    unit = jnp.where(average > 0, 1.0 / average, 1.0)
+    smallest = jnp.sqrt(jnp.finfo(q.dtype).eps) * jnp.where(average > 0, average, 1.0)
+
+    def point(scaled: Array) -> Point:
+        multipliers = unit * scaled
+        logits = log_q - multipliers @ rows
+        log_sum = jax.nn.logsumexp(logits, where=support)
+        log_p = jnp.where(support, logits - log_sum, -jnp.inf)
+        violations = _expect(jnp.exp(log_p), rows) - thresholds
+        dual = -log_sum - multipliers @ thresholds
+        return Point(dual, violations, log_p, jnp.asarray(jnp.inf, dual.dtype))
+
+    def curvature(scaled: Array, at: Point) -> Array:
+        del scaled
+        return _covariance(jnp.exp(at.log_p), rows * unit[:, None])
+
+    return Problem(
+        point,
+        curvature,
+        wall=lambda scaled: 0.0 * scaled.sum(),
+        objective=lambda log_p: _expect(jnp.exp(log_p), log_p - log_q),
+        unit=unit,
+        size=jnp.maximum(jnp.abs(thresholds), smallest),
+        free=jnp.zeros(thresholds.shape, bool),
+        ceiling=jnp.max(-log_q, where=support, initial=0.0),
+    )
+
+
+def _dual(problem: Problem, multipliers: Array) -> Array:
+    inside = jnp.all(jnp.where(problem.free, multipliers == 0, multipliers >= 0))
+    return jnp.where(inside, problem.point(multipliers / problem.unit).dual, -jnp.inf)
+
+
+def _tilt(problem: Problem, multipliers: Array) -> Array:
+    at = problem.point(multipliers / problem.unit)
+    inside = jnp.all(jnp.where(problem.free, multipliers == 0, multipliers >= 0))
+    return jnp.where(inside & (at.margin > 0), at.log_p, jnp.nan)
+
+
+def _zeros(log_q_unlearn: Array) -> Array:
+    return jnp.zeros(log_q_unlearn.shape[:1], log_q_unlearn.dtype)
+
+
+def dual_reverse_kl(
+    multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: ArrayLike, thresholds: ArrayLike
+) -> Array:
+    """g(λ) = −(1−Λ) log E_q[Π_i (q/q_i)^{α_i}] + λᵀb, α_i = λ_i/(1−Λ); nats, a scalar.
+
+    The infimum over p of KL(p‖q) + Σ_i λ_i (b_i − KL(p‖q_i)), concave in λ, with gradient
+    b_i − KL(p_λ‖q_i). Its domain is λ ≥ 0, Λ < 1, and λ_i = 0 where q_i lacks mass that q has
+    (KL(p‖q_i) is then infinite for free); −inf outside. Source: arXiv 2605.30825.
+
+    Args:
+      multipliers: λ, [m].
+      log_q: [n].
+      log_q_unlearn: [m, n].
+      thresholds: b in nats, [m].
+    """
+    multipliers, *data = _floats(multipliers, log_q, log_q_unlearn, thresholds)
+    return _dual(reverse_kl_problem(*data), multipliers)
+
+
+def dual_forward_kl(
+    multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: ArrayLike, thresholds: ArrayLike
+) -> Array:
+    """g(λ) = Σ_i λ_i (b_i − KL(q_i‖q)) − Σ_x r log(r/q) + (1−Λ) log(1−Λ), r = q − Σ_i λ_i q_i.
+
+    The infimum over p of KL(q‖p) + Σ_i λ_i (b_i − KL(q_i‖p)) in nats, a scalar, concave in λ,
+    with gradient b_i − KL(q_i‖p_λ). Its domain is λ ≥ 0, r > 0 on q's support, and λ_i = 0
+    where q_i has mass that q lacks; −inf outside. Source: arXiv 2605.30825.
+
+    Args: as `dual_reverse_kl`.
+    """
+    multipliers, *data = _floats(multipliers, log_q, log_q_unlearn, thresholds)
+    return _dual(forward_kl_problem(*data), multipliers)
+
+
+def dual_likelihood(
+    multipliers: ArrayLike, log_q: ArrayLike, likelihoods: ArrayLike, thresholds: ArrayLike
+) -> Array:
+    """g(λ) = −log E_q[exp(−Σ_i λ_i h_i)] − λᵀε in nats, a scalar; −inf unless λ ≥ 0.
+
+    The infimum over p of KL(p‖q) + Σ_i λ_i (E_p[h_i] − ε_i), concave in λ, with gradient
+    E_{p_λ}[h_i] − ε_i. Source: arXiv 2605.30825.
+
+    Args:
+      multipliers: λ in nats per unit of h, [m].
+      log_q: [n].
+      likelihoods: h ≥ 0, [m, n].
+      thresholds: ε in units of h, [m].
+    """
+    multipliers, *data = _floats(multipliers, log_q, likelihoods, thresholds)
+    return _dual(likelihood_problem(*data), multipliers)
+
+
+def tilt_reverse_kl(multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: ArrayLike) -> Array:
+    """The log masses [n] of p_λ ∝ q Π_i (q/q_i)^{α_i}, α_i = λ_i/(1−Λ); nan outside the domain.
+
+    Equally p_λ ∝ (q / Π_i q_i^{λ_i})^{1/(1−Λ)}. Source: arXiv 2605.30825. Args: as
+    `dual_reverse_kl`.
+    """
+    multipliers, log_q, rows = _floats(multipliers, log_q, log_q_unlearn)
+    return _tilt(reverse_kl_problem(log_q, rows, _zeros(rows)), multipliers)
+
+
+def tilt_forward_kl(multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: ArrayLike) -> Array:
+    """The log masses [n] of p_λ = (q − Σ_i λ_i q_i) / (1−Λ); nan outside the domain.
+
+    Source: arXiv 2605.30825. Args: as `dual_forward_kl`.
+    """
+    multipliers, log_q, rows = _floats(multipliers, log_q, log_q_unlearn)
+    return _tilt(forward_kl_problem(log_q, rows, _zeros(rows)), multipliers)
+
+
+def tilt_likelihood(multipliers: ArrayLike, log_q: ArrayLike, likelihoods: ArrayLike) -> Array:
+    """The log masses [n] of p_λ ∝ q exp(−Σ_i λ_i h_i); nan unless λ ≥ 0.
+
+    Source: arXiv 2605.30825. Args: as `dual_likelihood`.
+    """
+    multipliers, log_q, rows = _floats(multipliers, log_q, likelihoods)
+    return _tilt(likelihood_problem(log_q, rows, _zeros(rows)), multipliers)

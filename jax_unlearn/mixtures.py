@@ -1,0 +1,259 @@
+"""Gaussian mixtures with closed-form diffusion: an oracle whose every quantity is known.
+
+Components are isotropic, so that an event may have any shape (points [d], images [height,
+width, channels]), noising stays within the family, and no matrix is inverted. x is [batch,
+*event] throughout, as in `samplers`. Densities are with respect to Lebesgue measure, in nats.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_unlearn import schedules
+from jax_unlearn.typing import Array, ArrayLike
+
+__all__ = [
+    "GaussianMixture",
+    "Grid",
+    "denoiser",
+    "density_ratio",
+    "diffused",
+    "gaussian_mixture",
+    "grid",
+    "log_density",
+    "log_masses",
+    "predictions",
+    "responsibilities",
+    "sample",
+    "score",
+    "select",
+    "subtract",
+]
+
+
+class GaussianMixture(NamedTuple):
+    """Σ_k π_k N(μ_k, v_k I).
+
+    Attributes:
+      log_weights: log π_k, [k].
+      means: μ_k, [k, *event].
+      variances: v_k of every dimension, [k].
+    """
+
+    log_weights: Array
+    means: Array
+    variances: Array
+
+
+def gaussian_mixture(
+    means: ArrayLike, variances: ArrayLike, weights: ArrayLike | None = None
+) -> GaussianMixture:
+    """Makes a mixture; the weights are scaled to add up to one.
+
+    Args:
+      means: μ_k, [k, *event].
+      variances: v_k > 0, [k] or one for all.
+      weights: π_k ≥ 0, [k]; None makes them equal.
+
+    Raises:
+      ValueError: for shapes that do not fit, or variances that are not positive.
+    """
+    dtype = jnp.result_type(float)
+    means = jnp.asarray(means, dtype)
+    if means.ndim < 2:
+        raise ValueError(f"means must be [k, *event], not of shape {means.shape}.")
+    count = means.shape[0]
+    weights = jnp.ones(count, dtype) if weights is None else jnp.asarray(weights, dtype)
+    variances = jnp.asarray(variances, dtype)
+    if weights.shape != (count,) or variances.shape not in ((), (count,)):
+        raise ValueError(
+            f"expected weights and variances for {count} components, got the shapes "
+            f"{weights.shape} and {variances.shape}."
+        )
+    if not isinstance(variances, jax.core.Tracer) and not bool((variances > 0).all()):
+        raise ValueError(f"variances must be positive, got {variances}.")
+    variances = jnp.broadcast_to(variances, (count,))
+    return GaussianMixture(jnp.log(weights / weights.sum()), means, variances)
+
+
+def select(mixture: GaussianMixture, components: ArrayLike) -> GaussianMixture:
+    """The mixture given that the component is one of these, integers [j]: a concept of it."""
+    chosen = jnp.atleast_1d(jnp.asarray(components))
+    log_weights = jax.nn.log_softmax(mixture.log_weights[chosen])
+    return GaussianMixture(log_weights, mixture.means[chosen], mixture.variances[chosen])
+
+
+def subtract(mixture: GaussianMixture, multipliers: ArrayLike) -> GaussianMixture:
+    """(q − Σ_k λ_k N_k)/(1−Λ): the forward-KL tilt where each q_i is a component of q.
+
+    It remains a mixture, of weights (π_k − λ_k)/(1−Λ); λ_k = π_k is q without component k. The
+    edge of the dual domain Σ_k λ_k N_k ≤ q lies at λ_k = π_k wherever no component has a
+    larger variance than k. Source: arXiv 2605.30825.
+
+    Args:
+      mixture: q.
+      multipliers: λ of each component, 0 ≤ λ_k ≤ π_k, [k].
+
+    Raises:
+      ValueError: for a wrong shape or, unless traced, values outside that range.
+    """
+    multipliers = jnp.asarray(multipliers, mixture.log_weights.dtype)
+    weights = jnp.exp(mixture.log_weights)
+    if multipliers.shape != weights.shape:
+        raise ValueError(f"expected multipliers [{weights.size}], got {multipliers.shape}.")
+    if not isinstance(multipliers, jax.core.Tracer):
+        if not bool(((multipliers >= 0) & (multipliers <= weights * (1 + 1e-6))).all()):
+            raise ValueError(f"multipliers must lie in [0, {weights}], got {multipliers}.")
+    log_weights = jnp.log(jnp.maximum(weights - multipliers, 0.0)) - jnp.log1p(-multipliers.sum())
+    return mixture._replace(log_weights=log_weights)
+
+
+def _components(mixture: GaussianMixture, x_t: Array, log_snr: ArrayLike) -> tuple[Array, ...]:
+    """x_t − α μ_k [batch, k, *event]; v_k ᾱ + 1−ᾱ and log π_k N_k(x_t), both [batch, k]."""
+    log_snr = jnp.broadcast_to(jnp.asarray(log_snr, x_t.dtype), x_t.shape[:1])
+    alpha, _ = schedules.alpha_sigma(log_snr, x_t)
+    offsets = x_t[:, None] - alpha[:, None] * mixture.means
+    signal = jax.nn.sigmoid(log_snr)[:, None]
+    variances = signal * mixture.variances + jax.nn.sigmoid(-log_snr)[:, None]
+    squares = jnp.square(offsets).sum(axis=tuple(range(2, offsets.ndim)))
+    dimensions = mixture.means[0].size
+    log_joint = mixture.log_weights - 0.5 * (
+        squares / variances + dimensions * jnp.log(2 * np.pi * variances)
+    )
+    return offsets, variances, log_joint
+
+
+def log_density(mixture: GaussianMixture, x_t: Array, log_snr: ArrayLike = jnp.inf) -> Array:
+    """The log density of x_t = α x_0 + σ ε: log Σ_k π_k N(x_t; α μ_k, ᾱ v_k + 1 − ᾱ), [batch].
+
+    Args:
+      mixture: the law of x_0.
+      x_t: [batch, *event].
+      log_snr: of x_t, [batch] or a scalar; +∞ is no noise.
+    """
+    return jax.nn.logsumexp(_components(mixture, x_t, log_snr)[2], axis=1)
+
+
+def responsibilities(mixture: GaussianMixture, x_t: Array, log_snr: ArrayLike = jnp.inf) -> Array:
+    """P(component k | x_t), [batch, k]."""
+    return jax.nn.softmax(_components(mixture, x_t, log_snr)[2], axis=1)
+
+
+def score(mixture: GaussianMixture, x_t: Array, log_snr: ArrayLike = jnp.inf) -> Array:
+    """∇ log q_t(x_t) = −Σ_k P(k | x_t) (x_t − α μ_k)/(ᾱ v_k + 1 − ᾱ), the shape of x_t."""
+    offsets, variances, log_joint = _components(mixture, x_t, log_snr)
+    shares = jax.nn.softmax(log_joint, axis=1) / variances
+    return -jnp.einsum("bk,bk...->b...", shares, offsets)
+
+
+def predictions(mixture: GaussianMixture, x_t: Array, log_snr: ArrayLike) -> schedules.Predictions:
+    """The exact E[ε | x_t], E[x_0 | x_t], velocity and score, each of the shape of x_t.
+
+    E[x_0 | x_t, k] = μ_k + α v_k (x_t − α μ_k)/(ᾱ v_k + 1 − ᾱ), averaged over P(k | x_t), and
+    E[ε | x_t] = −σ score: each in closed form, with no division by α or σ.
+    """
+    offsets, variances, log_joint = _components(mixture, x_t, log_snr)
+    shares = jax.nn.softmax(log_joint, axis=1)
+    log_snr = jnp.broadcast_to(jnp.asarray(log_snr, x_t.dtype), x_t.shape[:1])
+    alpha, sigma = schedules.alpha_sigma(log_snr, x_t)
+    slope = shares / variances
+    score = -jnp.einsum("bk,bk...->b...", slope, offsets)
+    pulled = jnp.einsum("bk,bk...->b...", slope * mixture.variances, offsets)
+    x_0 = jnp.einsum("bk,k...->b...", shares, mixture.means) + alpha * pulled
+    epsilon = -sigma * score
+    return schedules.Predictions(epsilon, x_0, alpha * epsilon - sigma * x_0, score)
+
+
+def denoiser(
+    mixture: GaussianMixture, schedule: schedules.NoiseSchedule
+) -> Callable[[Array, Array], Array]:
+    """The ideal network: (x_t [batch, *event], integer t [batch]) -> prediction.
+
+    In the schedule's prediction type, so that `samplers.sample` takes it as it is. Clipping of
+    x_0 (`clip_range`) suits images; for points make the schedule with none.
+    """
+    field = {"epsilon": "epsilon", "sample": "x_0", "v_prediction": "velocity"}
+
+    def predict(x_t: Array, t: Array) -> Array:
+        exact = predictions(mixture, x_t, schedule.log_snr[t])
+        return getattr(exact, field[schedule.prediction_type])
+
+    return predict
+
+
+def density_ratio(
+    numerator: GaussianMixture, denominator: GaussianMixture, schedule: schedules.NoiseSchedule
+) -> Callable[[Array, Array], Array]:
+    """(x_t [batch, *event], integer t [batch]) -> ratio of the two laws of x_t, [batch].
+
+    It is E[ρ(x_0) | x_t] under the denominator, with ρ the ratio of the clean laws.
+    """
+
+    def ratio(x_t: Array, t: Array) -> Array:
+        log_snr = schedule.log_snr[t]
+        difference = log_density(numerator, x_t, log_snr) - log_density(denominator, x_t, log_snr)
+        return jnp.exp(difference)
+
+    return ratio
+
+
+def diffused(mixture: GaussianMixture, log_snr: ArrayLike) -> GaussianMixture:
+    """The law of x_t = α x_0 + σ ε at one log-SNR: means α μ_k, variances ᾱ v_k + 1 − ᾱ."""
+    log_snr = jnp.asarray(log_snr, mixture.means.dtype)
+    alpha, _ = schedules.alpha_sigma(log_snr, mixture.means)
+    signal, noise = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
+    variances = signal * mixture.variances + noise
+    return GaussianMixture(mixture.log_weights, alpha * mixture.means, variances)
+
+
+def sample(mixture: GaussianMixture, key: Array, count: int) -> Array:
+    """Independent samples, [count, *event]."""
+    component_key, noise_key = jax.random.split(key)
+    chosen = jax.random.categorical(component_key, mixture.log_weights, shape=(count,))
+    means = mixture.means[chosen]
+    deviations = jnp.sqrt(mixture.variances[chosen])
+    noise = jax.random.normal(noise_key, means.shape, means.dtype)
+    return means + deviations.reshape((-1,) + (1,) * (means.ndim - 1)) * noise
+
+
+class Grid(NamedTuple):
+    """Cell centres x [n, d], the last dimension fastest, and log of the volume of one cell."""
+
+    x: Array
+    log_volume: Array
+
+
+def grid(bounds: Sequence[tuple[float, float]], cells: int) -> Grid:
+    """Cuts a box into cells^d equal cells: quadrature by midpoints, for one or two dimensions.
+
+    Args:
+      bounds: (lower, upper) of each dimension.
+      cells: number of cells along each dimension.
+
+    Raises:
+      ValueError: for an empty box, no cells, or more than 10⁷ cells.
+    """
+    if not bounds or any(not lower < upper for lower, upper in bounds) or cells < 1:
+        raise ValueError(f"expected lower < upper and at least a cell, got {bounds}, {cells}.")
+    if cells ** len(bounds) > 10**7:
+        raise ValueError(f"{cells}^{len(bounds)} cells are too many: at most 10^7.")
+    steps = [(upper - lower) / cells for lower, upper in bounds]
+    axes = [
+        lower + step * (np.arange(cells) + 0.5)
+        for (lower, _), step in zip(bounds, steps, strict=True)
+    ]
+    points = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=-1)
+    dtype = jnp.result_type(float)
+    return Grid(jnp.asarray(points, dtype), jnp.asarray(np.log(steps).sum(), dtype))
+
+
+def log_masses(mixture: GaussianMixture, cells: Grid) -> Array:
+    """Log masses of the grid's cells, density times volume scaled to add up to one, [n].
+
+    What the scaling hides, log Σ density · volume, must be near 0: the box has to hold the
+    mixture, and a cell be small against its deviations.
+    """
+    return jax.nn.log_softmax(log_density(mixture, cells.x))
