@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax_unlearn import schedules
 from jax_unlearn.typing import Array, ArrayLike, Condition, Denoiser, Params
 
-__all__ = ["Trajectory", "ddim_step", "ddpm_step", "guided", "sample"]
+__all__ = ["Trajectory", "clipped_predictions", "ddim_step", "ddpm_step", "guided", "sample"]
 
 
 class Trajectory(NamedTuple):
@@ -24,7 +24,7 @@ def _log_alpha_cumprod(log_snr: Array) -> Array:
     return -jax.nn.softplus(-log_snr)
 
 
-def _predictions(
+def clipped_predictions(
     prediction: Array, x_t: Array, log_snr: Array, schedule: schedules.NoiseSchedule
 ) -> tuple[Array, Array]:
     """(ε, x_0), the latter clipped to the schedule's range and the former made to fit it."""
@@ -61,7 +61,7 @@ def ddpm_step(
       log_snr_s: log-SNR after the step, a scalar.
       schedule: gives the prediction type, the clipping of x̂_0 and the variance.
     """
-    _, x_0 = _predictions(prediction, x_t, log_snr_t, schedule)
+    _, x_0 = clipped_predictions(prediction, x_t, log_snr_t, schedule)
     log_ratio = _log_alpha_cumprod(log_snr_t) - _log_alpha_cumprod(log_snr_s)
     beta = -jnp.expm1(log_ratio)
     var_t, var_s = jax.nn.sigmoid(-log_snr_t), jax.nn.sigmoid(-log_snr_s)
@@ -90,7 +90,7 @@ def ddim_step(
     `use_clipped_model_output=True`; its default leaves ε̂, and guided samples of models that
     clip then drift off: at scale 3 the judge agreed with 42 % of the embedded model's).
     """
-    epsilon, x_0 = _predictions(prediction, x_t, log_snr_t, schedule)
+    epsilon, x_0 = clipped_predictions(prediction, x_t, log_snr_t, schedule)
     log_ratio = _log_alpha_cumprod(log_snr_t) - _log_alpha_cumprod(log_snr_s)
     var_t, var_s = jax.nn.sigmoid(-log_snr_t), jax.nn.sigmoid(-log_snr_s)
     variance = jnp.square(eta) * var_s / var_t * -jnp.expm1(log_ratio)
