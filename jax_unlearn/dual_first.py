@@ -51,7 +51,7 @@ def likelihood_multipliers(
     resamples: int = 100,
     level: float = 0.95,
 ) -> DualFirst:
-    """argmax over λ ≥ 0 of −log mean_n exp(−Σ_i λ_i h_i(x_n)) − λᵀε (arXiv 2605.30825).
+    """Argmax over λ ≥ 0 of −log mean_n exp(−Σ_i λ_i h_i(x_n)) − λᵀε (arXiv 2605.30825).
 
     Args:
       values: h_i(x_n) ≥ 0 at samples x_n of q, [n, m].
@@ -67,14 +67,14 @@ def likelihood_multipliers(
       ValueError: for shapes that do not fit, values that are negative or not finite, a level
         outside (0, 1), or no resamples.
     """
-    values = _checked(values, thresholds, resamples, level)
+    values, bounds = _checked(values, thresholds, resamples, level)
     if not bool((values >= 0).all()):
         raise ValueError("likelihoods must not be negative.")
 
-    def solve(values: Array) -> duality.DualSolution:
-        return duality.solve_likelihood(_uniform(values), values.T, thresholds)
+    def solve(values: Array, bounds: Array) -> duality.DualSolution:
+        return duality.solve_likelihood(_uniform(values), values.T, bounds)
 
-    return _with_bootstrap(solve, values, key, resamples, level)
+    return _with_bootstrap(solve, values, bounds, key, resamples, level)
 
 
 def reverse_kl_multipliers(
@@ -85,7 +85,7 @@ def reverse_kl_multipliers(
     resamples: int = 100,
     level: float = 0.95,
 ) -> DualFirst:
-    """argmax over λ ≥ 0, Λ < 1 of −(1−Λ) log mean_n Π_i (q/q_i)^{α_i}(x_n) + λᵀb.
+    """Argmax over λ ≥ 0, Λ < 1 of −(1−Λ) log mean_n Π_i (q/q_i)^{α_i}(x_n) + λᵀb.
 
     α_i = λ_i/(1−Λ) (arXiv 2605.30825). Where α is large the mean is carried by the few samples
     with the largest ratios: see `DualFirst.effective`. Divergences larger than log n plus the
@@ -105,59 +105,64 @@ def reverse_kl_multipliers(
       ValueError: for shapes that do not fit, ratios that are not finite, a level outside (0, 1),
         or no resamples.
     """
-    log_ratios = _checked(log_ratios, thresholds, resamples, level)
+    log_ratios, bounds = _checked(log_ratios, thresholds, resamples, level)
 
-    def solve(log_ratios: Array) -> duality.DualSolution:
+    def solve(log_ratios: Array, bounds: Array) -> duality.DualSolution:
         log_q = _uniform(log_ratios)
-        return duality.solve_reverse_kl(log_q, log_q - log_ratios.T, thresholds)
+        return duality.solve_reverse_kl(log_q, log_q - log_ratios.T, bounds)
 
-    return _with_bootstrap(solve, log_ratios, key, resamples, level)
+    return _with_bootstrap(solve, log_ratios, bounds, key, resamples, level)
 
 
 def _uniform(values: Array) -> Array:
     return jnp.full(values.shape[:1], -jnp.log(values.shape[0]), values.dtype)
 
 
-def _checked(values: ArrayLike, thresholds: ArrayLike, resamples: int, level: float) -> Array:
-    values = jnp.asarray(values, jnp.result_type(float))
-    if values.ndim != 2 or values.shape[1:] != jnp.shape(thresholds):
+def _checked(
+    values: ArrayLike, thresholds: ArrayLike, resamples: int, level: float
+) -> tuple[Array, Array]:
+    dtype = jnp.result_type(float)
+    values, thresholds = jnp.asarray(values, dtype), jnp.asarray(thresholds, dtype)
+    if values.ndim != 2 or values.shape[1:] != thresholds.shape:
         raise ValueError(
             f"expected values [n, m] and thresholds [m], got {list(values.shape)} and "
-            f"{list(jnp.shape(thresholds))}."
+            f"{list(thresholds.shape)}."
         )
     if not bool(jnp.isfinite(values).all()):
         raise ValueError("values at the samples must be finite.")
     if resamples < 1 or not 0 < level < 1:
         raise ValueError(
-            f"expected at least one resample and a level inside (0, 1), got {resamples} and {level}."
+            "expected at least one resample and a level inside (0, 1), got "
+            f"{resamples} and {level}."
         )
-    return values
+    return values, thresholds
 
 
 def _with_bootstrap(
-    solve: Callable[[Array], duality.DualSolution],
+    solve: Callable[[Array, Array], duality.DualSolution],
     values: Array,
+    bounds: Array,
     key: Array | None,
     resamples: int,
     level: float,
 ) -> DualFirst:
     # Under jit, where the solver asks no q_i to sum to one: on samples they do so only on average.
-    solution = jax.jit(solve)(values)
+    solution = jax.jit(solve)(values, bounds)
     weights = jnp.exp(solution.log_p)
     effective = 1.0 / (values.shape[0] * jnp.square(weights).sum())
     if key is None:
         return DualFirst(solution.multipliers, None, None, None, effective, solution)
 
     @jax.jit
-    def again(keys: Array) -> tuple[Array, Array]:
+    def again(keys: Array, values: Array, bounds: Array) -> tuple[Array, Array]:
         def one(key: Array) -> tuple[Array, Array]:
             rows = jax.random.randint(key, values.shape[:1], 0, values.shape[0])
-            found = solve(values[rows])
+            found = solve(values[rows], bounds)
             return found.multipliers, found.attained
 
         return jax.lax.map(one, keys)
 
-    resampled, attained = again(jax.random.split(key, resamples))
+    resampled, attained = again(jax.random.split(key, resamples), values, bounds)
     tail = 0.5 * (1.0 - level)
     unbounded = jnp.where(attained[:, None], resampled, jnp.inf)
     interval = jnp.stack(

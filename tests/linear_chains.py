@@ -4,6 +4,8 @@ Every x_t of such a chain is Gaussian, so that path KLs and moments are known ex
 float64, from the posterior of the forward process and nothing of the package.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_unlearn import schedules
@@ -90,3 +92,22 @@ def differences(function, params, width=1e-5):
         [(function(unflat(point + width * e)) - function(unflat(point - width * e))) / (2 * width)
          for e in np.eye(len(point))]
     )  # fmt: skip
+
+
+def minimiser(formulation, reference, batch, current):
+    """Of the objective: it is quadratic in gain and bias [2, T] of a linear denoiser."""
+
+    @jax.jit
+    def losses_at(parameters):
+        gain, bias = parameters.reshape(2, -1)
+        params = {"gain": gain, "bias": bias[None]}
+        got = formulation.losses(
+            params, reference, jax.random.key(0), batch, None, jnp.float32(current)
+        )
+        return got.objective.mean(), got
+
+    vector = jnp.zeros(2 * STEPS)
+    gradient, got = jax.jit(jax.grad(losses_at, has_aux=True))(vector)
+    hessian = jax.jit(jax.hessian(lambda vector: losses_at(vector)[0]))(vector)
+    solved = -np.linalg.solve(np.asarray(hessian), np.asarray(gradient))
+    return solved.reshape(2, -1), got.constraint, got.diagnostics

@@ -23,7 +23,6 @@ from jax_unlearn.formulations import (
     SampleBatch,
     Samples,
     Separated,
-    likelihood,
     reverse_kl,
 )
 from jax_unlearn.primal_dual import primal_dual
@@ -56,9 +55,7 @@ def conditional_batch(repeat=1):
 
 def conditional_values(params, along=None, times=chains.ALL):
     """Objective and values of that problem."""
-    kl = functools.partial(
-        chains.path_kl, params, reference=REFERENCE, along=along, times=times
-    )
+    kl = functools.partial(chains.path_kl, params, reference=REFERENCE, along=along, times=times)
     held = 2 * kl(label=1, other=1) + kl(label=2, other=0) + 2 * kl(label=3, other=0)
     return held / 5, np.array([kl(label=2, other=2), kl(label=3, other=3)])
 
@@ -71,9 +68,7 @@ def several_batch():
 
 
 def several_values(params, along=None, times=chains.ALL):
-    kl = functools.partial(
-        chains.path_kl, params, 0, REFERENCE, along=along, times=times
-    )
+    kl = functools.partial(chains.path_kl, params, 0, REFERENCE, along=along, times=times)
     return kl(0), np.array([kl(1), kl(2)])
 
 
@@ -166,7 +161,9 @@ def test_clipped_chains_have_the_path_kl_of_their_steps():
     labels = [jnp.full(20_000, label) for label in (1, 0, 2)]
     batch = ConditionBatch(None, Separated(*labels, jnp.zeros(20_000, int)))
     formulation = reverse_kl(chains.apply, schedule, shape=(1,), steps=5)
-    got = formulation.losses(single(PARAMS), single(REFERENCE), KEY, batch, None, jnp.zeros(1))
+    got = jax.jit(formulation.losses, static_argnums=4)(
+        single(PARAMS), single(REFERENCE), KEY, batch, None, jnp.zeros(1)
+    )
     found = np.array([got.objective.mean(), got.constraint.mean()])
     np.testing.assert_allclose(found, exact, rtol=0.04)
     unclipped = conditional_values(PARAMS)[0]
@@ -251,33 +248,22 @@ def test_primal_dual_reaches_the_exact_multiplier_at_every_threshold(estimator):
     np.testing.assert_allclose(state.params["bias"][:, 0], bias, atol=0.05)
 
 
-def test_the_step_stays_finite_at_the_edge_of_the_domain():
+@pytest.mark.parametrize("estimator", ["pathwise", "stop_gradient", "tilt"])
+def test_the_step_stays_finite_at_the_edge_of_the_domain(estimator):
     """With thresholds out of reach λ sits at the cap; no update is lost and λ comes back."""
-    batch = ConditionBatch(
-        None, Separated(*(jnp.full(8, label) for label in (0, 0, 1)), jnp.zeros(8, int))
-    )
-    tilted = tilt_batch(512)
-    for estimator, data in (("pathwise", batch), ("stop_gradient", batch), ("tilt", tilted)):
-        formulation = reverse_kl(
-            chains.apply,
-            chains.SCHEDULE,
-            estimator=estimator,
-            shape=(1,),
-            steps=5,
-            weighting=WEIGHTING,
-            margin=1e-3,
-        )
-        algorithm = primal_dual(
-            formulation, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)), optax.sgd(1)
-        )
-        state = algorithm.init(single(REFERENCE), 1e4, multipliers=2.0)
-        state, info = jax.jit(functools.partial(run, algorithm, steps=100))(state, data)
-        assert info.finite.all()
-        np.testing.assert_allclose(info.multipliers, 0.999, rtol=1e-5)
-        state = state._replace(thresholds=jnp.array([-10.0]))
-        state, info = jax.jit(functools.partial(run, algorithm, steps=20))(state, data)
-        assert info.finite.all()
-        assert state.multipliers[0] == 0
+    zeros = jnp.zeros(8, int)
+    batch = ConditionBatch(None, Separated(zeros, zeros, zeros + 1, zeros))
+    batch = tilt_batch(512) if estimator == "tilt" else batch
+    formulation = ON_POLICY(estimator=estimator, steps=5, weighting=WEIGHTING, margin=1e-3)
+    algorithm = primal_dual(formulation, optax.adam(1e-2), optax.sgd(1.0))
+    state = algorithm.init(single(REFERENCE), 1e4, multipliers=2.0)
+    go = jax.jit(functools.partial(run, algorithm, steps=100))
+    state, info = go(state, batch)
+    assert info.finite.all()
+    np.testing.assert_allclose(info.multipliers, 0.999, rtol=1e-5)
+    state, info = go(state._replace(thresholds=jnp.array([-10.0])), batch)
+    assert info.finite.all()
+    assert state.multipliers[0] == 0
 
 
 # Tilts of N(0, s²) by N(a, s²) and by (x − a)²/2 are Gaussian: their denoisers are linear.
@@ -293,30 +279,6 @@ def tilt_batch(count, centre=CENTRE, seed=3):
     return SampleBatch(None, Samples(x, zeros, zeros, ratio[:, 0], zeros))
 
 
-def minimiser(formulation, batch, current, rows=None):
-    """Of the objective: it is quadratic in the parameters of a linear denoiser."""
-    start = single(jax.tree.map(np.zeros_like, REFERENCE))
-    reference = single(REFERENCE)
-
-    @jax.jit
-    def objective(vector, key):
-        got = formulation.losses(
-            chains.unflat(vector), reference, key, batch, None, jnp.float32(current)
-        )
-        return got.objective.mean(), (got.constraint, got.diagnostics)
-
-    vector = jnp.asarray(chains.flat(start), jnp.float32)
-    used = slice(0, 2 * chains.STEPS)  # gain, and the bias of label 0
-    keys = jax.random.split(KEY, 4)
-    gradient = sum(jax.grad(objective, has_aux=True)(vector, key)[0] for key in keys)
-    hessian = sum(
-        jax.hessian(lambda v, key=key: objective(v, key)[0])(vector) for key in keys
-    )
-    solved = -np.linalg.solve(np.asarray(hessian)[used, used], np.asarray(gradient)[used])
-    _, (constraint, diagnostics) = objective(vector, KEY)
-    return solved.reshape(2, -1), constraint, diagnostics
-
-
 @pytest.mark.parametrize("control_variate", [False, True])
 def test_reverse_kl_tilt_distils_the_closed_form(control_variate):
     """p_λ = N(−α a, s²), KL(p_λ‖q_1) = (1+α)² a²/2s² and KL(p_λ‖q) = α² a²/2s²."""
@@ -329,38 +291,17 @@ def test_reverse_kl_tilt_distils_the_closed_form(control_variate):
         weighting=WEIGHTING,
         control_variate=control_variate,
     )
-    solved, constraint, diagnostics = minimiser(formulation, tilt_batch(200_000), [current])
+    solved, constraint, diagnostics = chains.minimiser(
+        formulation, single(REFERENCE), tilt_batch(100_000), [current]
+    )
     exact = chains.gaussian([-alpha * CENTRE], VARIANCE)
-    np.testing.assert_allclose(solved[0], exact["gain"], atol=0.02)
-    np.testing.assert_allclose(solved[1], exact["bias"][0], atol=0.02)
+    np.testing.assert_allclose(solved[0], exact["gain"], atol=0.025)
+    np.testing.assert_allclose(solved[1], exact["bias"][0], atol=0.025)
     nats = CENTRE**2 / (2 * VARIANCE)
     assert constraint.mean() == pytest.approx((1 + alpha) ** 2 * nats, rel=0.03)
     assert diagnostics["tilt_kl"] == pytest.approx(alpha**2 * nats, rel=0.05)
     # E_q w² / (E_q w)² of this tilt is exp(α² a²/s²).
     assert diagnostics["ess"] == pytest.approx(np.exp(-(alpha**2) * 2 * nats), rel=0.05)
-
-
-@pytest.mark.parametrize("control_variate", [False, True])
-def test_likelihood_tilt_distils_the_closed_form(control_variate):
-    """h = (x − a)²/2: p_λ has precision 1/s² + λ and mean λ a / (1/s² + λ)."""
-    current = 1.5
-    batch = tilt_batch(200_000)
-    h = 0.5 * (batch.forget.x_0 - CENTRE) ** 2
-    constraint = batch.forget.constraint[:, None]
-    batch = batch._replace(forget=batch.forget._replace(values=h, constraint=constraint))
-    formulation = likelihood(
-        chains.apply, chains.SCHEDULE, weighting=WEIGHTING, control_variate=control_variate
-    )
-    solved, constraint, diagnostics = minimiser(formulation, batch, [current])
-    variance = 1 / (1 / VARIANCE + current)
-    mean = variance * current * CENTRE
-    exact = chains.gaussian([mean], variance)
-    np.testing.assert_allclose(solved[0], exact["gain"], atol=0.02)
-    np.testing.assert_allclose(solved[1], exact["bias"][0], atol=0.02)
-    expected = 0.5 * (variance + (mean - CENTRE) ** 2)
-    assert constraint.mean() == pytest.approx(expected, rel=0.02)
-    kl = 0.5 * (variance / VARIANCE + mean**2 / VARIANCE - 1 - np.log(variance / VARIANCE))
-    assert diagnostics["tilt_kl"] == pytest.approx(kl, rel=0.03)
 
 
 def test_tilt_of_a_conditional_model_uses_the_multiplier_of_each_condition():
@@ -372,10 +313,9 @@ def test_tilt_of_a_conditional_model_uses_the_multiplier_of_each_condition():
     formulation = reverse_kl(
         chains.apply, chains.SCHEDULE, estimator="tilt", weighting=WEIGHTING, shares=[0.25]
     )
-    got = formulation.losses(
-        single(REFERENCE), single(REFERENCE), KEY, SampleBatch(kept, forget), None,
-        jnp.float32([current]),
-    )  # fmt: skip
+    got = jax.jit(formulation.losses, static_argnums=4)(
+        *[single(REFERENCE)] * 2, KEY, SampleBatch(kept, forget), None, jnp.float32([current])
+    )
     nats = CENTRE**2 / (2 * VARIANCE)
     assert got.constraint.mean() == pytest.approx((1 + alpha) ** 2 * nats, rel=0.03)
     assert got.diagnostics["tilt_kl"] == pytest.approx(alpha**2 * nats / 4, rel=0.05)
@@ -395,11 +335,12 @@ def test_control_variate_leaves_the_reference_alone_without_multipliers():
         got = formulation.losses(params, single(REFERENCE), KEY, batch, None, jnp.zeros(1))
         return got.objective.sum()
 
-    value, gradient = jax.value_and_grad(objective)(single(REFERENCE))
+    value, gradient = jax.jit(jax.value_and_grad(objective))(single(REFERENCE))
     assert abs(value) < 1e-5
     assert all(np.abs(leaf).max() < 1e-4 for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["pathwise", "tilt"])
 def test_unrolled_derivative_in_the_threshold(estimator):
     """d (θ_k, λ_k) / d b against central differences in float64; λ weights the losses of tilt."""
@@ -423,18 +364,18 @@ def test_unrolled_derivative_in_the_threshold(estimator):
         @jax.jit
         def end(threshold):
             state = algorithm.init(reference, threshold)
-            state, _ = run(algorithm, state, batch, 4)
+            state, _ = run(algorithm, state, batch, 3)
             return jnp.concatenate([state.params["gain"], state.multipliers])
 
-        derivative, reverse = jax.jit(jax.jacfwd(end))(3.0), jax.jit(jax.jacrev(end))(3.0)
+        derivative = jax.jit(jax.jacfwd(end))(3.0)
         finite = (end(3.0 + 1e-5) - end(3.0 - 1e-5)) / 2e-5
     np.testing.assert_allclose(derivative, finite, rtol=1e-5, atol=1e-9)
-    np.testing.assert_allclose(reverse, finite, rtol=1e-5, atol=1e-9)
     assert np.abs(finite).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-@pytest.mark.parametrize("estimator", ["pathwise", "stop_gradient", "tilt"])
+@pytest.mark.parametrize("estimator", ["pathwise", "tilt"])
 def test_sharded_batches_give_the_result_of_one_device(estimator):
     if estimator == "tilt":
         kept = Examples(jax.random.normal(KEY, (32, 1)), jnp.full(32, 1))
