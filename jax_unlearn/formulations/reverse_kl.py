@@ -36,9 +36,11 @@ def reverse_kl(
 
     **Unit.** Nats. The divergences are path KLs of the ancestral chain on `steps` time steps,
     Σ_t w_t E_{x_t∼p} ‖ε_p − ε_q‖² with `divergences.path_kl_weights` of that sub-grid. A path KL
-    bounds that of the images from above. The objective is therefore safe to read, but a
-    constraint "path KL ≥ b" is weaker than "KL ≥ b" on images. They agree in the limit of
-    many steps where both chains reverse the same noising of their images.
+    bounds that of the generated images from above. The objective is therefore safe to read, but
+    a constraint "path KL ≥ b" is weaker than "KL ≥ b" on images: on few steps with
+    "fixed_small" variances by a fifth or more. A schedule with `variance_type`
+    "fixed_geometric" is much closer. The two agree in the limit of many steps where both chains
+    reverse the same noising of their images.
 
     Estimators:
       "pathwise": the derivative goes through the sampler (each step run again in the backward
