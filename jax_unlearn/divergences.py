@@ -28,9 +28,10 @@ def path_kl_weights(schedule: schedules.NoiseSchedule, variance: str = "fixed_sm
     "fixed_small": w_t = ½ expm1(logSNR_{t−1} − logSNR_t) (Kingma et al. 2021, eq. 14).
     "fixed_large": w_t = β_t/(2 α_t (1−ᾱ_t)), which is β_t²/(2σ_t² α_t (1−ᾱ_t)) at σ_t² = β_t
     (Ho et al. 2020, eq. 12). "fixed_geometric": the geometric mean of the two. At t = 0 the
-    posterior variance vanishes; as Ho et al. do, that of t = 1 stands in for it, so that w_0 = β_0²/(2 v_1 α_0 (1−ᾱ_0)) with v_1 the posterior
-    variance of t = 1. At a zero terminal SNR, where ε carries no image, the last weight is
-    infinite. Computed in float64 on the host: the schedule must not be traced.
+    posterior variance vanishes; as Ho et al. do, that of t = 1 stands in for it, so that
+    w_0 = β_0²/(2 v_1 α_0 (1−ᾱ_0)) with v_1 the posterior variance of t = 1. At a zero terminal
+    SNR, where ε carries no image, the last weight is infinite. Computed in float64 on the host:
+    the schedule must not be traced.
 
     By the data-processing inequality the path KL bounds the KL of what the two chains generate
     from above: "path KL ≥ b" is weaker than "KL ≥ b". For exact denoisers and ever finer steps
