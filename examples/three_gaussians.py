@@ -240,7 +240,7 @@ def main():
     figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3.2), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         axis.imshow(answers[name][1].T, origin="lower", extent=(-7, 7, -6, 8), cmap="Blues")
-        axis.scatter(*clouds[name].T, s=1, color="tab:red", alpha=0.25, linewidths=0)
+        axis.scatter(*clouds[name].T, s=2, color="tab:red", alpha=0.5, linewidths=0)
         axis.set(title=name, xlim=(-5, 5), ylim=(-3, 6), xticks=[], yticks=[])
     figure.tight_layout()
     figure.savefig(args.out / "three_gaussians.png", dpi=110)

@@ -7,6 +7,7 @@ a "tilt" estimator distils p_λ with multipliers that stay.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from jax_unlearn import duality
 from jax_unlearn.typing import Array, ArrayLike
 
 __all__ = ["DualFirst", "likelihood_multipliers", "reverse_kl_multipliers"]
+
+Solve = Callable[[Array, Array], duality.DualSolution]
 
 
 class DualFirst(NamedTuple):
@@ -70,11 +73,7 @@ def likelihood_multipliers(
     values, bounds = _checked(values, thresholds, resamples, level)
     if not bool((values >= 0).all()):
         raise ValueError("likelihoods must not be negative.")
-
-    def solve(values: Array, bounds: Array) -> duality.DualSolution:
-        return duality.solve_likelihood(_uniform(values), values.T, bounds)
-
-    return _with_bootstrap(solve, values, bounds, key, resamples, level)
+    return _with_bootstrap(_solve_likelihood, values, bounds, key, resamples, level)
 
 
 def reverse_kl_multipliers(
@@ -106,16 +105,33 @@ def reverse_kl_multipliers(
         or no resamples.
     """
     log_ratios, bounds = _checked(log_ratios, thresholds, resamples, level)
-
-    def solve(log_ratios: Array, bounds: Array) -> duality.DualSolution:
-        log_q = _uniform(log_ratios)
-        return duality.solve_reverse_kl(log_q, log_q - log_ratios.T, bounds)
-
-    return _with_bootstrap(solve, log_ratios, bounds, key, resamples, level)
+    return _with_bootstrap(_solve_reverse_kl, log_ratios, bounds, key, resamples, level)
 
 
 def _uniform(values: Array) -> Array:
     return jnp.full(values.shape[:1], -jnp.log(values.shape[0]), values.dtype)
+
+
+# Under jit, where the solver asks no q_i to sum to one: on samples they do so only on average.
+@jax.jit
+def _solve_likelihood(values: Array, bounds: Array) -> duality.DualSolution:
+    return duality.solve_likelihood(_uniform(values), values.T, bounds)
+
+
+@jax.jit
+def _solve_reverse_kl(log_ratios: Array, bounds: Array) -> duality.DualSolution:
+    log_q = _uniform(log_ratios)
+    return duality.solve_reverse_kl(log_q, log_q - log_ratios.T, bounds)
+
+
+@partial(jax.jit, static_argnums=0)
+def _resample(solve: Solve, keys: Array, values: Array, bounds: Array) -> tuple[Array, Array]:
+    def one(key: Array) -> tuple[Array, Array]:
+        rows = jax.random.randint(key, values.shape[:1], 0, values.shape[0])
+        found = solve(values[rows], bounds)
+        return found.multipliers, found.attained
+
+    return jax.lax.map(one, keys)
 
 
 def _checked(
@@ -139,30 +155,20 @@ def _checked(
 
 
 def _with_bootstrap(
-    solve: Callable[[Array, Array], duality.DualSolution],
+    solve: Solve,
     values: Array,
     bounds: Array,
     key: Array | None,
     resamples: int,
     level: float,
 ) -> DualFirst:
-    # Under jit, where the solver asks no q_i to sum to one: on samples they do so only on average.
-    solution = jax.jit(solve)(values, bounds)
+    solution = solve(values, bounds)
     weights = jnp.exp(solution.log_p)
     effective = 1.0 / (values.shape[0] * jnp.square(weights).sum())
     if key is None:
         return DualFirst(solution.multipliers, None, None, None, effective, solution)
 
-    @jax.jit
-    def again(keys: Array, values: Array, bounds: Array) -> tuple[Array, Array]:
-        def one(key: Array) -> tuple[Array, Array]:
-            rows = jax.random.randint(key, values.shape[:1], 0, values.shape[0])
-            found = solve(values[rows], bounds)
-            return found.multipliers, found.attained
-
-        return jax.lax.map(one, keys)
-
-    resampled, attained = again(jax.random.split(key, resamples), values, bounds)
+    resampled, attained = _resample(solve, jax.random.split(key, resamples), values, bounds)
     tail = 0.5 * (1.0 - level)
     unbounded = jnp.where(attained[:, None], resampled, jnp.inf)
     interval = jnp.stack(

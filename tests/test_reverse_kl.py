@@ -250,7 +250,7 @@ def test_primal_dual_reaches_the_exact_multiplier_at_every_threshold(estimator):
     np.testing.assert_allclose(state.params["bias"][:, 0], bias, atol=0.05)
 
 
-@pytest.mark.parametrize("estimator", ["pathwise", "stop_gradient", "tilt"])
+@pytest.mark.parametrize("estimator", ["pathwise", "tilt"])
 def test_the_step_stays_finite_at_the_edge_of_the_domain(estimator):
     """With thresholds out of reach λ sits at the cap; no update is lost and λ comes back."""
     zeros = jnp.zeros(8, int)
@@ -284,7 +284,7 @@ def tilt_batch(count, centre=CENTRE, seed=3):
 @pytest.mark.parametrize("control_variate", [False, True])
 def test_reverse_kl_tilt_distils_the_closed_form(control_variate):
     """p_λ = N(−α a, s²), KL(p_λ‖q_1) = (1+α)² a²/2s² and KL(p_λ‖q) = α² a²/2s²."""
-    current = 0.4
+    current = 0.3
     alpha = current / (1 - current)
     formulation = reverse_kl(
         chains.apply,
@@ -297,8 +297,8 @@ def test_reverse_kl_tilt_distils_the_closed_form(control_variate):
         formulation, single(REFERENCE), tilt_batch(100_000), [current]
     )
     exact = chains.gaussian([-alpha * CENTRE], VARIANCE)
-    np.testing.assert_allclose(solved[0], exact["gain"], atol=0.025)
-    np.testing.assert_allclose(solved[1], exact["bias"][0], atol=0.025)
+    np.testing.assert_allclose(solved[0], exact["gain"], atol=0.035)
+    np.testing.assert_allclose(solved[1], exact["bias"][0], atol=0.035)
     nats = CENTRE**2 / (2 * VARIANCE)
     assert constraint.mean() == pytest.approx((1 + alpha) ** 2 * nats, rel=0.03)
     assert diagnostics["tilt_kl"] == pytest.approx(alpha**2 * nats, rel=0.05)
@@ -343,24 +343,12 @@ def test_control_variate_leaves_the_reference_alone_without_multipliers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["pathwise", "tilt"])
-def test_unrolled_derivative_in_the_threshold(estimator):
-    """d (θ_k, λ_k) / d b against central differences in float64; λ weights the losses of tilt."""
+def test_unrolled_derivative_in_the_threshold():
+    """d (θ_k, λ_k) / d b against central differences in float64; λ weights the losses here."""
     with jax.enable_x64(True):
-        formulation = reverse_kl(
-            chains.apply,
-            chains.SCHEDULE,
-            estimator=estimator,
-            shape=(1,),
-            steps=5,
-            weighting=WEIGHTING,
-        )
+        formulation = ON_POLICY(estimator="tilt", weighting=WEIGHTING)
         algorithm = primal_dual(formulation, optax.adam(0.05), optax.sgd(0.02))
-        if estimator == "tilt":
-            batch = tilt_batch(16)
-        else:
-            zeros = jnp.zeros(16, int)
-            batch = ConditionBatch(None, Separated(zeros, zeros, zeros + 1, zeros))
+        batch = tilt_batch(16)
         reference = jax.tree.map(jnp.asarray, REFERENCE)
 
         @jax.jit
@@ -372,7 +360,7 @@ def test_unrolled_derivative_in_the_threshold(estimator):
         derivative = jax.jit(jax.jacfwd(end))(3.0)
         finite = (end(3.0 + 1e-5) - end(3.0 - 1e-5)) / 2e-5
     np.testing.assert_allclose(derivative, finite, rtol=1e-5, atol=1e-9)
-    assert np.abs(finite).max() > 1e-3
+    assert (np.abs(finite) > 1e-5).all()
 
 
 @pytest.mark.slow
