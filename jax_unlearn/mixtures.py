@@ -61,6 +61,8 @@ def gaussian_mixture(
     Raises:
       ValueError: for shapes that do not fit, or variances that are not positive.
     """
+    if not isinstance(variances, jax.core.Tracer) and not (np.asarray(variances) > 0).all():
+        raise ValueError(f"variances must be positive, got {variances}.")
     dtype = jnp.result_type(float)
     means = jnp.asarray(means, dtype)
     if means.ndim < 2:
@@ -73,8 +75,6 @@ def gaussian_mixture(
             f"expected weights and variances for {count} components, got the shapes "
             f"{weights.shape} and {variances.shape}."
         )
-    if not isinstance(variances, jax.core.Tracer) and not bool((variances > 0).all()):
-        raise ValueError(f"variances must be positive, got {variances}.")
     variances = jnp.broadcast_to(variances, (count,))
     return GaussianMixture(jnp.log(weights / weights.sum()), means, variances)
 
@@ -100,15 +100,16 @@ def subtract(mixture: GaussianMixture, multipliers: ArrayLike) -> GaussianMixtur
     Raises:
       ValueError: for a wrong shape or, unless traced, values outside that range.
     """
-    multipliers = jnp.asarray(multipliers, mixture.log_weights.dtype)
-    weights = jnp.exp(mixture.log_weights)
-    if multipliers.shape != weights.shape:
-        raise ValueError(f"expected multipliers [{weights.size}], got {multipliers.shape}.")
-    if not isinstance(multipliers, jax.core.Tracer):
-        if not bool(((multipliers >= 0) & (multipliers <= weights * (1 + 1e-6))).all()):
-            raise ValueError(f"multipliers must lie in [0, {weights}], got {multipliers}.")
-    log_weights = jnp.log(jnp.maximum(weights - multipliers, 0.0)) - jnp.log1p(-multipliers.sum())
-    return mixture._replace(log_weights=log_weights)
+    log_weights = mixture.log_weights
+    if np.shape(multipliers) != log_weights.shape:
+        raise ValueError(f"expected multipliers {log_weights.shape}, got {np.shape(multipliers)}.")
+    if not any(isinstance(values, jax.core.Tracer) for values in (multipliers, log_weights)):
+        values, most = np.asarray(multipliers), np.exp(log_weights)
+        if not ((values >= 0) & (values <= most * (1 + 1e-6))).all():
+            raise ValueError(f"multipliers must lie between 0 and {most}, got {values}.")
+    multipliers = jnp.asarray(multipliers, log_weights.dtype)
+    rest = jnp.maximum(jnp.exp(log_weights) - multipliers, 0.0)
+    return mixture._replace(log_weights=jnp.log(rest) - jnp.log(rest.sum()))
 
 
 def _components(mixture: GaussianMixture, x_t: Array, log_snr: ArrayLike) -> tuple[Array, ...]:

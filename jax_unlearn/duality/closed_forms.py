@@ -41,22 +41,27 @@ class Problem(NamedTuple):
     Attributes:
       point: ν -> Point.
       curvature: (ν, Point) -> −∂²g/∂ν² [m, m].
-      wall: ν -> a concave barrier at the domain's edge other than ν ≥ 0.
+      wall: ν -> a concave barrier at the domain's edges besides ν ≥ 0: its value, gradient [m]
+        and negated second derivative [m, m].
       objective: log_p -> the objective in nats.
       unit: of λ, [m]; constants that keep ν near one.
       size: what a violation is measured by, [m].
       free: constraints that q itself meets with an infinite value, bool [m].
       ceiling: no feasible p costs more: a larger dual value proves that there is none.
+      largest: the furthest threshold of each constraint alone, [m].
+      beyond: thresholds that no p meets, bool [m].
     """
 
     point: Callable[[Array], Point]
     curvature: Callable[[Array, Point], Array]
-    wall: Callable[[Array], Array]
+    wall: Callable[[Array], tuple[Array, Array, Array]]
     objective: Callable[[Array], Array]
     unit: Array
     size: Array
     free: Array
     ceiling: Array
+    largest: Array
+    beyond: Array
 
 
 def _floats(*arrays: ArrayLike) -> tuple[Array, ...]:
@@ -102,15 +107,23 @@ def reverse_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) ->
         del multipliers
         return _covariance(jnp.exp(at.log_p), at.log_p - rows) / at.margin
 
+    def wall(multipliers: Array) -> tuple[Array, Array, Array]:
+        inverse = 1.0 / (1.0 - multipliers.sum())
+        ones = jnp.ones_like(multipliers)
+        return -jnp.log(inverse), -inverse * ones, inverse**2 * jnp.outer(ones, ones)
+
+    largest = jnp.where(free, jnp.inf, jnp.max(-rows, axis=1, where=support, initial=0.0))
     return Problem(
         point,
         curvature,
-        wall=lambda multipliers: jnp.log(1.0 - multipliers.sum()),
+        wall,
         objective=lambda log_p: _expect(jnp.exp(log_p), log_p - log_q),
         unit=jnp.ones_like(thresholds),
         size=1.0 + jnp.abs(thresholds),
         free=free,
         ceiling=jnp.max(-log_q, where=support, initial=0.0),
+        largest=largest,
+        beyond=thresholds > largest * (1 + 8 * jnp.finfo(log_q.dtype).eps),
     )
 
 
@@ -145,18 +158,28 @@ def forward_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) ->
         weights = jnp.where(support & (at.margin > 0), 1.0 - scaled @ ratios, 1.0)
         return _outer(q / weights, ratios) - jnp.outer(unit, unit) / jnp.sum(q * weights)
 
-    def wall(scaled: Array) -> Array:
-        return _expect(q, jnp.log(jnp.where(support, 1.0 - scaled @ ratios, 1.0)))
+    def wall(scaled: Array) -> tuple[Array, Array, Array]:
+        weights = jnp.where(support, 1.0 - scaled @ ratios, 1.0)
+        gradient = -ratios @ (q / weights)
+        return q @ jnp.log(weights), gradient, _outer(q / weights**2, ratios)
 
+    # The edge of λ_i alone lies at ν_i = 1; what it gives besides the cells that it empties.
+    weights = 1.0 - ratios
+    kept = support & (weights > jnp.finfo(q.dtype).eps ** 0.75)
+    total = jnp.sum(q * jnp.where(kept, weights, 0.0), axis=1, keepdims=True)
+    log_edge = jnp.log(jnp.where(kept, weights, 1.0)) - jnp.log(jnp.where(total > 0, total, 1.0))
+    largest = _expect(jnp.where(kept, masses, 0.0), log_ratios - log_edge)
     return Problem(
         point,
         curvature,
-        wall=wall,
+        wall,
         objective=lambda log_p: _expect(q, log_q - log_p),
         unit=unit,
         size=1.0 + jnp.abs(thresholds),
         free=free,
         ceiling=jnp.asarray(jnp.inf, log_q.dtype),
+        largest=jnp.where(free, jnp.inf, largest),
+        beyond=jnp.zeros(thresholds.shape, bool),
     )
 
 
@@ -183,15 +206,23 @@ def likelihood_problem(log_q: Array, likelihoods: Array, thresholds: Array) -> P
         del scaled
         return _covariance(jnp.exp(at.log_p), rows * unit[:, None])
 
+    largest = jnp.min(rows, axis=1, where=support, initial=jnp.inf)
+    none = (
+        jnp.zeros((), q.dtype),
+        jnp.zeros_like(thresholds),
+        jnp.zeros(2 * thresholds.shape, q.dtype),
+    )
     return Problem(
         point,
         curvature,
-        wall=lambda scaled: 0.0 * scaled.sum(),
+        wall=lambda scaled: none,
         objective=lambda log_p: _expect(jnp.exp(log_p), log_p - log_q),
         unit=unit,
         size=jnp.maximum(jnp.abs(thresholds), smallest),
         free=jnp.zeros(thresholds.shape, bool),
         ceiling=jnp.max(-log_q, where=support, initial=0.0),
+        largest=largest,
+        beyond=thresholds < largest * (1 - 8 * jnp.finfo(q.dtype).eps),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_unlearn.typing import Array, ArrayLike
 
@@ -18,16 +19,19 @@ __all__ = ["compose_forward_kl", "compose_likelihood", "compose_reverse_kl"]
 Predict = Callable[[Array, Array], Array]
 
 
-def _multipliers(unlearn: Sequence[Predict], multipliers: ArrayLike) -> Array:
-    multipliers = jnp.asarray(multipliers)
-    if multipliers.shape != (len(unlearn),):
+def _multipliers(unlearn: Sequence[Predict], multipliers: ArrayLike, most: float = np.inf) -> Array:
+    shape = np.shape(multipliers)
+    if shape != (len(unlearn),):
         raise ValueError(
-            f"expected one multiplier for each of {len(unlearn)} denoisers, got the shape "
-            f"{multipliers.shape}."
+            f"expected one multiplier for each of {len(unlearn)} denoisers, got the shape {shape}."
         )
-    if not isinstance(multipliers, jax.core.Tracer) and not bool((multipliers >= 0).all()):
-        raise ValueError(f"multipliers must not be negative, got {multipliers}.")
-    return multipliers
+    if not isinstance(multipliers, jax.core.Tracer):
+        values = np.asarray(multipliers)
+        if not (values >= 0).all():
+            raise ValueError(f"multipliers must not be negative, got {values}.")
+        if not values.sum() < most:
+            raise ValueError(f"multipliers must sum to less than {most}, not to {values.sum()}.")
+    return jnp.asarray(multipliers)
 
 
 def _expand(values: Array, like: Array) -> Array:
@@ -52,11 +56,8 @@ def compose_reverse_kl(
     Raises:
       ValueError: for multipliers of another shape or, unless traced, outside the domain.
     """
-    multipliers = _multipliers(unlearn, multipliers)
-    total = multipliers.sum()
-    if not isinstance(total, jax.core.Tracer) and not bool(total < 1):
-        raise ValueError(f"reverse-KL multipliers must sum to less than one, not to {total}.")
-    strengths = multipliers / (1.0 - total)
+    multipliers = _multipliers(unlearn, multipliers, most=1.0)
+    strengths = multipliers / (1.0 - multipliers.sum())
 
     def predict(x_t: Array, t: Array) -> Array:
         base = reference(x_t, t)
