@@ -2,7 +2,20 @@
 
 __version__ = "0.1.0"
 
-from jax_unlearn.formulations import Batch, Examples, Forget, Formulation, forward_kl
+from jax_unlearn.formulations import (
+    Batch,
+    ConditionBatch,
+    Examples,
+    Forget,
+    Formulation,
+    Held,
+    SampleBatch,
+    Samples,
+    Separated,
+    forward_kl,
+    likelihood,
+    reverse_kl,
+)
 from jax_unlearn.pretrained import Pretrained, load_pretrained, save_pretrained
 from jax_unlearn.primal_dual import (
     PrimalDual,
@@ -15,17 +28,24 @@ from jax_unlearn.schedules import NoiseSchedule
 
 __all__ = [
     "Batch",
+    "ConditionBatch",
     "Examples",
     "Forget",
     "Formulation",
+    "Held",
     "NoiseSchedule",
     "Pretrained",
     "PrimalDual",
     "PrimalDualInfo",
     "PrimalDualState",
+    "SampleBatch",
+    "Samples",
+    "Separated",
     "certificate",
     "forward_kl",
+    "likelihood",
     "load_pretrained",
     "primal_dual",
+    "reverse_kl",
     "save_pretrained",
 ]

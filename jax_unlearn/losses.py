@@ -23,6 +23,7 @@ __all__ = [
     "denoising_loss",
     "draw",
     "effective_sample_size",
+    "example_keys",
     "importance",
     "mixture",
     "predict_epsilon",
@@ -76,6 +77,20 @@ class Draws(NamedTuple):
     uniform: Array
 
 
+def _positions(count: int, axis_name: str | None) -> tuple[Array, int]:
+    """The place of each of this shard's examples among all, [count], and how many all are."""
+    if axis_name is None:
+        return jnp.arange(count), count
+    offset = jax.lax.axis_index(axis_name) * count
+    return offset + jnp.arange(count), count * jax.lax.axis_size(axis_name)
+
+
+def example_keys(key: Array, count: int, *, axis_name: str | None = None) -> Array:
+    """fold_in(key, j) for example j, [count]; j counts over all shards of `axis_name`."""
+    index, _ = _positions(count, axis_name)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
 def draw(key: Array, x_0: Array, probabilities: Array, *, axis_name: str | None = None) -> Draws:
     """Draws noise and stratified time steps for a batch, whatever devices it is spread over.
 
@@ -84,13 +99,9 @@ def draw(key: Array, x_0: Array, probabilities: Array, *, axis_name: str | None 
     shard_map over `axis_name`, j counts over all shards, so that a sharded batch sees exactly
     the noise of the same batch on one device.
     """
-    count, shards, offset = x_0.shape[0], 1, 0
-    if axis_name is not None:
-        shards = jax.lax.axis_size(axis_name)
-        offset = jax.lax.axis_index(axis_name) * count
-    index = offset + jnp.arange(count)
+    index, total = _positions(x_0.shape[0], axis_name)
     time_key, example_key = jax.random.split(key)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(example_key, index)
+    keys = example_keys(example_key, x_0.shape[0], axis_name=axis_name)
 
     def one(example: Array) -> tuple[Array, Array]:
         noise_key, uniform_key = jax.random.split(example)
@@ -98,7 +109,7 @@ def draw(key: Array, x_0: Array, probabilities: Array, *, axis_name: str | None 
         return noise, jax.random.uniform(uniform_key, (2,))
 
     noise, uniform = jax.vmap(one)(keys)
-    u = ((index + uniform[:, 0]) / (count * shards) + jax.random.uniform(time_key)) % 1.0
+    u = ((index + uniform[:, 0]) / total + jax.random.uniform(time_key)) % 1.0
     cumulative = jnp.cumsum(probabilities)
     t = jnp.searchsorted(cumulative, u * cumulative[-1], side="right")
     t = jnp.minimum(t, probabilities.shape[0] - 1).astype(jnp.int32)

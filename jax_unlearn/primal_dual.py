@@ -123,10 +123,11 @@ def primal_dual(
         return values if axis_name is None else jax.lax.psum(values, axis_name)
 
     def shares(
-        params: Params, reference: Params, key: Array, batch: Any, count: int
+        params: Params, reference: Params, multipliers: Array, key: Array, batch: Any
     ) -> tuple[tuple[Array, Array], tuple[Array, dict[str, Array]]]:
         """What this shard adds to the objective and to the m constraint values."""
-        terms = formulation.losses(params, reference, key, batch, axis_name)
+        count = multipliers.shape[0]
+        terms = formulation.losses(params, reference, key, batch, axis_name, multipliers)
         examples = total(jnp.asarray(terms.objective.shape[0], jnp.float32))
         seen = total(jnp.zeros((count,)).at[terms.index].add(1.0))
         sums = jnp.zeros((count,)).at[terms.index].add(terms.constraint)
@@ -163,10 +164,9 @@ def primal_dual(
     def step(
         key: Array, state: PrimalDualState, batch: Any, dual_batch: Any = None
     ) -> tuple[PrimalDualState, PrimalDualInfo]:
-        count = state.thresholds.shape[0]
         key, dual_key = jax.random.split(key)
         (objective, values), vjp, (seen, diagnostics) = jax.vjp(
-            lambda params: shares(params, state.reference, key, batch, count),
+            lambda params: shares(params, state.reference, state.multipliers, key, batch),
             state.params,
             has_aux=True,
         )
@@ -175,7 +175,7 @@ def primal_dual(
         moving = violations
         if dual_batch is not None:
             (_, others), (others_seen, _) = shares(
-                state.params, state.reference, dual_key, dual_batch, count
+                state.params, state.reference, state.multipliers, dual_key, dual_batch
             )
             moving = violations_of(state, total(others), others_seen)
         dual_updates, dual_state = dual_optimizer.update(

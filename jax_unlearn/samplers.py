@@ -50,8 +50,8 @@ def ddpm_step(
     """One ancestral step from t to s < t (Ho et al. 2020, eqs. 6-7).
 
     x_s = √ᾱ_s β/(1−ᾱ_t) x̂_0 + √(ᾱ_t/ᾱ_s) (1−ᾱ_s)/(1−ᾱ_t) x_t + √v z, with β = 1 − ᾱ_t/ᾱ_s and
-    v = β (1−ᾱ_s)/(1−ᾱ_t) ("fixed_small") or β ("fixed_large"). At log_snr_s = +∞ (the clean
-    image) no noise is added under either.
+    v = β (1−ᾱ_s)/(1−ᾱ_t) ("fixed_small"), β ("fixed_large") or their geometric mean
+    ("fixed_geometric"). At log_snr_s = +∞ (the clean image) no noise is added under any.
 
     Args:
       prediction: the network's output at x_t, in the schedule's prediction type.
@@ -69,7 +69,8 @@ def ddpm_step(
         jnp.sqrt(jax.nn.sigmoid(log_snr_s)) * beta / var_t * x_0
         + jnp.exp(0.5 * log_ratio) * var_s / var_t * x_t
     )
-    variance = beta if schedule.variance_type == "fixed_large" else beta * var_s / var_t
+    power = {"fixed_small": 1.0, "fixed_geometric": 0.5, "fixed_large": 0.0}
+    variance = beta * (var_s / var_t) ** power[schedule.variance_type]
     return mean + jnp.where(jnp.isposinf(log_snr_s), 0.0, jnp.sqrt(variance)) * noise
 
 

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-_VARIANCE_TYPES = ("fixed_small", "fixed_large")
+_VARIANCE_TYPES = ("fixed_small", "fixed_large", "fixed_geometric")
 _SPACINGS = ("leading", "trailing", "linspace")
 
 
@@ -40,8 +40,8 @@ class NoiseSchedule:
     Attributes:
       log_snr: log ᾱ_t − log(1−ᾱ_t), decreasing, [T]; −inf at a zero terminal SNR.
       prediction_type: what the network predicts, "epsilon", "sample" (x_0) or "v_prediction".
-      variance_type: variance of the ancestral sampler, "fixed_small" (of the posterior) or
-        "fixed_large" (β_t).
+      variance_type: variance of the ancestral sampler: "fixed_small" (of the posterior),
+        "fixed_large" (β_t) or "fixed_geometric" (the geometric mean of the two).
       clip_range: samplers clip their estimate of x_0 to ±clip_range; None does not clip.
       spacing: how a sampler spreads fewer than T steps: "leading", "trailing", "linspace".
       steps_offset: added to the "leading" steps.
@@ -160,8 +160,8 @@ def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     variance = config.get("variance_type", "fixed_small")
     if variance == "fixed_small_log":
         variance = "fixed_small"
-    if variance not in _VARIANCE_TYPES:
-        raise ValueError(f"variance_type {variance!r} is not one of {_VARIANCE_TYPES}.")
+    if variance not in ("fixed_small", "fixed_large"):
+        raise ValueError(f"variance_type {variance!r} is not 'fixed_small' or 'fixed_large'.")
     # DDPM and DDIM, also under names such as DDPMParallelScheduler, have other defaults than the
     # schedulers that came after them.
     kind = config.get("_class_name", "DDPMScheduler")

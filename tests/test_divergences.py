@@ -41,12 +41,14 @@ def kernel(t, mean, deviation, variance):
         epsilon = exact_epsilon(x_t, t, mean, deviation)
         return (x_t - beta / np.sqrt(1 - ab) * epsilon) / np.sqrt(alpha)  # Ho et al., eq. 11
 
-    if variance == "fixed_large":
-        v = beta
-    elif t:
+    if t:
         v = (1 - before) / (1 - ab) * beta
     else:  # that of t = 1
         v = (1 - ALPHAS_CUMPROD[0]) / (1 - ALPHAS_CUMPROD[1]) * BETAS[1]
+    if variance == "fixed_large":
+        v = beta
+    elif variance == "fixed_geometric":
+        v = np.sqrt(v * beta)
     return average(1.0) - average(0.0), average(0.0), v
 
 
@@ -81,7 +83,7 @@ def chain_kl(variance):
     return total, parts[::-1]
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "fixed_geometric"])
 def test_path_kl_weights_are_those_of_gaussian_kernels(variance):
     """At a point, the KL of two kernels is the weight times the squared difference of ε."""
     weights = divergences.path_kl_weights(schedule_of(), variance)
@@ -107,7 +109,7 @@ def test_path_kl_weights_of_a_thousand_steps():
 
 def test_zero_terminal_snr_makes_only_the_last_weight_infinite():
     schedule = schedules.noise_schedule(rescale_betas_zero_snr=True)
-    for variance in ("fixed_small", "fixed_large"):
+    for variance in ("fixed_small", "fixed_large", "fixed_geometric"):
         weights = divergences.path_kl_weights(schedule, variance)
         assert np.isfinite(weights[:-1]).all()
         assert weights[-1] == np.inf

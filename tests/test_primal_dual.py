@@ -18,7 +18,7 @@ KEY = jax.random.key(0)
 def problem(kind, sign=1.0, balance=None, calls=None):
     """½‖x − a‖² with the constraint value c_i·x ("linear") or ‖x‖² ("square")."""
 
-    def losses(params, reference, key, batch, axis_name):
+    def losses(params, reference, key, batch, axis_name, multipliers):
         if calls is not None:
             calls.append(kind)
         index = batch["index"]

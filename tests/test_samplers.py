@@ -75,7 +75,7 @@ def test_ancestral_chain_ends_at_the_data():
         assert np.sqrt(variance) == pytest.approx(DEVIATION, rel=tolerance)
 
 
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "fixed_geometric"])
 def test_one_ancestral_step_is_the_posterior_of_two_gaussians(variance_type):
     """x̂_0 known: mean and variance of x_s given x_t and x_0, by conditioning in float64."""
     schedule = schedules.noise_schedule(
@@ -88,7 +88,9 @@ def test_one_ancestral_step_is_the_posterior_of_two_gaussians(variance_type):
     ratio = ab_t / ab_s
     precision = 1 / (1 - ab_s) + ratio / (1 - ratio)
     mean = (np.sqrt(ab_s) * x_0 / (1 - ab_s) + np.sqrt(ratio) * x_t / (1 - ratio)) / precision
-    variance = 1 / precision if variance_type == "fixed_small" else 1 - ratio
+    variance = {"fixed_small": 1 / precision, "fixed_large": 1 - ratio}
+    variance["fixed_geometric"] = np.sqrt(variance["fixed_small"] * variance["fixed_large"])
+    variance = variance[variance_type]
 
     def step(noise):
         return samplers.ddpm_step(
@@ -105,7 +107,7 @@ def test_one_ancestral_step_is_the_posterior_of_two_gaussians(variance_type):
 
 
 def test_no_noise_is_added_to_the_clean_image():
-    for variance_type in ("fixed_small", "fixed_large"):
+    for variance_type in ("fixed_small", "fixed_large", "fixed_geometric"):
         schedule = schedules.noise_schedule(prediction_type="sample", variance_type=variance_type)
         out = samplers.ddpm_step(
             jnp.full((1, 1), 0.25),

@@ -1,28 +1,17 @@
-"""Constrained formulations of unlearning as losses that a primal-dual algorithm balances.
+"""Forward KL: denoising losses on images of what is kept and of what is forgotten."""
 
-A `Formulation` says how a batch is turned into objective and constraint losses, one value an
-example, which side of its threshold a constraint must lie on, and where its multipliers live.
-"""
-
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jax_unlearn import losses, multipliers, schedules
+from jax_unlearn.formulations.base import Examples, Formulation, Losses
 from jax_unlearn.typing import Array, ArrayLike, Condition, Denoiser, Params
 
-__all__ = ["Batch", "Examples", "Forget", "Formulation", "Losses", "forward_kl"]
+__all__ = ["Batch", "Forget", "forward_kl"]
 
 ESTIMATORS = ("two_term", "importance", "norm_balanced")
-
-
-class Examples(NamedTuple):
-    """Kept images [n, height, width, channels] in [−1, 1], and what each is shown under."""
-
-    x_0: Any
-    cond: Condition
 
 
 class Forget(NamedTuple):
@@ -51,42 +40,6 @@ class Batch(NamedTuple):
     kept: Examples | None
     base: Examples | None
     forget: Forget
-
-
-class Losses(NamedTuple):
-    """One value an example; the step takes their means.
-
-    Attributes:
-      objective: [n].
-      constraint: values of the examples of the constraints, [f].
-      index: the constraint of each of these, integer [f].
-      diagnostics: scalars for the log.
-    """
-
-    objective: Array
-    constraint: Array
-    index: Array
-    diagnostics: dict[str, Array]
-
-
-class Formulation(NamedTuple):
-    """A constrained problem over network parameters: min objective s.t. violations ≤ 0.
-
-    Attributes:
-      losses: (params, reference, key, batch, axis_name) -> Losses; differentiable in params.
-      sign: +1 where a constraint is value ≥ threshold, −1 where it is value ≤ threshold;
-        violation = sign · (threshold − value), feasible when ≤ 0.
-      project: the projection onto the dual domain, [m] -> [m].
-      balance: None, or ν: the constraints' part of the gradient is shortened to at most ν
-        times the norm of the objective's part.
-      name: as it stands in a report.
-    """
-
-    losses: Callable[[Params, Params, Array, Any, str | None], Losses]
-    sign: float
-    project: multipliers.Projection
-    balance: ArrayLike | None
-    name: str
 
 
 def _concatenate(*trees: Any) -> Any:
@@ -170,8 +123,14 @@ def forward_kl(
         raise ValueError(f"balance must be positive, not {balance}.")
 
     def evaluate(
-        params: Params, reference: Params, key: Array, batch: Batch, axis_name: str | None
+        params: Params,
+        reference: Params,
+        key: Array,
+        batch: Batch,
+        axis_name: str | None,
+        current: Array | None = None,
     ) -> Losses:
+        del current  # forward-KL losses do not depend on the multipliers
         forget, parts = batch.forget, [part for part in (batch.base, batch.kept) if part]
         if not parts:
             raise ValueError("a batch needs examples in kept or in base: it has no objective.")

@@ -1,0 +1,182 @@
+"""λ* from stored samples of q, before any training.
+
+The dual functions of likelihood and reverse-KL constraints depend on q only through the joint law
+of h_i, or of log q/q_i, under it. On n samples the dual is a concave function of m numbers, and
+is maximised to machine precision. λ* then starts the primal-dual loop, or is the whole solution:
+a "tilt" estimator distils p_λ with multipliers that stay.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_unlearn import duality
+from jax_unlearn.typing import Array, ArrayLike
+
+__all__ = ["DualFirst", "likelihood_multipliers", "reverse_kl_multipliers"]
+
+Solve = Callable[[Array, Array], duality.DualSolution]
+
+
+class DualFirst(NamedTuple):
+    """The exact solution on the samples, and how it varies with them.
+
+    Attributes:
+      multipliers: λ*, [m].
+      interval: percentile bootstrap interval of λ*, [2, m]; ±∞ where some resamples, see
+        `attained`, had no solution. None without a key.
+      resampled: λ* of each resample, [resamples, m]; None without a key.
+      attained: the share of resamples whose dual has its maximum inside the domain, a scalar;
+        less than one says that the thresholds are near what these samples can show. None
+        without a key.
+      effective: (Σw)²/(n Σw²) of the weights w_λ of the samples, in (0, 1]; where n times it is
+        a handful, λ* rests on that handful, and the interval is not to be trusted either.
+      solution: of the finite problem with the samples as cells: price, gap, `attained`, and
+        `largest_thresholds`, which are those of these samples. Look at `solution.attained`.
+    """
+
+    multipliers: Array
+    interval: Array | None
+    resampled: Array | None
+    attained: Array | None
+    effective: Array
+    solution: duality.DualSolution
+
+
+def likelihood_multipliers(
+    values: ArrayLike,
+    thresholds: ArrayLike,
+    *,
+    key: Array | None = None,
+    resamples: int = 100,
+    level: float = 0.95,
+) -> DualFirst:
+    """Argmax over λ ≥ 0 of −log mean_n exp(−Σ_i λ_i h_i(x_n)) − λᵀε (arXiv 2605.30825).
+
+    Args:
+      values: h_i(x_n) ≥ 0 at samples x_n of q, [n, m].
+      thresholds: ε, [m].
+      key: of the bootstrap; None leaves it out.
+      resamples: of the bootstrap.
+      level: of the interval, in (0, 1).
+
+    Returns:
+      The multipliers, in nats per unit of h, their interval and the whole solution.
+
+    Raises:
+      ValueError: for shapes that do not fit, values that are negative or not finite, a level
+        outside (0, 1), or no resamples.
+    """
+    values, bounds = _checked(values, thresholds, resamples, level)
+    if not bool((values >= 0).all()):
+        raise ValueError("likelihoods must not be negative.")
+    return _with_bootstrap(_solve_likelihood, values, bounds, key, resamples, level)
+
+
+def reverse_kl_multipliers(
+    log_ratios: ArrayLike,
+    thresholds: ArrayLike,
+    *,
+    key: Array | None = None,
+    resamples: int = 100,
+    level: float = 0.95,
+) -> DualFirst:
+    """Argmax over λ ≥ 0, Λ < 1 of −(1−Λ) log mean_n Π_i (q/q_i)^{α_i}(x_n) + λᵀb.
+
+    α_i = λ_i/(1−Λ) (arXiv 2605.30825). Where α is large the mean is carried by the few samples
+    with the largest ratios: see `DualFirst.effective`. Divergences larger than log n plus the
+    largest log-ratio cannot be seen on n samples.
+
+    Args:
+      log_ratios: log q(x_n) − log q_i(x_n) at samples x_n of q, in nats, [n, m].
+      thresholds: b in nats, [m].
+      key: of the bootstrap; None leaves it out.
+      resamples: of the bootstrap.
+      level: of the interval, in (0, 1).
+
+    Returns:
+      The multipliers, their interval and the whole solution.
+
+    Raises:
+      ValueError: for shapes that do not fit, ratios that are not finite, a level outside (0, 1),
+        or no resamples.
+    """
+    log_ratios, bounds = _checked(log_ratios, thresholds, resamples, level)
+    return _with_bootstrap(_solve_reverse_kl, log_ratios, bounds, key, resamples, level)
+
+
+def _uniform(values: Array) -> Array:
+    return jnp.full(values.shape[:1], -jnp.log(values.shape[0]), values.dtype)
+
+
+# Under jit, where the solver asks no q_i to sum to one: on samples they do so only on average.
+@jax.jit
+def _solve_likelihood(values: Array, bounds: Array) -> duality.DualSolution:
+    return duality.solve_likelihood(_uniform(values), values.T, bounds)
+
+
+@jax.jit
+def _solve_reverse_kl(log_ratios: Array, bounds: Array) -> duality.DualSolution:
+    log_q = _uniform(log_ratios)
+    return duality.solve_reverse_kl(log_q, log_q - log_ratios.T, bounds)
+
+
+@partial(jax.jit, static_argnums=0)
+def _resample(solve: Solve, keys: Array, values: Array, bounds: Array) -> tuple[Array, Array]:
+    def one(key: Array) -> tuple[Array, Array]:
+        rows = jax.random.randint(key, values.shape[:1], 0, values.shape[0])
+        found = solve(values[rows], bounds)
+        return found.multipliers, found.attained
+
+    return jax.lax.map(one, keys)
+
+
+def _checked(
+    values: ArrayLike, thresholds: ArrayLike, resamples: int, level: float
+) -> tuple[Array, Array]:
+    dtype = jnp.result_type(float)
+    values, thresholds = jnp.asarray(values, dtype), jnp.asarray(thresholds, dtype)
+    if values.ndim != 2 or values.shape[1:] != thresholds.shape:
+        raise ValueError(
+            f"expected values [n, m] and thresholds [m], got {list(values.shape)} and "
+            f"{list(thresholds.shape)}."
+        )
+    if not bool(jnp.isfinite(values).all()):
+        raise ValueError("values at the samples must be finite.")
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(
+            "expected at least one resample and a level inside (0, 1), got "
+            f"{resamples} and {level}."
+        )
+    return values, thresholds
+
+
+def _with_bootstrap(
+    solve: Solve,
+    values: Array,
+    bounds: Array,
+    key: Array | None,
+    resamples: int,
+    level: float,
+) -> DualFirst:
+    solution = solve(values, bounds)
+    weights = jnp.exp(solution.log_p)
+    effective = 1.0 / (values.shape[0] * jnp.square(weights).sum())
+    if key is None:
+        return DualFirst(solution.multipliers, None, None, None, effective, solution)
+
+    resampled, attained = _resample(solve, jax.random.split(key, resamples), values, bounds)
+    tail = 0.5 * (1.0 - level)
+    unbounded = jnp.where(attained[:, None], resampled, jnp.inf)
+    interval = jnp.stack(
+        [
+            jnp.quantile(jnp.where(attained[:, None], resampled, -jnp.inf), tail, axis=0),
+            jnp.quantile(unbounded, 1.0 - tail, axis=0),
+        ]
+    )
+    return DualFirst(
+        solution.multipliers, interval, resampled, attained.mean(), effective, solution
+    )

@@ -1,0 +1,25 @@
+"""Constrained formulations of unlearning: reverse KL, forward KL and likelihood."""
+
+from jax_unlearn.formulations.base import Examples, Formulation, Losses
+from jax_unlearn.formulations.forward_kl import ESTIMATORS, Batch, Forget, forward_kl
+from jax_unlearn.formulations.likelihood import likelihood
+from jax_unlearn.formulations.on_policy import ConditionBatch, Held, Separated
+from jax_unlearn.formulations.reverse_kl import reverse_kl
+from jax_unlearn.formulations.tilt import SampleBatch, Samples
+
+__all__ = [
+    "ESTIMATORS",
+    "Batch",
+    "ConditionBatch",
+    "Examples",
+    "Forget",
+    "Formulation",
+    "Held",
+    "Losses",
+    "SampleBatch",
+    "Samples",
+    "Separated",
+    "forward_kl",
+    "likelihood",
+    "reverse_kl",
+]

@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+from jax_unlearn import dual_first, duality, mixtures
+
+KEY = jax.random.key(0)
+Q = mixtures.gaussian_mixture([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]], 0.49)
+CONCEPTS = [mixtures.select(Q, [0]), mixtures.select(Q, [2])]
+CELLS = mixtures.grid([(-7, 7), (-6, 8)], 200)
+
+
+def ratios(x):
+    return jnp.stack(
+        [mixtures.log_density(Q, x) - mixtures.log_density(c, x) for c in CONCEPTS], axis=1
+    )
+
+
+def densities(x):
+    return jnp.stack([jnp.exp(mixtures.log_density(c, x)) for c in CONCEPTS], axis=1)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "likelihood"])
+def test_samples_give_the_multipliers_of_the_density(kind):
+    """Two constraints, one of them inactive, against the solution on a fine grid."""
+    log_q = mixtures.log_masses(Q, CELLS)
+    x = mixtures.sample(Q, KEY, 20_000)
+    if kind == "reverse_kl":
+        thresholds = jnp.array([14.0, 5.0])
+        rows = log_q - ratios(CELLS.x).T
+        exact = jax.jit(duality.solve_reverse_kl)(log_q, rows, thresholds)
+        got = dual_first.reverse_kl_multipliers(ratios(x), thresholds, key=KEY, resamples=50)
+    else:
+        thresholds = jnp.array([0.02, 0.5])
+        exact = duality.solve_likelihood(log_q, densities(CELLS.x).T, thresholds)
+        got = dual_first.likelihood_multipliers(densities(x), thresholds, key=KEY, resamples=50)
+    assert exact.attained
+    assert got.solution.attained
+    assert got.attained == 1
+    assert exact.multipliers[1] == 0
+    assert got.multipliers[1] == 0
+    np.testing.assert_allclose(got.multipliers, exact.multipliers, rtol=0.04)
+    np.testing.assert_allclose(got.solution.primal_value, exact.primal_value, rtol=0.05)
+    spread = got.resampled[:, 0].std()
+    assert abs(got.multipliers[0] - exact.multipliers[0]) < 3 * spread
+    low, high = got.interval[:, 0]
+    assert 2 * spread < high - low < 6 * spread
+    assert 0.3 < got.effective < 1
+
+
+def test_against_a_scalar_search_on_the_same_samples():
+    """The dual functions written out, maximised by scipy."""
+    x = mixtures.sample(Q, KEY, 2000)
+    ratio = np.asarray(ratios(x)[:, 0], np.float64)
+    h = np.asarray(densities(x)[:, 0], np.float64)
+
+    def reverse(current):
+        rest = 1 - current
+        return rest * np.log(np.mean(np.exp(current / rest * ratio))) - 12.0 * current
+
+    found = optimize.minimize_scalar(
+        reverse, bounds=(0, 0.9), method="bounded", options={"xatol": 1e-9}
+    )
+    got = dual_first.reverse_kl_multipliers(ratio[:, None], [12.0])
+    assert got.interval is None
+    assert got.multipliers[0] == pytest.approx(found.x, rel=1e-3)
+    weights = np.exp(found.x / (1 - found.x) * ratio)
+    effective = weights.sum() ** 2 / (2000 * (weights**2).sum())
+    assert got.effective == pytest.approx(effective, rel=1e-3)
+
+    def bounded(current):
+        return np.log(np.mean(np.exp(-current * h))) + 0.02 * current
+
+    found = optimize.minimize_scalar(
+        bounded, bounds=(0, 100), method="bounded", options={"xatol": 1e-9}
+    )
+    got = dual_first.likelihood_multipliers(h[:, None], [0.02])
+    assert got.multipliers[0] == pytest.approx(found.x, rel=1e-3)
+
+
+def test_thresholds_beyond_the_samples_are_not_attained():
+    x = mixtures.sample(Q, KEY, 500)
+    got = dual_first.reverse_kl_multipliers(ratios(x)[:, :1], [60.0], key=KEY, resamples=10)
+    assert not got.solution.attained
+    assert got.attained == 0
+    assert np.isneginf(got.interval[0, 0])
+    assert np.isposinf(got.interval[1, 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "word"),
+    [
+        ((np.ones((5, 2)), [1.0]), {}, r"\[5, 2\] and \[1\]"),
+        ((np.ones(5), [1.0]), {}, r"\[n, m\]"),
+        ((np.full((5, 1), np.nan), [1.0]), {}, "finite"),
+        ((np.ones((5, 1)), [1.0]), {"level": 1.0}, "level"),
+        ((np.ones((5, 1)), [1.0]), {"resamples": 0}, "resample"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, options, word):
+    for solve in (dual_first.likelihood_multipliers, dual_first.reverse_kl_multipliers):
+        with pytest.raises(ValueError, match=word):
+            solve(*arguments, key=KEY, **options)
+
+
+def test_negative_likelihoods_are_refused():
+    with pytest.raises(ValueError, match="negative"):
+        dual_first.likelihood_multipliers(np.full((5, 1), -1.0), [1.0])
