@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -167,11 +166,16 @@ class TorchStep:
     def losses(self, noise, t):
         torch, rows = self.torch, self.rows
         kept = slice(rows, 2 * rows)
-        x_t = self.alpha[t, None, None, None] * self.x_0 + self.sigma[t, None, None, None] * noise
+        alpha, sigma = self.alpha[t, None, None, None], self.sigma[t, None, None, None]
+        x_t = alpha * self.x_0 + sigma * noise
         with torch.no_grad():
             frozen = self.reference(x_t[kept], t[kept], self.cond[kept]).sample
         target = torch.cat([noise[:rows], frozen, noise[2 * rows :]])
-        error = (self.model(x_t, t, self.cond).sample - target).square().sum((1, 2, 3))
+        ours = self.model(x_t, t, self.cond).sample
+        # Constraint values are of the chain that is sampled, which clips its estimate of x_0.
+        clipped = (x_t - (x_t - sigma * ours).clamp(-alpha, alpha)) / sigma
+        ours = torch.cat([ours[: 2 * rows], clipped[2 * rows :]])
+        error = (ours - target).square().sum((1, 2, 3))
         error = self.scale[t] * error
         return error[: 2 * rows].mean(), error[2 * rows :].mean()
 
@@ -259,7 +263,9 @@ def peak(name, rows, steps):
 
 def measure_peak(name, rows, steps):
     def now():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        # Not ru_maxrss, which starts from what the parent had when it forked.
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
     once, _ = VARIANTS[name](rows)
     ready = now()
@@ -329,7 +335,7 @@ def main():
             f"ours / {name}: {middle:.3f} (median of pairs; quartiles {low:.3f} to {high:.3f}; "
             f"of the least {least:.3f})"
         )
-    if not options.skip_memory:
+    if not options.skip_memory and pathlib.Path("/proc/self/status").is_file():
         for name in names:
             listed = ", ".join(f"{n} {mib} MiB" for n, mib in peak(name, rows, 3).items())
             print(f"memory of {name}: {listed}")
