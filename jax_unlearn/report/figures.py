@@ -98,7 +98,7 @@ def _band(axes: Axes, steps: np.ndarray, values: np.ndarray) -> dict[str, tuple[
 
 
 def _panel(axes: Axes, label: str) -> None:
-    axes.set_ylabel(label, fontsize=9, parse_math=False)
+    axes.set_ylabel(label.replace(" (", "\n("), fontsize=9, parse_math=False)
     axes.tick_params(labelsize=8, color="#888888")
     axes.grid(True, color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
