@@ -1,4 +1,7 @@
-"""Forgets a class of the embedded model with the Python API: the demo in one screen."""
+"""Forgets a class of the embedded model with the Python API: the demo in one screen.
+
+    python examples/forget_class.py DIR
+"""
 
 import sys
 
