@@ -1,6 +1,6 @@
 """Forgets a class of the embedded model with the Python API: the demo in one screen.
 
-    python examples/forget_class.py DIR
+python examples/forget_class.py DIR
 """
 
 import sys
