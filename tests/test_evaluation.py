@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from jax_unlearn import data, divergences, evaluation, schedules
 from jax_unlearn import problem as problems
@@ -71,5 +72,11 @@ def test_measurements_are_paired_and_of_the_sampled_chain(problem):
     # ‖0 − x_t‖² = ᾱ x_0² + (1−ᾱ) ‖ε‖² with x_0 ≈ 0, averaged over t and 8 dimensions.
     noise_share = float((1 - problem.pretrained.schedule.alphas_cumprod).mean())
     assert after.objective.value == pytest.approx(noise_share, rel=0.1)
+    # x_0 ≈ 0, so that ε = 0 is off by clip(σε, ±α)/σ: E min(|ε|, α/σ)² with ε normal.
+    limit = np.exp(0.5 * np.asarray(problem.pretrained.schedule.log_snr, np.float64))
+    inside = 2 * stats.norm.cdf(limit) - 1 - 2 * limit * stats.norm.pdf(limit)
+    clipped = (inside + 2 * limit**2 * stats.norm.sf(limit)).mean()
+    assert before.constraints.value[0] == pytest.approx(clipped, rel=0.1)
+    assert clipped < 0.8  # unclipped it is 1
     # The images are near 0; ε = x_t gives x̂_0 = x_t (1−σ)/α, and ε = 0 gives x_t/α, clipped.
     assert (after.nelbo["held_out"] < before.nelbo["held_out"]).all()

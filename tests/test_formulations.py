@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -303,3 +305,26 @@ def test_reference_values_keep_the_gradient_and_cancel_the_noise(estimator):
     np.testing.assert_allclose(controlled, plain, atol=error)
     _, at_reference = values(exact, reference, key)
     np.testing.assert_allclose(at_reference, exact[batch.forget.constraint], rtol=1e-6)
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+def test_constraint_values_are_of_the_clipping_chain_and_the_objective_is_not(controlled):
+    """x̂_0 far out of range: α(c − x_0)/σ is the error of ε, with c the clipped x̂_0 or itself."""
+    schedule = dataclasses.replace(SCHEDULE, clip_range=1.0)
+    share = WEIGHTS * (ALPHA / SIGMA) ** 2
+    weighting = losses.TimeWeighting(jnp.float32(WEIGHTS), jnp.float32(share / share.sum()))
+    alpha, sigma = jnp.float32(ALPHA), jnp.float32(SIGMA)
+
+    def far(params, x_t, t, cond):
+        return (x_t - (alpha[t] * params).reshape(-1, 1, 1, 1)) / sigma[t].reshape(-1, 1, 1, 1)
+
+    before = jnp.float32([40.0, 50.0]) if controlled else None
+    formulation = formulations.forward_kl(far, schedule, weighting, reference_values=before)
+    batch = batch_of(kept=False)
+    found = formulation.losses(7.0, -5.0, jax.random.key(0), batch, None, jnp.zeros(2))
+    total = share.sum()  # of the weights: the drawn t leave no variance
+    expected = total * (1 - FORGET) ** 2
+    if controlled:
+        expected = np.asarray(before)[CONSTRAINT] + expected - total * (-1 - FORGET) ** 2
+    np.testing.assert_allclose(found.constraint, expected, rtol=1e-4)
+    np.testing.assert_allclose(found.objective, total * (7 - BASE) ** 2, rtol=1e-4)
