@@ -265,7 +265,7 @@ def evaluator(
         if wanted_labels is not None:
             by_class = metrics.agreement(logits, wanted_labels, len(labels))
             found["agreement"] = {
-                _label_name(problem, label): {
+                config.label_name(label): {
                     "rate": float(by_class.rate[label]),
                     "stderr": float(by_class.stderr[label]),
                     "count": int(by_class.count[label]),
@@ -331,8 +331,3 @@ def evaluator(
         )
 
     return Evaluation(measure, shown.pixels, labels)
-
-
-def _label_name(problem: Problem, label: int) -> str:
-    names = problem.pretrained.config.id2label or {}
-    return names.get(label, str(label))

@@ -145,9 +145,7 @@ def responsibilities(mixture: GaussianMixture, x_t: Array, log_snr: ArrayLike = 
 
 def score(mixture: GaussianMixture, x_t: Array, log_snr: ArrayLike = jnp.inf) -> Array:
     """∇ log q_t(x_t) = −Σ_k P(k | x_t) (x_t − α μ_k)/(ᾱ v_k + 1 − ᾱ), the shape of x_t."""
-    offsets, variances, log_joint = _components(mixture, x_t, log_snr)
-    shares = jax.nn.softmax(log_joint, axis=1) / variances
-    return -jnp.einsum("bk,bk...->b...", shares, offsets)
+    return predictions(mixture, x_t, log_snr).score
 
 
 def predictions(mixture: GaussianMixture, x_t: Array, log_snr: ArrayLike) -> schedules.Predictions:
@@ -217,7 +215,7 @@ def sample(mixture: GaussianMixture, key: Array, count: int) -> Array:
     means = mixture.means[chosen]
     deviations = jnp.sqrt(mixture.variances[chosen])
     noise = jax.random.normal(noise_key, means.shape, means.dtype)
-    return means + deviations.reshape((-1,) + (1,) * (means.ndim - 1)) * noise
+    return means + schedules.expand(deviations, means) * noise
 
 
 class Grid(NamedTuple):

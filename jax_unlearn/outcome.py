@@ -166,13 +166,12 @@ def grids(
             ]
             return report.Grid(title, caption, pair[0], pair[1], count)
 
-        names = config.id2label or {}
         forgotten = list(problem.forgotten_labels)
         if forgotten:
-            asked = ", ".join(names.get(label, str(label)) for label in forgotten)
+            asked = ", ".join(config.label_name(label) for label in forgotten)
             shown.append(rows(forgotten, f"Forgotten: {asked}", f"Samples asked for as {asked}."))
         kept = [label for label in evaluation.labels if label not in forgotten]
-        named = ", ".join(names.get(label, str(label)) for label in kept)
+        named = ", ".join(config.label_name(label) for label in kept)
         shown.append(rows(kept, "Retained", f"A row each: {named}." if kept else "Samples."))
     shown.append(
         report.Grid(

@@ -75,6 +75,10 @@ class PretrainedConfig:
             return len(self.id2label or {})
         return labels - (self.null_label is not None)
 
+    def label_name(self, label: int) -> str:
+        """The name of a label, or its number where it has none."""
+        return (self.id2label or {}).get(label, str(label))
+
 
 @dataclasses.dataclass(frozen=True)
 class UNet2DDenoiser:

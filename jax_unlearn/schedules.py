@@ -21,6 +21,7 @@ __all__ = [
     "add_noise",
     "alpha_sigma",
     "convert",
+    "expand",
     "from_diffusers",
     "noise_schedule",
     "prediction_target",
@@ -183,7 +184,8 @@ def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     )
 
 
-def _expand(values: Array, like: Array) -> Array:
+def expand(values: Array, like: Array) -> Array:
+    """Trailing axes of one, until `values` [batch] has as many axes as `like` [batch, ...]."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
@@ -191,7 +193,7 @@ def alpha_sigma(log_snr: Array, like: Array) -> tuple[Array, Array]:
     """α = √sigmoid(logSNR) and σ = √sigmoid(−logSNR), shaped to broadcast over `like`."""
     alpha = jnp.sqrt(jax.nn.sigmoid(log_snr))
     sigma = jnp.sqrt(jax.nn.sigmoid(-log_snr))
-    return _expand(alpha, like), _expand(sigma, like)
+    return expand(alpha, like), expand(sigma, like)
 
 
 def add_noise(*, x_0: Array, noise: Array, log_snr: Array) -> Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_unlearn import schedules
 from jax_unlearn.typing import Array, ArrayLike
 
 __all__ = ["compose_forward_kl", "compose_likelihood", "compose_reverse_kl"]
@@ -32,10 +33,6 @@ def _multipliers(unlearn: Sequence[Predict], multipliers: ArrayLike, most: float
         if not values.sum() < most:
             raise ValueError(f"multipliers must sum to less than {most}, not to {values.sum()}.")
     return jnp.asarray(multipliers)
-
-
-def _expand(values: Array, like: Array) -> Array:
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
 def compose_reverse_kl(
@@ -96,7 +93,7 @@ def compose_forward_kl(
     def predict(x_t: Array, t: Array) -> Array:
         numerator, denominator = reference(x_t, t), jnp.ones(())
         for multiplier, other, ratio in zip(multipliers, unlearn, ratios, strict=True):
-            weight = multiplier * _expand(ratio(x_t, t), x_t)
+            weight = multiplier * schedules.expand(ratio(x_t, t), x_t)
             numerator = numerator - weight * other(x_t, t)
             denominator = denominator - weight
         return numerator / denominator
@@ -137,7 +134,7 @@ def compose_likelihood(
         base = reference(x_t, t)
         epsilon = base
         for multiplier, other, likelihood in zip(multipliers, unlearn, odds, strict=True):
-            weight = multiplier * _expand(likelihood(x_t, t), x_t)
+            weight = multiplier * schedules.expand(likelihood(x_t, t), x_t)
             epsilon = epsilon + weight * (base - other(x_t, t))
         return epsilon
 
