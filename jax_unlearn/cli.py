@@ -1,4 +1,4 @@
-"""The command line: jax-unlearn demo | data | sample."""
+"""The command line: jax-unlearn demo | data | concept | sample."""
 
 import dataclasses
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from jax_unlearn.options import (
+    ConceptOptions,
     DataOptions,
     DemoOptions,
     RunOptions,
@@ -20,15 +21,21 @@ from jax_unlearn.options import (
 
 __all__ = ["main"]
 
-_COMMANDS: dict[str, type] = {"demo": DemoOptions, "data": DataOptions, "sample": SampleOptions}
+_COMMANDS: dict[str, type] = {
+    "demo": DemoOptions,
+    "data": DataOptions,
+    "concept": ConceptOptions,
+    "sample": SampleOptions,
+}
 _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
 
   demo     forget a class of the embedded model and data; needs no network
   data     forget images that a diffusers checkpoint of yours was trained on
+  concept  forget labels that a diffusers checkpoint is conditioned on; needs no images
   sample   draw a grid of samples from a checkpoint
 
   --help after a command lists its options with their defaults and units.
-  --config RUN.JSON after demo or data repeats the run that wrote it.
+  --config RUN.JSON after demo, data or concept repeats the run that wrote it.
 """
 
 
@@ -93,20 +100,25 @@ def _unlearn(command: str, options: RunOptions) -> int:
     from jax_unlearn import embedded
     from jax_unlearn.models.judge import load_judge
     from jax_unlearn.pretrained import load_pretrained
-    from jax_unlearn.problem import from_embedded, from_paths
     from jax_unlearn.run import Interrupted, NotFinite, prepare_folder, run
+    from jax_unlearn.tasks import concepts, images
 
-    if isinstance(options, DemoOptions):
-        pretrained = load_pretrained(embedded.model_path())
+    model = getattr(options, "model", "embedded")
+    own = model == "embedded"
+    pretrained = load_pretrained(embedded.model_path() if own else model)
+    judge = embedded.judge() if own else None
+    if own:
         config = dataclasses.replace(pretrained.config, source="the embedded model")
         pretrained = pretrained._replace(config=config)
-        problem, options = from_embedded(pretrained, options)
-        judge = embedded.judge()
+    if getattr(options, "judge", None) is not None:
+        judge = load_judge(options.judge)
+    if isinstance(options, DemoOptions):
+        problem, options = images.from_embedded(pretrained, options)
+    elif isinstance(options, ConceptOptions):
+        problem = concepts.make_problem(pretrained, options)
     else:
         assert isinstance(options, DataOptions)
-        judge = None if options.judge is None else load_judge(options.judge)
-        pretrained = load_pretrained(options.model)
-        problem = from_paths(pretrained, options)
+        problem = images.from_paths(pretrained, options)
     prepare_folder(options)
     try:
         result = run(problem, options, command=command, judge=judge)

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax_unlearn
 
 __all__ = [
+    "ConceptOptions",
     "DataOptions",
     "DemoOptions",
+    "ImageOptions",
     "RunOptions",
     "SampleOptions",
     "Threshold",
@@ -30,44 +33,24 @@ class RunOptions:
     """Go on from the last checkpoint in --out, with the options saved there."""
     overwrite: bool = False
     """Move an existing --out aside (to OUT.previous-N) and start anew."""
-    per_image: bool = False
-    """Make each image to forget a constraint of its own, with its own multiplier. Single images
-    want --weighting nelbo, a lower --learning-rate (1e-4) and more --steps (300)."""
-    threshold: tuple[str, ...] = ("calibrated",)
-    """What each constraint's denoising loss must reach: a number (in the loss's unit), "2x" (that
-    many times the reference model's own value) or "calibrated" (as likely as held-out retained
-    images, and no less). One for all, or one for each --forget."""
-    weighting: Literal["simple", "nelbo"] = "simple"
-    """Unit of objective and constraints: "simple" is the mean squared error of the noise, a
-    dimension and time step; "nelbo" is the negative ELBO (path KL) in nats an image."""
-    estimator: Literal["two_term", "importance", "norm_balanced"] = "two_term"
-    """How the gradient of the Lagrangian is estimated; see jax_unlearn.forward_kl."""
     steps: int = 100
     """Primal-dual steps."""
     batch_size: int = 64
-    """Retained images a step."""
+    """What is retained a step: images, or conditions."""
     forget_batch_size: int = 32
-    """Images to forget a step, spread evenly over the constraints."""
-    base_share: float = 0.5
-    """Share of --batch-size shown under conditions that must become the law of the retained images
-    (the null label and forgotten labels) when whole labels are forgotten; in [0, 1]."""
-    null_share: float = 0.5
-    """Share of images shown under the null label, where the model has one; in [0, 1]."""
+    """What is forgotten a step, spread evenly: images over the constraints, or conditions."""
     learning_rate: float = 5e-4
     """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
     dual_learning_rate: float = 0.02
-    """Ascent rate of the multipliers' sum, for violations relative to the reference's values."""
+    """Ascent rate of the multipliers' sum, for violations relative to what they are measured by:
+    the reference model's values (forward KL) or the thresholds (reverse KL)."""
     dual_damping: float = 0.2
     """Proportional gain of the multipliers' PI controller, on the same scale; 0 is plain ascent."""
-    balance: float = 2.0
-    """"norm_balanced": largest norm of the constraints' gradient, as a share of the objective's."""
     max_multiplier: float = 0.9
     """Bound on the sum of the multipliers' sizes, inside (0, 1): at 1 the problem is unbounded. A
     sum that stays at its bound means that the constraints cannot be met at that price."""
-    held_out_share: float = 0.2
-    """Share of the retained images held out, to calibrate and judge on, never trained on."""
     evaluation_images: int = 384
-    """Images (or draws) that each reported estimate is made from."""
+    """Images (or draws, or trajectories) that each reported estimate is made from."""
     samples: int = 32
     """Samples drawn for each label before and after; 0 draws none and skips their metrics."""
     sampling_steps: int = 25
@@ -85,43 +68,81 @@ class RunOptions:
         Raises:
           ValueError: naming the option, what was given and what is allowed.
         """
-        positive = (
-            "steps", "batch_size", "forget_batch_size", "learning_rate", "balance",
-            "evaluation_images", "sampling_steps", "checkpoint_every",
-        )  # fmt: skip
-        for name in positive:
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}.")
-        for name in ("dual_learning_rate", "dual_damping", "samples", "guidance", "seed"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {value}.")
-        for name in ("base_share", "null_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must lie in [0, 1], not be {getattr(self, name)}."
-                )
-        for name in ("held_out_share", "max_multiplier"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must lie in (0, 1), not be {getattr(self, name)}."
-                )
-        for text in self.threshold:
-            parse_threshold(text)
+        _check(self, _POSITIVE, lambda value: value > 0 and math.isfinite(value), "be positive")
+        _check(self, _NOT_NEGATIVE, lambda v: v >= 0 and math.isfinite(v), "be 0 or more")
+        _check(self, _SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        _check(self, _INSIDE, lambda value: 0 < value < 1, "lie in (0, 1)")
+
+
+_POSITIVE = (
+    "steps", "batch_size", "forget_batch_size", "learning_rate", "balance", "evaluation_images",
+    "sampling_steps", "checkpoint_every", "classifier_draws", "stored_samples",
+)  # fmt: skip
+_NOT_NEGATIVE = ("dual_learning_rate", "dual_damping", "samples", "guidance", "seed")
+_SHARES = ("base_share", "null_share")
+_INSIDE = ("held_out_share", "max_multiplier")
+
+
+def _check(options: Any, names: Sequence[str], allowed: Callable[[Any], bool], must: str) -> None:
+    for name in names:
+        value = getattr(options, name, None)
+        if value is not None and not allowed(value):
+            raise ValueError(f"--{name.replace('_', '-')} must {must}, not {value}.")
+
+
+def _check_thresholds(threshold: tuple[str, ...], forget: tuple[str, ...]) -> None:
+    for text in threshold:
+        parse_threshold(text)
+    if len(threshold) not in (1, len(forget)):
+        raise ValueError(
+            f"{len(threshold)} thresholds for {len(forget)} --forget: give one for all, or one "
+            "each."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoOptions(RunOptions):
+class ImageOptions(RunOptions):
+    """What every run that forgets images can be told."""
+
+    per_image: bool = False
+    """Make each image to forget a constraint of its own, with its own multiplier. Single images
+    want --weighting nelbo, a lower --learning-rate (1e-4) and more --steps (300)."""
+    threshold: tuple[str, ...] = ("calibrated",)
+    """What each constraint's denoising loss must reach: a number (in the loss's unit), "2x" (that
+    many times the reference model's own value) or "calibrated" (as likely as held-out retained
+    images, and no less). One for all, or one for each --forget."""
+    weighting: Literal["simple", "nelbo"] = "simple"
+    """Unit of objective and constraints: "simple" is the mean squared error of the noise, a
+    dimension and time step; "nelbo" is the negative ELBO (path KL) in nats an image."""
+    estimator: Literal["two_term", "importance", "norm_balanced"] = "two_term"
+    """How the gradient of the Lagrangian is estimated; see jax_unlearn.forward_kl."""
+    base_share: float = 0.5
+    """Share of --batch-size shown under conditions that must become the law of the retained images
+    (the null label and forgotten labels) when whole labels are forgotten; in [0, 1]."""
+    null_share: float = 0.5
+    """Share of images shown under the null label, where the model has one; in [0, 1]."""
+    balance: float = 2.0
+    """"norm_balanced": largest norm of the constraints' gradient, as a share of the objective's."""
+    held_out_share: float = 0.2
+    """Share of the retained images held out, to calibrate and judge on, never trained on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoOptions(ImageOptions):
     """Forgets a class, or the sixteen repeated images, of the embedded model and data."""
 
     forget: tuple[str, ...] = ("Trouser",)
     """Labels to forget, by name or number, each one constraint; or "repeated", the sixteen images
     that the embedded model's training set repeats, each of them a constraint."""
 
+    def validate(self) -> None:
+        """Checks every number, and the thresholds."""
+        super().validate()
+        _check_thresholds(self.threshold, self.forget)
+
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions(RunOptions):
+class DataOptions(ImageOptions):
     """Forgets images that a diffusers checkpoint was trained on."""
 
     model: str = ""
@@ -144,11 +165,58 @@ class DataOptions(RunOptions):
         for name in ("model", "forget", "retain"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing: see jax-unlearn data --help.")
-        if len(self.threshold) not in (1, len(self.forget)):
-            raise ValueError(
-                f"{len(self.threshold)} thresholds for {len(self.forget)} --forget: give one for "
-                "all, or one each."
-            )
+        _check_thresholds(self.threshold, self.forget)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptOptions(RunOptions):
+    """Forgets concepts of a diffusers checkpoint: labels that it is conditioned on. No images.
+
+    The trained model p is conditioned on each forgotten label c. There it is held to the
+    reference's law of --base, q(·|base), and must not show any of the forgotten concepts; every
+    other label, and the null label, is held to what it was.
+    """
+
+    model: str = "embedded"
+    """Pipeline folder, model folder or name on the hub; "embedded" is the embedded model."""
+    forget: tuple[str, ...] = ()
+    """Labels to forget, by name or number, each one constraint."""
+    formulation: Literal["reverse-kl", "likelihood"] = "reverse-kl"
+    """"reverse-kl": KL(p‖q(·|c)) of at least the threshold, along the model's own trajectories.
+    "likelihood": E_p[h_c] of at most the threshold, h_c(x) the probability of c at x by the
+    reference model itself, as a diffusion classifier over its labels."""
+    base: str | None = None
+    """What forgotten labels are held to: a label, or (default) the null label."""
+    anchor: str | None = None
+    """Label that "calibrated" thresholds are measured on; default: the mean of the kept labels."""
+    threshold: tuple[str, ...] = ("calibrated",)
+    """A number (nats; for likelihoods a probability), "1.2x" (that many times the value that --base
+    itself has) or "calibrated" (as far from c, or as unlikely to be c, as samples of --anchor)."""
+    separate_null: bool = False
+    """Separate the null label from the concepts too: it also generates them."""
+    estimator: Literal["pathwise", "stop_gradient"] = "pathwise"
+    """"reverse-kl": whether gradients go through the sampler; see jax_unlearn.reverse_kl."""
+    chain_steps: int = 10
+    """Steps of the model's own sampler along which it is trained ("reverse-kl") and measured."""
+    stored_samples: int = 512
+    """"likelihood": samples of the reference that are drawn once and trained on, of --base and
+    of the kept labels each."""
+    classifier_draws: int = 8
+    """"likelihood": draws of noise for each image that h_c is estimated from, 2 or more."""
+    judge: pathlib.Path | None = None
+    """Folder of a classifier (judge.json, judge.safetensors) that names what samples show."""
+
+    def validate(self) -> None:
+        """Checks that the job is complete, and every number."""
+        super().validate()
+        if not self.forget:
+            raise ValueError("--forget is missing: see jax-unlearn concept --help.")
+        if repeated := {text for text in self.forget if self.forget.count(text) > 1}:
+            raise ValueError(f"--forget {', '.join(sorted(repeated))} is given twice.")
+        for name in ("chain_steps", "classifier_draws"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"--{name.replace('_', '-')} must be 2 or more.")
+        _check_thresholds(self.threshold, self.forget)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a finished run says: the contents of report.json, and the pictures of the report."""
+"""What a finished run says: the contents of report.json."""
 
 import dataclasses
 import sys
@@ -9,134 +9,88 @@ import jax
 import numpy as np
 
 import jax_unlearn
-from jax_unlearn import report
-from jax_unlearn.evaluation import Evaluation, Measured, estimate
 from jax_unlearn.options import RunOptions
 from jax_unlearn.primal_dual import Certificate
-from jax_unlearn.problem import Problem
+from jax_unlearn.tasks.base import Measured, Task, estimate
 from jax_unlearn.typing import Estimate
 
-__all__ = ["describe", "grids"]
+__all__ = ["describe"]
 
 
 def describe(
-    problem: Problem,
+    task: Task,
     options: RunOptions,
     command: str,
-    before: Measured,
     after: Measured,
     certified: Certificate,
     mean_multipliers: np.ndarray,
     timing: dict[str, float],
-    seconds: float,
 ) -> dict[str, Any]:
     """The contents of report.json, but for what the page adds.
 
     Args:
-      problem: what was to be forgotten.
+      task: what was to be done, and the measurements of the reference model.
       options: of the run.
       command: that repeats it.
-      before: measurements of the reference model.
-      after: of the unlearned model, on the same images and noise.
+      after: measurements of the unlearned model.
       certified: the certificate.
       mean_multipliers: over the steps, [m].
-      timing: seconds by part.
-      seconds: all of them, those before a resume included.
+      timing: seconds by part; "all" of them, those before a resume included.
     """
-    dimensions = int(np.prod(problem.pretrained.config.sample_shape))
-    simple = options.weighting == "simple"
-    unit = "mean squared error a dimension" if simple else "nats an image"
+    before = task.before
     saved = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-
-    def plain(one: Estimate) -> dict[str, float]:
-        return {"value": float(one.value), "stderr": float(one.stderr)}
-
-    def sides(name: str) -> dict[str, Any]:
-        pair = {"before": before.metrics[name], "after": after.metrics[name]}
-        return {
-            side: plain(value) if isinstance(value, Estimate) else value
-            for side, value in pair.items()
-        }
-
-    metrics = {name: sides(name) for name in before.metrics}
-    metrics["nelbo"] = {
-        "unit": "bits/dim",
-        **{
-            name: {
-                "before": plain(estimate(before.nelbo[name])),
-                "after": plain(estimate(after.nelbo[name])),
-                "change": plain(estimate(after.nelbo[name] - before.nelbo[name])),
+    metrics: dict[str, Any] = {
+        name: task.captions.get(name, {})
+        | {"before": _plain(before.metrics.get(name)), "after": _plain(value)}
+        for name, value in after.metrics.items()
+    }
+    for name, parts in after.paired.items():
+        metrics[name] = dict(task.captions.get(name, {}))
+        for part, values in parts.items():
+            first = before.paired[name][part]
+            metrics[name][part] = {
+                "before": _plain(estimate(first)),
+                "after": _plain(estimate(values)),
+                "change": _plain(estimate(values - first)),
             }
-            for name in before.nelbo
-        },
-    }
-    if "agreement" in metrics:
-        metrics["agreement"]["description"] = (
-            "Share of the samples of each label that the judge names so; the forgotten labels "
-            "should fall, the others should not."
-        )
-    constraints = [
-        {
-            "name": constraint.name,
-            "value": float(certified.values.value[i]),
-            "stderr": float(certified.values.stderr[i]),
-            "unit": unit,
-            "threshold": float(certified.thresholds[i]),
-            "reference_value": float(before.constraints.value[i]),
-            "slack": -float(certified.violations[i]),
-            "multiplier": float(certified.multipliers[i]),
-            "mean_multiplier": float(mean_multipliers[i]),
-            "satisfied": bool(certified.satisfied[i]),
-        }
-        for i, constraint in enumerate(problem.constraints)
-    ]
-    source = problem.pretrained.config.source
-    sources = {
-        constraint.source: {
-            "name": constraint.source,
-            "source": constraint.source,
-            "images": sum(
-                len(one.indices) for one in problem.constraints if one.source == constraint.source
-            ),
-            "label": None,
-        }
-        for constraint in problem.constraints
-    }
     return {
         "asked": {
             "command": f"jax-unlearn {command} --config {options.out / 'run.json'} --out NEW",
-            "model": source,
-            "forget": list(sources.values()),
-            "retain": [
-                {"name": "retained, trained on", "images": len(problem.retain.pixels)},
-                {"name": "retained, held out", "images": len(problem.held_out.pixels)},
-            ],
-            "notes": list(problem.notes),
-            "thresholds": ", ".join(options.threshold),
+            "model": task.pretrained.config.source,
+            **task.asked,
+            "thresholds": ", ".join(saved["threshold"]),
             "options": {
                 name: ", ".join(value) if isinstance(value, tuple) else value
                 for name, value in saved.items()
             },
         },
-        "formulation": "forward_kl",
+        "formulation": task.formulation.name,
         "objective": {
-            **plain(after.objective),
-            "unit": unit,
-            "description": "path KL from the reference model to the unlearned one, on held-out "
-            "images under their own labels"
-            + (
-                f", divided by {dimensions} dimensions and weighted evenly over time steps"
-                if simple
-                else ""
-            ),
+            **_plain(after.objective),
+            "unit": task.units[0],
+            "description": task.objective,
         },
-        "constraints": constraints,
+        "constraints": [
+            {
+                "name": name,
+                "value": float(certified.values.value[i]),
+                "stderr": float(certified.values.stderr[i]),
+                "unit": task.units[1],
+                "threshold": float(certified.thresholds[i]),
+                "reference_value": float(task.reference_values[i]),
+                "slack": -float(certified.violations[i]),
+                "multiplier": float(certified.multipliers[i]),
+                "mean_multiplier": float(mean_multipliers[i]),
+                "satisfied": bool(certified.satisfied[i]),
+            }
+            for i, name in enumerate(task.names)
+        ],
         "feasible": bool(certified.feasible),
         "complementary_slackness": float(np.abs(certified.complementary_slackness).max()),
         "metrics": metrics,
         "steps": options.steps,
-        "seconds": round(seconds, 2),
-        "timing": {name: round(value, 2) for name, value in timing.items()},
+        "seconds": round(timing["all"], 2),
+        "timing": {name: round(value, 2) for name, value in timing.items() if name != "all"},
         "seed": options.seed,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": {
@@ -147,40 +101,10 @@ def describe(
     }
 
 
-def grids(
-    problem: Problem, evaluation: Evaluation, before: Measured, after: Measured
-) -> list[report.Grid]:
-    """Pictures before and after, from the same noise: forgotten, retained, reconstructed."""
-    config = problem.pretrained.config
-    shown = []
-    if before.samples is not None and after.samples is not None:
-        count = min(8, before.samples.shape[1])
-
-        def rows(labels: list[int], title: str, caption: str) -> report.Grid:
-            where = [evaluation.labels.index(label) for label in labels] if labels else [0]
-            shape = (-1, *config.sample_shape)
-            pair = [
-                samples[where][:, :count].reshape(shape)
-                for samples in (before.samples, after.samples)
-                if samples is not None
-            ]
-            return report.Grid(title, caption, pair[0], pair[1], count)
-
-        forgotten = list(problem.forgotten_labels)
-        if forgotten:
-            asked = ", ".join(config.label_name(label) for label in forgotten)
-            shown.append(rows(forgotten, f"Forgotten: {asked}", f"Samples asked for as {asked}."))
-        kept = [label for label in evaluation.labels if label not in forgotten]
-        named = ", ".join(config.label_name(label) for label in kept)
-        shown.append(rows(kept, "Retained", f"A row each: {named}." if kept else "Samples."))
-    shown.append(
-        report.Grid(
-            "Forgotten images, noised and denoised",
-            "Images to forget with noise to 60 % of the way, denoised again: a model that knows "
-            "an image returns it.",
-            before.reconstructions,
-            after.reconstructions,
-            min(8, len(before.reconstructions)),
-        )
-    )
-    return shown
+def _plain(value: Any) -> Any:
+    """Estimates as {"value", "stderr"}, at any depth."""
+    if isinstance(value, Estimate):
+        return {"value": float(value.value), "stderr": float(value.stderr)}
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return value

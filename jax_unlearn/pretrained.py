@@ -13,7 +13,7 @@ import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -33,6 +33,7 @@ __all__ = [
     "UNet2DDenoiser",
     "diffusers_key",
     "load_pretrained",
+    "relabelled",
     "save_pretrained",
 ]
 
@@ -78,6 +79,24 @@ class PretrainedConfig:
     def label_name(self, label: int) -> str:
         """The name of a label, or its number where it has none."""
         return (self.id2label or {}).get(label, str(label))
+
+    def find_label(self, text: str) -> int:
+        """The number of a label given by name, in any case, or by number.
+
+        Raises:
+          ValueError: if the model has no such label; the message lists those that it has.
+        """
+        names = self.id2label or {}
+        for label in range(self.num_labels):
+            if (
+                text in (str(label), names.get(label))
+                or text.lower() == names.get(label, "").lower()
+            ):
+                return label
+        if not self.num_labels:
+            raise ValueError(f"label {text!r}: the model is not conditioned on labels.")
+        listed = ", ".join(f"{n} {names.get(n, '')}".strip() for n in range(self.num_labels))
+        raise ValueError(f"label {text!r}: the model has {listed}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +187,19 @@ def load_pretrained(
     config = PretrainedConfig(unet, scheduler, id2label, null_label, os.fspath(path_or_name))
     dtype = None if dtype is None else jnp.dtype(dtype)
     return Pretrained(UNet2DDenoiser(network, null_label, dtype), params, schedule, config)
+
+
+def relabelled(params: Params, labels: Sequence[int], base: int) -> Params:
+    """The parameters with `labels` embedded as `base` is: there p(·|label) = q(·|base) exactly.
+
+    For networks with a table of labels (`class_embedding`); others are returned as they are.
+    """
+    if "class_embedding" not in params or "embedding" not in params["class_embedding"]:
+        return params
+    table = jnp.asarray(params["class_embedding"]["embedding"])
+    return params | {
+        "class_embedding": {"embedding": table.at[jnp.asarray(labels)].set(table[base])}
+    }
 
 
 def save_pretrained(

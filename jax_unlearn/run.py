@@ -11,24 +11,26 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
 
-from jax_unlearn import data, multipliers, outcome, report, sharding
-from jax_unlearn import problem as problems
+from jax_unlearn import outcome, report, sharding
 from jax_unlearn.checkpoint import Checkpoints
-from jax_unlearn.evaluation import Measured, evaluator, make_weighting
-from jax_unlearn.formulations import Batch, forward_kl
 from jax_unlearn.models.judge import JudgeFunctions
-from jax_unlearn.options import RunOptions, parse_threshold, save_run
+from jax_unlearn.options import RunOptions, save_run
 from jax_unlearn.pretrained import save_pretrained
 from jax_unlearn.primal_dual import PrimalDualState, certificate, primal_dual
-from jax_unlearn.problem import Problem
+from jax_unlearn.tasks import concepts, image_task, images
+from jax_unlearn.tasks.base import Task
 from jax_unlearn.typing import Array
 
 __all__ = ["Interrupted", "NotFinite", "Result", "prepare_folder", "run"]
+
+_TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
+    images.Problem: image_task.image_task,
+    concepts.Problem: concepts.concept_task,
+}
 
 
 class Interrupted(Exception):
@@ -97,28 +99,6 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _thresholds(problem: Problem, before: Measured) -> np.ndarray:
-    """The thresholds as numbers, [m], from the reference model's own values.
-
-    "calibrated" asks of a set of images that its mean loss become that of held-out images. Where
-    each image of the set is a constraint, all are raised in the same proportion, since some
-    images are harder to denoise than others, seen or not:
-    b_i = value_i · (mean of held-out images) / (mean of the set).
-    """
-    values = np.asarray(before.constraints.value)
-    sources = np.array([constraint.source for constraint in problem.constraints])
-    numbers = []
-    for constraint, own in zip(problem.constraints, values, strict=True):
-        asked = parse_threshold(constraint.threshold)
-        if asked.kind == "absolute":
-            numbers.append(asked.number)
-            continue
-        together = values[sources == constraint.source].mean()
-        ratio = asked.number if asked.kind == "relative" else before.calibration.value / together
-        numbers.append(own * ratio)
-    return np.asarray(numbers, np.float32)
-
-
 def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[str, Any]:
     def plain(values: Any) -> list[float | None]:
         return [float(v) if np.isfinite(v) else None for v in np.asarray(values)]
@@ -146,7 +126,7 @@ def _keep_rows(path: pathlib.Path, steps: int) -> float:
 
 
 def run(
-    problem: Problem,
+    problem: images.Problem | concepts.Problem,
     options: RunOptions,
     *,
     command: str,
@@ -184,7 +164,7 @@ def run(
 
 
 def _run(
-    problem: Problem,
+    problem: images.Problem | concepts.Problem,
     options: RunOptions,
     command: str,
     judge: JudgeFunctions | None,
@@ -203,57 +183,25 @@ def _run(
     for note in problem.notes:
         say(f"note: {note}")
     say("measuring the reference model ...")
-    weighting = make_weighting(problem, options)
-    evaluation = evaluator(problem, options, weighting, judge)
-    before = evaluation.measure(pretrained.params)
-    thresholds = _thresholds(problem, before)
+    task = _TASKS[type(problem)](problem, options, judge)
+    thresholds = task.thresholds
     timing = {"reference": time.monotonic() - started}
-
-    # Violations relative to the reference's values, averaged over the constraints: one rate
-    # serves every unit and every number of constraints.
-    scale = 1.0 / np.maximum(before.constraints.value, 1e-12) / len(thresholds)
-    # "And no less": where images are forgotten and not a whole label, a calibrated threshold is
-    # approached from both sides. A label is given to the kept images instead, and its own may
-    # become as unlikely as that makes them.
-    calibrated = all(one.threshold == "calibrated" for one in problem.constraints)
-    equal = calibrated and not problem.forgotten_labels
-    domain = multipliers.l1_ball if equal else multipliers.capped_simplex
-    formulation = forward_kl(
-        pretrained.apply,
-        pretrained.schedule,
-        weighting,
-        estimator=options.estimator,
-        balance=options.balance,
-        project=domain(1 - options.max_multiplier),
-        reference_values=jnp.asarray(before.constraints.value, jnp.float32),
-    )
     warmup = min(20, max(options.steps // 10, 1))
     rate = optax.warmup_cosine_decay_schedule(
         0.0, options.learning_rate, warmup, max(options.steps, warmup + 1)
     )
-    algorithm = primal_dual(
-        formulation,
-        optax.adam(rate, b1=0.9, b2=0.99),
-        multipliers.nu_pi(
-            integral=jnp.asarray(options.dual_learning_rate * scale, jnp.float32),
-            proportional=jnp.asarray(options.dual_damping * scale, jnp.float32),
-            nu=0.9,
-        ),
+    algorithm = primal_dual(task.formulation, optax.adam(rate, b1=0.9, b2=0.99), task.dual)
+    state = algorithm.init(
+        task.params, thresholds, multipliers=task.multipliers, reference=pretrained.params
     )
-    state = algorithm.init(pretrained.params, thresholds)
     # A step's key follows from the seed and the state's own count: nothing more to save.
     key = jax.random.key(options.seed)
     mesh = sharding.data_mesh() if jax.device_count() > 1 else None
     if mesh is not None:
         state, key = sharding.replicate((state, key), mesh)
 
-    def step(key: Array, state: PrimalDualState, raw: Batch) -> Any:
-        unit = raw._replace(
-            kept=raw.kept and raw.kept._replace(x_0=data.to_unit_range(raw.kept.x_0)),
-            base=raw.base and raw.base._replace(x_0=data.to_unit_range(raw.base.x_0)),
-            forget=raw.forget._replace(x_0=data.to_unit_range(raw.forget.x_0)),
-        )
-        return algorithm.step(jax.random.fold_in(key, state.step), state, unit)
+    def step(key: Array, state: PrimalDualState, raw: Any) -> Any:
+        return algorithm.step(jax.random.fold_in(key, state.step), state, task.prepare(raw))
 
     compiled = sharding.jit_step(step, mesh)
     with contextlib.closing(Checkpoints(out / "checkpoints")) as checkpoints:
@@ -264,7 +212,7 @@ def _run(
             say(f"resuming after step {int(state.step)}")
         elapsed = _keep_rows(metrics_path, int(state.step))
         state, timing["first_step"] = _train(
-            problem,
+            task,
             options,
             command,
             state,
@@ -272,7 +220,6 @@ def _run(
             lambda batch: batch if mesh is None else sharding.shard_batch(batch, mesh),
             checkpoints,
             metrics_path,
-            thresholds,
             elapsed,
             progress,
             after_step,
@@ -282,37 +229,32 @@ def _run(
         say("measuring the unlearned model ...")
         measuring = time.monotonic()
         params = jax.device_get(state.params)
-        after = evaluation.measure(params)
+        after = task.measure(params)
         timing["unlearned"] = time.monotonic() - measuring
         save_pretrained(out / "model", pretrained._replace(params=params), overwrite=True)
         certified = certificate(
-            formulation,
+            task.formulation,
             objective=after.objective,
             values=after.constraints,
             thresholds=thresholds,
             multipliers=state.multipliers,
         )
         mean_multipliers = np.mean([row["multipliers"] for row in rows], axis=0)
-        seconds = elapsed + time.monotonic() - started
-        found = outcome.describe(
-            problem, options, command, before, after, certified, mean_multipliers, timing, seconds
-        )
-        page = report.write_report(
-            out, found, rows, outcome.grids(problem, evaluation, before, after)
-        )
+        timing["all"] = elapsed + time.monotonic() - started
+        found = outcome.describe(task, options, command, after, certified, mean_multipliers, timing)
+        page = report.write_report(out, found, rows, task.grids(after))
     return Result(found, page)
 
 
 def _train(
-    problem: Problem,
+    task: Task,
     options: RunOptions,
     command: str,
     state: PrimalDualState,
-    step: Callable[[PrimalDualState, Batch], Any],
-    place: Callable[[Batch], Batch],
+    step: Callable[[PrimalDualState, Any], Any],
+    place: Callable[[Any], Any],
     checkpoints: Checkpoints,
     metrics_path: pathlib.Path,
-    thresholds: np.ndarray,
     elapsed: float,
     progress: bool,
     after_step: Callable[[int], None] | None,
@@ -338,7 +280,7 @@ def _train(
                     "--max-multiplier, or --estimator norm_balanced."
                 )
             seconds = elapsed + time.monotonic() - started
-            log.write(json.dumps(_row(number, info, thresholds, seconds)) + "\n")
+            log.write(json.dumps(_row(number, info, task.thresholds, seconds)) + "\n")
             log.flush()
             worst = float(np.max(info.violations))
             many = np.asarray(info.multipliers)
@@ -356,7 +298,7 @@ def _train(
 
         pending = None
         for number in range(first + 1, options.steps + 1):
-            batch = place(problems.batch(problem, options, number - 1))
+            batch = place(task.batch(number - 1))
             state, info = step(state, batch)
             # The step before is logged while this one runs.
             if pending is not None:

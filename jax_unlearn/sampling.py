@@ -10,7 +10,6 @@ from PIL import Image
 from jax_unlearn import data, embedded, samplers
 from jax_unlearn.options import SampleOptions
 from jax_unlearn.pretrained import load_pretrained
-from jax_unlearn.problem import find_label
 from jax_unlearn.typing import Array, Params
 
 __all__ = ["draw_grid"]
@@ -32,7 +31,7 @@ def draw_grid(options: SampleOptions) -> np.ndarray:
     apply, params, schedule, config = load_pretrained(path)
     if options.labels and not config.num_labels:
         raise ValueError(f"--labels: {options.model} is not conditioned on labels.")
-    labels = [find_label(text, config) for text in options.labels] or list(range(config.num_labels))
+    labels = [config.find_label(text) for text in options.labels] or list(range(config.num_labels))
 
     @partial(jax.jit, donate_argnums=2)
     def draw(params: Params, key: Array, noise: Array, cond: Array | None) -> Array:

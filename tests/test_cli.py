@@ -85,9 +85,9 @@ def test_retaining_nothing_but_what_is_to_be_forgotten(refuse, tiny_images):
 
 
 def test_overlapping_images_are_counted_and_removed(tiny_model, tiny_images, tmp_path):
-    from jax_unlearn import problem as problems
     from jax_unlearn.options import DataOptions
     from jax_unlearn.pretrained import load_pretrained
+    from jax_unlearn.tasks import images as problems
 
     with np.load(tiny_images["forget"]) as first, np.load(tiny_images["retain"]) as second:
         np.savez(

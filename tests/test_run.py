@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from jax_unlearn import cli, report
-from jax_unlearn import problem as problems
 from jax_unlearn.options import DataOptions, load_run
 from jax_unlearn.pretrained import load_pretrained
 from jax_unlearn.run import NotFinite, prepare_folder, run
+from jax_unlearn.tasks import images as problems
 
 SMALL = [
     "--steps", "6", "--batch-size", "16", "--forget-batch-size", "8", "--samples", "2",
@@ -227,7 +227,7 @@ def test_the_step_compiles_once(tiny_model, tiny_images, tmp_path, monkeypatch):
     traces = []
     problem, options = problem_of(tiny_model, tiny_images, tmp_path / "once")
     apply = problem.pretrained.apply
-    from jax_unlearn import run as module
+    from jax_unlearn.tasks import image_task as module
 
     original = module.forward_kl
 

@@ -7,83 +7,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_unlearn import data, divergences, losses, metrics, samplers, schedules
+from jax_unlearn import data, divergences, losses, metrics, schedules
 from jax_unlearn.models.judge import JudgeFunctions
-from jax_unlearn.options import RunOptions
-from jax_unlearn.problem import Problem, under_null
+from jax_unlearn.options import ImageOptions
+from jax_unlearn.tasks.base import Measured, estimate, in_batches, spread
+from jax_unlearn.tasks.drawing import Drawing, drawing, features_of
+from jax_unlearn.tasks.images import Problem, under_null
 from jax_unlearn.typing import Array, Estimate, Params
 
-__all__ = ["Evaluation", "Measured", "estimate", "evaluator", "make_weighting"]
+__all__ = ["Evaluation", "evaluator", "make_weighting"]
 
-BATCH = 64
 NELBO_DRAWS = 8
 LEAST_DRAWS = 32
 RECONSTRUCTED = 32
-
-
-class Measured(NamedTuple):
-    """The numbers and pictures of one set of parameters.
-
-    Attributes:
-      objective: path KL to the reference on held-out images, in the weighting's unit.
-      constraints: the loss of each constraint's images, [m].
-      calibration: the same loss on held-out images.
-      nelbo: "forgotten", "held_out", "retained" -> the NELBO of each image shown, bits/dim, [n];
-        a set smaller than n is shown several times, with other noise.
-      metrics: name -> number, Estimate, or a further level of names.
-      samples: uint8 [labels, samples, height, width, channels]; unconditional models have one
-        row; None where none were asked for.
-      reconstructions: uint8, forgotten images noised and denoised again.
-    """
-
-    objective: Estimate
-    constraints: Estimate
-    calibration: Estimate
-    nelbo: dict[str, np.ndarray]
-    metrics: dict[str, Any]
-    samples: np.ndarray | None
-    reconstructions: np.ndarray
 
 
 class Evaluation(NamedTuple):
     """The evaluation of a problem.
 
     Attributes:
-      measure: params -> Measured, on the same images and noise every time.
-      originals: the images behind `reconstructions`, uint8.
-      labels: the labels that `samples` has rows of; empty for an unconditional model.
+      measure: params -> (Measured, the loss of held-out images, which calibrates thresholds), on
+        the same images and noise every time.
+      drawing: how samples are drawn.
     """
 
-    measure: Callable[[Params], Measured]
-    originals: np.ndarray
-    labels: tuple[int, ...]
+    measure: Callable[[Params], tuple[Measured, Estimate]]
+    drawing: Drawing
 
 
-def estimate(values: np.ndarray) -> Estimate:
-    """The mean of independent values [n] and its standard error (NaN for one value)."""
-    stderr = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return Estimate(np.asarray(values.mean()), np.asarray(stderr))
-
-
-def _in_batches(function: Callable[..., Array], key: Array, *arrays: Any) -> np.ndarray:
-    """function(key of the batch, *rows) over batches of one shape; the last is padded."""
-    count = len(arrays[0])
-    size = min(BATCH, count)
-    outputs = []
-    for number, start in enumerate(range(0, count, size)):
-        rows = np.arange(start, start + size) % count
-        part = [None if array is None else array[rows] for array in arrays]
-        outputs.append(np.asarray(function(jax.random.fold_in(key, number), *part)))
-    return np.concatenate(outputs)[:count]
-
-
-def _spread(count: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
-    """`wanted` indices below `count`, every one as often as any other, give or take one."""
-    rounds = -(-wanted // count)
-    return np.concatenate([rng.permutation(count) for _ in range(rounds)])[:wanted]
-
-
-def make_weighting(problem: Problem, options: RunOptions) -> losses.TimeWeighting:
+def make_weighting(problem: Problem, options: ImageOptions) -> losses.TimeWeighting:
     """The weights and probabilities of time steps that the options ask for.
 
     For "nelbo" t is drawn in proportion to w_t times the reference model's own error e_t at t,
@@ -136,7 +88,7 @@ def make_weighting(problem: Problem, options: RunOptions) -> losses.TimeWeightin
 
 def evaluator(
     problem: Problem,
-    options: RunOptions,
+    options: ImageOptions,
     weighting: losses.TimeWeighting,
     judge: JudgeFunctions | None,
 ) -> Evaluation:
@@ -151,13 +103,13 @@ def evaluator(
     # batch, and each constraint must get its share of all of them.
     draws = max(options.evaluation_images // len(problem.constraints), LEAST_DRAWS)
     tested = np.stack(
-        [one.indices[_spread(len(one.indices), draws, rng)] for one in problem.constraints], axis=1
+        [one.indices[spread(len(one.indices), draws, rng)] for one in problem.constraints], axis=1
     ).ravel()
     owner = np.tile(np.arange(len(problem.constraints)), draws)
     tested_images = data.take(problem.forget, tested)
     tested_cond = under_null(tested_images.labels, null, options.null_share, rng)
     held = data.take(
-        problem.held_out, _spread(len(problem.held_out.pixels), options.evaluation_images, rng)
+        problem.held_out, spread(len(problem.held_out.pixels), options.evaluation_images, rng)
     )
     held_cond = under_null(held.labels, null, options.null_share, rng)
 
@@ -204,18 +156,6 @@ def evaluator(
         )
         return divergences.bits_per_dim(terms.total, dimensions)
 
-    def guided(params: Params, cond: Any) -> Callable[[Array, Array], Array]:
-        if cond is None or null is None or options.guidance == 1:
-            return lambda x_t, t: apply(params, x_t, t, cond)
-        free = jnp.full_like(cond, null)
-        return samplers.guided(apply, params, cond, unconditional=free, scale=options.guidance)
-
-    @jax.jit
-    def draw_samples(params: Params, key: Array, noise: Array, cond: Any) -> Array:
-        return samplers.sample(
-            guided(params, cond), schedule, key, noise, steps=options.sampling_steps
-        ).x_0
-
     @jax.jit
     def reconstruct(params: Params, key: Array, x: Array, cond: Any) -> Array:
         x_0 = data.to_unit_range(x)
@@ -234,67 +174,31 @@ def evaluator(
         ("held_out", problem.held_out),
         ("retained", problem.retain),
     ):
-        shown_images = _spread(len(images.pixels), max(options.evaluation_images // 2, 1), rng)
+        shown_images = spread(len(images.pixels), max(options.evaluation_images // 2, 1), rng)
         likelihood_sets[name] = data.take(images, shown_images)
     shown = data.take(
         problem.forget,
-        _spread(len(problem.forget.pixels), min(RECONSTRUCTED, len(problem.forget.pixels)), rng),
+        spread(len(problem.forget.pixels), min(RECONSTRUCTED, len(problem.forget.pixels)), rng),
     )
-    labels = tuple(range(config.num_labels)) if config.num_labels else ()
-    rows = max(len(labels), 1)
-    noise = np.random.default_rng([options.seed, 3]).standard_normal(
-        (rows * options.samples, *config.sample_shape), np.float32
-    )
-    wanted_labels = np.repeat(np.asarray(labels, np.int32), options.samples) if labels else None
-    kept_labels = [label for label in labels if label not in problem.forgotten_labels]
-    real = problem.held_out.pixels[:2000]
+    drawn = drawing(problem.pretrained, options, judge, problem.forgotten_labels)
+    features = features_of(judge)
 
-    def features(pixels: np.ndarray) -> np.ndarray:
-        if judge is None:
-            flat = np.asarray(data.to_unit_range(pixels)).reshape(len(pixels), -1)
-            return flat - flat.mean(axis=1, keepdims=True)
-        judged = jax.jit(judge.features)
-        return _in_batches(lambda _, x: judged(data.to_unit_range(x)), keys[0], pixels)
-
-    def judge_samples(samples: np.ndarray) -> dict[str, Any]:
-        assert judge is not None
-        flat = samples.reshape(-1, *config.sample_shape)
-        judged = jax.jit(judge.logits)
-        logits = _in_batches(lambda _, x: judged(data.to_unit_range(x)), keys[0], flat)
-        found: dict[str, Any] = {}
-        if wanted_labels is not None:
-            by_class = metrics.agreement(logits, wanted_labels, len(labels))
-            found["agreement"] = {
-                config.label_name(label): {
-                    "rate": float(by_class.rate[label]),
-                    "stderr": float(by_class.stderr[label]),
-                    "count": int(by_class.count[label]),
-                }
-                for label in labels
-            }
-        kept = samples[kept_labels] if labels else samples
-        ours = features(kept.reshape(-1, *config.sample_shape))
-        theirs = features(real)
-        found["kid"] = metrics.kernel_distance(ours, theirs)
-        found["fid"] = float(metrics.frechet_distance(ours, theirs))
-        return found
-
-    def measure(params: Params) -> Measured:
-        values = _in_batches(
+    def measure(params: Params) -> tuple[Measured, Estimate]:
+        values = in_batches(
             lambda key, x, c: constraint_losses(params, key, x, c),
             keys[0],
             tested_images.pixels,
             tested_cond,
         )
         by_constraint = [estimate(values[owner == i]) for i in range(len(problem.constraints))]
-        calibration = _in_batches(
+        calibration = in_batches(
             lambda key, x, c: constraint_losses(params, key, x, c), keys[1], held.pixels, held_cond
         )
-        objective = _in_batches(
+        objective = in_batches(
             lambda key, x, c: path_kl(params, key, x, c), keys[2], held.pixels, held.labels
         )
         nelbos = {
-            name: _in_batches(
+            name: in_batches(
                 lambda key, x, c: nelbo(params, key, x, c),
                 keys[3],
                 images.pixels,
@@ -303,31 +207,26 @@ def evaluator(
             for name, images in likelihood_sets.items()
         }
         found: dict[str, Any] = {}
-        again = _in_batches(
+        again = in_batches(
             lambda key, x, c: reconstruct(params, key, x, c), keys[4], shown.pixels, shown.labels
         )
         reconstructions = data.to_pixels(again)
         similar = metrics.cosine_similarity(features(reconstructions), features(shown.pixels))
         found["similarity"] = estimate(np.asarray(similar))
-        samples = None
-        if options.samples:
-            drawn = _in_batches(
-                lambda key, x, c: draw_samples(params, key, x, c), keys[5], noise, wanted_labels
-            )
-            samples = data.to_pixels(drawn).reshape(rows, options.samples, *config.sample_shape)
-            if judge is not None:
-                found |= judge_samples(samples)
-        return Measured(
+        samples = drawn.draw(params)
+        if samples is not None:
+            found |= drawn.judge(samples, problem.held_out.pixels[:2000])
+        measured = Measured(
             objective=estimate(objective),
             constraints=Estimate(
                 np.array([one.value for one in by_constraint]),
                 np.array([one.stderr for one in by_constraint]),
             ),
-            calibration=estimate(calibration),
-            nelbo=nelbos,
             metrics=found,
+            paired={"nelbo": nelbos},
             samples=samples,
             reconstructions=reconstructions,
         )
+        return measured, estimate(calibration)
 
-    return Evaluation(measure, shown.pixels, labels)
+    return Evaluation(measure, drawn)

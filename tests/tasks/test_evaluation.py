@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_unlearn import data, divergences, evaluation, schedules
-from jax_unlearn import problem as problems
-from jax_unlearn.options import RunOptions
+from jax_unlearn import data, divergences, schedules
+from jax_unlearn.options import ImageOptions
 from jax_unlearn.pretrained import Pretrained, PretrainedConfig
+from jax_unlearn.tasks import base, evaluation
+from jax_unlearn.tasks import images as problems
 
 STEPS = 50
 SCHEDULER = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": STEPS}
@@ -35,12 +36,12 @@ def problem():
         [("forget", "forget", images(grey[:4], "forget"))],
         images(grey[4:40], "retain"),
         images(grey[40:], "held out"),
-        RunOptions(),
+        ImageOptions(),
     )
 
 
 def test_nelbo_weights_are_what_a_clipped_step_can_cost(problem):
-    weighting = evaluation.make_weighting(problem, RunOptions(weighting="nelbo"))
+    weighting = evaluation.make_weighting(problem, ImageOptions(weighting="nelbo"))
     schedule = problem.pretrained.schedule
     unbounded = np.asarray(divergences.path_kl_weights(schedule))
     snr = np.exp(np.asarray(schedule.log_snr, np.float64))
@@ -54,20 +55,20 @@ def test_nelbo_weights_are_what_a_clipped_step_can_cost(problem):
 
 
 def test_an_estimate_is_the_mean_and_its_standard_error():
-    found = evaluation.estimate(np.array([1.0, 2.0, 6.0]))
+    found = base.estimate(np.array([1.0, 2.0, 6.0]))
     assert found.value == 3.0
     assert found.stderr == pytest.approx(np.sqrt(7.0) / np.sqrt(3.0))
-    assert np.isnan(evaluation.estimate(np.array([1.0])).stderr)
+    assert np.isnan(base.estimate(np.array([1.0])).stderr)
 
 
 def test_measurements_are_paired_and_of_the_sampled_chain(problem):
-    options = RunOptions(samples=0, evaluation_images=64)
+    options = ImageOptions(samples=0, evaluation_images=64)
     weighting = evaluation.make_weighting(problem, options)
     measure = evaluation.evaluator(problem, options, weighting, None).measure
-    before, again, after = measure(jnp.zeros(())), measure(jnp.zeros(())), measure(jnp.ones(()))
+    before, again, after = (measure(jnp.full((), value))[0] for value in (0.0, 0.0, 1.0))
     for name in ("forgotten", "held_out", "retained"):
-        np.testing.assert_array_equal(before.nelbo[name], again.nelbo[name])
-        assert before.nelbo[name].shape == (32,)
+        np.testing.assert_array_equal(before.paired["nelbo"][name], again.paired["nelbo"][name])
+        assert before.paired["nelbo"][name].shape == (32,)
     assert before.objective.value == 0.0
     # ‖0 − x_t‖² = ᾱ x_0² + (1−ᾱ) ‖ε‖² with x_0 ≈ 0, averaged over t and 8 dimensions.
     noise_share = float((1 - problem.pretrained.schedule.alphas_cumprod).mean())
@@ -79,4 +80,4 @@ def test_measurements_are_paired_and_of_the_sampled_chain(problem):
     assert before.constraints.value[0] == pytest.approx(clipped, rel=0.1)
     assert clipped < 0.8  # unclipped it is 1
     # The images are near 0; ε = x_t gives x̂_0 = x_t (1−σ)/α, and ε = 0 gives x_t/α, clipped.
-    assert (after.nelbo["held_out"] < before.nelbo["held_out"]).all()
+    assert (after.paired["nelbo"]["held_out"] < before.paired["nelbo"]["held_out"]).all()

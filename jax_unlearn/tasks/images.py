@@ -1,4 +1,4 @@
-"""From images and options to an unlearning problem: constraints, conditions, and batches."""
+"""Forgetting images: from images and options to constraints, conditions, batches, and the task."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,14 +8,13 @@ import numpy as np
 
 from jax_unlearn import data, embedded, schedules
 from jax_unlearn.formulations import Batch, Examples, Forget
-from jax_unlearn.options import DataOptions, DemoOptions, RunOptions
-from jax_unlearn.pretrained import Pretrained, PretrainedConfig
+from jax_unlearn.options import DataOptions, DemoOptions, ImageOptions
+from jax_unlearn.pretrained import Pretrained
 
 __all__ = [
     "Constraint",
     "Problem",
     "batch",
-    "find_label",
     "from_embedded",
     "from_paths",
     "make_problem",
@@ -59,7 +58,7 @@ def make_problem(
     forget: Sequence[tuple[str, str, data.Images]],
     retain: data.Images,
     held_out: data.Images | None,
-    options: RunOptions,
+    options: ImageOptions,
 ) -> Problem:
     """Makes a problem of sets (name, source, images) to forget and images to retain.
 
@@ -141,22 +140,6 @@ def from_paths(pretrained: Pretrained, options: DataOptions) -> Problem:
     return make_problem(pretrained, forget, retain, held_out, options)
 
 
-def find_label(text: str, config: PretrainedConfig) -> int:
-    """The number of a label given by name, in any case, or by number.
-
-    Raises:
-      ValueError: if the model has no such label; the message lists those that it has.
-    """
-    names = config.id2label or {}
-    for label in range(config.num_labels):
-        if text in (str(label), names.get(label)) or text.lower() == names.get(label, "").lower():
-            return label
-    if not config.num_labels:
-        raise ValueError(f"label {text!r}: the model is not conditioned on labels.")
-    listed = ", ".join(f"{n} {names.get(n, '')}".strip() for n in range(config.num_labels))
-    raise ValueError(f"label {text!r}: the model has {listed}.")
-
-
 def from_embedded(pretrained: Pretrained, options: DemoOptions) -> tuple[Problem, DemoOptions]:
     """The embedded data with the labels, or the repeated images, that the options name.
 
@@ -179,7 +162,7 @@ def from_embedded(pretrained: Pretrained, options: DemoOptions) -> tuple[Problem
         options = dataclasses.replace(options, per_image=True)
         forget = [("repeated", "repeated images", data.take(train, stored.repeated))]
         return make_problem(pretrained, forget, train, held_out, options), options
-    labels = [find_label(text, pretrained.config) for text in options.forget]
+    labels = [pretrained.config.find_label(text) for text in options.forget]
     names = pretrained.config.id2label or {}
     forget = [
         (names[label], names[label], data.take(train, np.flatnonzero(stored.train.labels == label)))
@@ -189,7 +172,7 @@ def from_embedded(pretrained: Pretrained, options: DemoOptions) -> tuple[Problem
     return make_problem(pretrained, forget, train, kept, options), options
 
 
-def _base_rows(options: RunOptions, forgotten: bool) -> int:
+def _base_rows(options: ImageOptions, forgotten: bool) -> int:
     return round(options.base_share * options.batch_size) if forgotten else options.batch_size
 
 
@@ -206,7 +189,7 @@ def under_null(
     return np.where(hidden, np.int32(null_label), labels)
 
 
-def batch(problem: Problem, options: RunOptions, step: int) -> Batch:
+def batch(problem: Problem, options: ImageOptions, step: int) -> Batch:
     """The batch of a step: a pure function of the seed and the step, images as bytes.
 
     Kept rows are shown under their own labels; where no label is forgotten, a share of them

@@ -1,0 +1,107 @@
+"""What a task is: an unlearning job made ready for the loop that `run` runs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jax_unlearn.formulations import Formulation
+from jax_unlearn.pretrained import Pretrained
+from jax_unlearn.report import Grid
+from jax_unlearn.typing import Array, ArrayLike, Estimate, Params
+
+__all__ = ["Measured", "Task", "estimate", "in_batches", "spread"]
+
+BATCH = 64
+
+
+class Measured(NamedTuple):
+    """The numbers and pictures of one set of parameters.
+
+    Attributes:
+      objective: with its standard error, in `Task.objective_unit`.
+      constraints: the value of each constraint, [m].
+      metrics: name -> number, Estimate, or a further level of names.
+      paired: metric -> part -> one value an image [n], on the same images and noise every time.
+      samples: uint8 [labels, samples, height, width, channels]; unconditional models have one
+        row; None where none were asked for.
+      reconstructions: uint8, images to forget noised and denoised again; None without images.
+    """
+
+    objective: Estimate
+    constraints: Estimate
+    metrics: dict[str, Any]
+    paired: dict[str, dict[str, np.ndarray]]
+    samples: np.ndarray | None
+    reconstructions: np.ndarray | None
+
+
+class Task(NamedTuple):
+    """An unlearning job, the reference model measured.
+
+    Attributes:
+      pretrained: the model.
+      params: to start from; the reference stays that of `pretrained`.
+      names: of the constraints.
+      formulation: of the problem.
+      dual: the optimizer of the multipliers.
+      thresholds: [m].
+      multipliers: λ to start from, [m].
+      reference_values: of the constraints, as the report puts them beside the thresholds, [m].
+      batch: step -> what the host brings to it; a pure function of the seed and the step.
+      prepare: from that to what the formulation takes; traced with the step.
+      before: the reference model's measurements.
+      measure: params -> Measured, the same way.
+      asked: what the report says was asked for: "forget", "retain", and "notes".
+      units: of the objective and of the constraints.
+      objective: what it is, in words.
+      captions: metric -> its "unit" or "description".
+      grids: the pictures of the report, from the measurements after.
+    """
+
+    pretrained: Pretrained
+    params: Params
+    names: tuple[str, ...]
+    formulation: Formulation
+    dual: optax.GradientTransformation
+    thresholds: np.ndarray
+    multipliers: ArrayLike
+    reference_values: np.ndarray
+    batch: Callable[[int], Any]
+    prepare: Callable[[Any], Any]
+    before: Measured
+    measure: Callable[[Params], Measured]
+    asked: dict[str, Any]
+    units: tuple[str, str]
+    objective: str
+    captions: dict[str, dict[str, str]]
+    grids: Callable[[Measured], list[Grid]]
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """The mean of independent values [n] and its standard error (NaN for one value)."""
+    stderr = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return Estimate(np.asarray(values.mean()), np.asarray(stderr))
+
+
+def in_batches(function: Callable[..., Any], key: Array, *arrays: Any) -> Any:
+    """function(key of the batch, *rows) over batches of one shape; the last is padded.
+
+    The function returns an array or a tree of them, each with a row for each row given.
+    """
+    count = len(arrays[0])
+    size = min(BATCH, count)
+    outputs = []
+    for number, start in enumerate(range(0, count, size)):
+        rows = np.arange(start, start + size) % count
+        part = [None if array is None else array[rows] for array in arrays]
+        outputs.append(jax.device_get(function(jax.random.fold_in(key, number), *part)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
+
+
+def spread(count: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
+    """`wanted` indices below `count`, every one as often as any other, give or take one."""
+    rounds = -(-wanted // count)
+    return np.concatenate([rng.permutation(count) for _ in range(rounds)])[:wanted]
