@@ -6,16 +6,16 @@ counts: rows of network passes that are executed for one training point, by a de
 them on the host while the compiled step runs; those that differentiation runs again, and
 backward passes, apart.
 
-clock: seconds until the path KL(p(·|c)‖q(·|c)) of the embedded model at one class has reached
-`--threshold` times that of the null label, KL(q(·|∅)‖q(·|c)): from there on, what is generated
-for c is as far from the class as images of no class in particular. All methods begin at the same
-weights and have the same target, negative guidance of strength η (reverse KL at the fixed
-multiplier λ = η/(1+η), that is α = η); they differ in the points they are trained at. Batch size
-and learning rate of each are swept on the first seed; those that reached the threshold first then
-run on every seed, in turns. The path KL is measured along fresh trajectories of a chain that
-none is trained on, with the same noise every time; compilation and measurements are not on the
-clock. It is measured when the number of steps has grown by a tenth, so that times are right to a
-tenth.
+clock: seconds until the embedded model's p(·|c) at one class is as far from it as the null label
+is, KL(p‖q(·|c)) ≥ D = KL(q(·|∅)‖q(·|c)), without damage, KL(p‖q(·|∅)) ≤ `--budget` D; all are
+path KLs. Both are needed: one step of Adam at rate 5e-4 takes p further than D from everything. On
+the line of compositions ε_∅ + a (ε_∅ − ε_c) the two are about (1+a)² D and a² D. All methods begin
+at the same weights and have the same target, negative guidance of strength η (reverse KL at the
+fixed multiplier λ = η/(1+η), that is α = η); they differ in the points they are trained at. Batch
+size and learning rate of each are swept on the first seed; those that got there first then run on
+every seed, in turns. The path KL is measured along fresh trajectories of a chain that none is
+trained on, with the same noise every time; compilation and measurements are not on the clock. It is
+measured when the number of steps has grown by a tenth, so that times are right to a tenth.
 """
 
 import argparse
@@ -181,10 +181,10 @@ def make_measure(model, options):
     return lambda params, label: np.asarray(measure(params, model.params, label)).tolist()
 
 
-def run(compiled, init, params_of, measure, threshold, limit, options, *, rate, seed):
-    """Trains until the threshold or the limit; seconds are None if the limit came first."""
+def run(compiled, init, params_of, measure, threshold, most, limit, options, *, rate, seed):
+    """Trains until both hold or to the limit; seconds are None if the limit came first."""
     key, state = jax.random.key(seed), init(rate)
-    seconds, done, curve = 0.0, 0, []
+    seconds, done, curve, reached = 0.0, 0, [], False
     while seconds < limit:
         upto = max(done + 1, int(done * 1.1))
         started = time.perf_counter()
@@ -194,9 +194,9 @@ def run(compiled, init, params_of, measure, threshold, limit, options, *, rate, 
         seconds, done = seconds + time.perf_counter() - started, upto
         (held, value), (_, error) = measure(params_of(state), options.label)
         curve.append([done, seconds, value, error, held])
-        if value >= threshold:
+        reached = value >= threshold and held <= most
+        if reached:
             break
-    reached = bool(curve[-1][2] >= threshold)
     return {
         "rate": rate, "seed": seed, "steps": done, "reached": reached,
         "seconds": seconds if reached else None, "stopped_after": seconds,
@@ -209,8 +209,12 @@ def clock(options):
     model = jax_unlearn.load_pretrained(embedded.model_path())
     measure = make_measure(model, options)
     (_, base), (_, base_error) = measure(model.params, model.config.null_label)
-    threshold = options.threshold * base
-    print(f"KL(q(·|null)‖q(·|c)) = {base:.2f} ± {base_error:.2f} nats; threshold {threshold:.2f}")
+    threshold, most = options.threshold * base, options.budget * base
+    print(
+        f"KL(q(·|null)‖q(·|c)) = {base:.2f} ± {base_error:.2f} nats: to reach {threshold:.2f} "
+        f"within {most:.2f} of the null label",
+        flush=True,
+    )
     runners, sweep, best = {}, [], {}
     for name in options.methods:
         fastest = None
@@ -223,7 +227,7 @@ def clock(options):
                 return program(key, state, model.params)
 
             jax.block_until_ready(compiled(key, init(0.0)))
-            runners[name, rows] = (compiled, init, params_of, measure, threshold)
+            runners[name, rows] = (compiled, init, params_of, measure, threshold, most)
             for rate in options.rates:
                 # What is already slower than the fastest cannot be the best of the sweep.
                 limit = options.limit if fastest is None else min(options.limit, fastest)
@@ -231,7 +235,8 @@ def clock(options):
                 sweep.append({"method": name, "rows": rows, **got})
                 print(
                     f"{name:13} rows {rows:3} rate {rate:.0e}: {got['steps']:4} steps, "
-                    f"{got['stopped_after']:7.1f} s"
+                    f"{got['stopped_after']:7.1f} s, KL to class {got['curve'][-1][2]:.0f} "
+                    f"and to null {got['kl_to_null']:.0f}"
                     f"{'' if got['reached'] else ', not reached'}",
                     flush=True,
                 )
@@ -262,6 +267,7 @@ def clock(options):
         "kl_null_to_class": base,
         "kl_null_to_class_stderr": base_error,
         "threshold": threshold,
+        "budget": most,
         "summary": summary,
         "runs": runs,
         "sweep": sweep,
@@ -275,8 +281,8 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--label", type=int, default=1, help="the class to forget: trousers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 2e-4, 1e-4])
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 2e-4, 1e-4, 5e-5])
     parser.add_argument("--strength", type=float, default=1.0, help="η")
     parser.add_argument("--guidance", type=float, default=3.0, help="of ESD's partial sampling")
     parser.add_argument("--esd-steps", type=int, default=50)
@@ -284,7 +290,8 @@ def main():
     parser.add_argument("--measure-steps", type=int, default=25)
     parser.add_argument("--measure-rows", type=int, default=32)
     parser.add_argument("--threshold", type=float, default=1.0)
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds of training a run")
+    parser.add_argument("--budget", type=float, default=1.5)
+    parser.add_argument("--limit", type=float, default=400.0, help="seconds of training a run")
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/on_policy.json")
     )
@@ -293,7 +300,7 @@ def main():
         options.seeds, options.rows, options.rates = [0], [2], [5e-4]
         options.esd_steps, options.chain_steps = 6, 4
         options.measure_steps, options.measure_rows, options.limit = 5, 4, 15.0
-        options.threshold = 0.5
+        options.threshold, options.budget = 0.5, 100.0
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {cores} cores, load {load:.1f}, "
