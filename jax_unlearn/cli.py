@@ -17,6 +17,7 @@ from jax_unlearn.options import (
     RunOptions,
     SampleOptions,
     load_run,
+    save_run,
 )
 
 __all__ = ["main"]
@@ -96,11 +97,13 @@ def _cache_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _unlearn(command: str, options: RunOptions) -> int:
+def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
+    """The problem that the options ask for, the options made exact, and the judge."""
+    import numpy as np
+
     from jax_unlearn import embedded
     from jax_unlearn.models.judge import load_judge
     from jax_unlearn.pretrained import load_pretrained
-    from jax_unlearn.run import Interrupted, NotFinite, prepare_folder, run
     from jax_unlearn.tasks import concepts, images
 
     model = getattr(options, "model", "embedded")
@@ -113,17 +116,44 @@ def _unlearn(command: str, options: RunOptions) -> int:
     if getattr(options, "judge", None) is not None:
         judge = load_judge(options.judge)
     if isinstance(options, DemoOptions):
-        problem, options = images.from_embedded(pretrained, options)
-    elif isinstance(options, ConceptOptions):
-        problem = concepts.make_problem(pretrained, options)
-    else:
-        assert isinstance(options, DataOptions)
-        problem = images.from_paths(pretrained, options)
+        return (*images.from_embedded(pretrained, options), judge)
+    if isinstance(options, DataOptions):
+        return images.from_paths(pretrained, options), options, judge
+    assert isinstance(options, ConceptOptions)
+    problem = concepts.make_problem(pretrained, options)
+    if own:
+        held_out = embedded.load_data().held_out
+        real = held_out.pixels[~np.isin(held_out.labels, problem.forget)]
+        problem = problem._replace(real=real)
+    return problem, options, judge
+
+
+def _unlearn(command: str, options: RunOptions) -> int:
+    from jax_unlearn import report
+    from jax_unlearn.run import Interrupted, NotFinite, prepare_folder, run
+
+    # Everything is checked before anything is written.
+    jobs = [(name, *_load(one)) for name, one in _jobs(command, options)]
     prepare_folder(options)
+    if len(jobs) > 1 and not options.resume:
+        save_run(options.out / "run.json", command, options)
+    done = []
     try:
-        result = run(problem, options, command=command, judge=judge)
+        for name, problem, one, judge in jobs:
+            if len(jobs) > 1:
+                if (one.out / "report.json").is_file():
+                    continue
+                print(f"{one.out.name}:", file=sys.stderr)
+                one = dataclasses.replace(one, resume=(one.out / "run.json").is_file())
+                prepare_folder(one)
+            done.append(run(problem, one, command=name, judge=judge))
+            print(f"{report.verdict(done[-1].report)}\nmodel:  {one.out / 'model'}")
     except Interrupted as stop:
         print(stop, file=sys.stderr)
+        if len(jobs) > 1:
+            print(
+                f"(all of it: jax-unlearn {command} --out {options.out} --resume)", file=sys.stderr
+            )
         return 128 + stop.signal
     except KeyboardInterrupt:  # While measuring; the steps themselves stop as Interrupted.
         print(
@@ -134,13 +164,40 @@ def _unlearn(command: str, options: RunOptions) -> int:
     except NotFinite as stop:
         print(f"jax-unlearn: {stop}", file=sys.stderr)
         return 1
-    from jax_unlearn.report import verdict
-
-    print(verdict(result.report))
-    print(f"report: {result.page}\nmodel:  {options.out / 'model'}")
+    page = options.out / "report.html"
+    if len(jobs) > 1:
+        page = report.write_comparison(options.out, [one.out.name for _, _, one, _ in jobs])
+    print(f"report: {page}")
     if sys.stdout.isatty() and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
-        webbrowser.open(result.page.absolute().as_uri())
+        webbrowser.open(page.absolute().as_uri())
     return 0
+
+
+# What the side-by-side demo gives the formulations that `concept` runs: minutes, not hours.
+_DEMO: dict[str, dict[str, Any]] = {
+    "reverse-kl": {"steps": 20, "batch_size": 16, "forget_batch_size": 8},
+    "likelihood": {"steps": 60, "stored_samples": 256, "classifier_draws": 4},
+}
+
+
+def _jobs(command: str, options: RunOptions) -> list[tuple[str, RunOptions]]:
+    """The runs that a command makes: its name in run.json, and its options."""
+    if not isinstance(options, DemoOptions) or "repeated" in options.forget:
+        return [(command, options)]
+    formulations = ["forward-kl", *_DEMO]
+    many = options.formulation == "all"
+    jobs: list[tuple[str, RunOptions]] = []
+    for formulation in formulations if many else [options.formulation]:
+        out = options.out / formulation if many else options.out
+        if formulation == "forward-kl":
+            one = dataclasses.replace(options, out=out, formulation=formulation)
+            jobs.append((command, one))
+            continue
+        shared = ("seed", "samples", "sampling_steps", "guidance", "forget", "resume", "overwrite")
+        given: dict[str, Any] = {name: getattr(options, name) for name in shared}
+        given |= {"out": out, "formulation": formulation, **_DEMO[formulation]}
+        jobs.append(("concept", ConceptOptions(**given)))
+    return jobs
 
 
 def _sample(options: SampleOptions) -> int:

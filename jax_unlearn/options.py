@@ -134,11 +134,16 @@ class DemoOptions(ImageOptions):
     forget: tuple[str, ...] = ("Trouser",)
     """Labels to forget, by name or number, each one constraint; or "repeated", the sixteen images
     that the embedded model's training set repeats, each of them a constraint."""
+    formulation: Literal["all", "forward-kl", "reverse-kl", "likelihood"] = "all"
+    """Which runs to make, each in a folder of its own if "all". The options here are forward KL's;
+    the others take of them seed, samples, and guidance: `jax-unlearn concept` has theirs."""
 
     def validate(self) -> None:
         """Checks every number, and the thresholds."""
         super().validate()
         _check_thresholds(self.threshold, self.forget)
+        if "repeated" in self.forget and self.formulation not in ("all", "forward-kl"):
+            raise ValueError("--forget repeated forgets images: that is --formulation forward-kl.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ and the image grids, and nothing else. Needs neither JAX nor a display.
 """
 
 from jax_unlearn.report.figures import Grid
-from jax_unlearn.report.folder import read_rows, write_report
+from jax_unlearn.report.folder import read_rows, write_comparison, write_report
 from jax_unlearn.report.page import verdict
 
-__all__ = ["Grid", "read_rows", "verdict", "write_report"]
+__all__ = ["Grid", "read_rows", "verdict", "write_comparison", "write_report"]

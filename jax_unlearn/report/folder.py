@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_unlearn.report.figures import SMOOTHED_ROWS, Grid, check_grid, draw_curves, draw_grid
-from jax_unlearn.report.page import render, verdict
+from jax_unlearn.report.page import render, render_comparison, verdict
 
-__all__ = ["read_rows", "write_report"]
+__all__ = ["read_rows", "write_comparison", "write_report"]
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -128,4 +128,34 @@ def write_report(
     encoded = {name: base64.b64encode(content).decode() for name, content in figures.items()}
     page = render(plain, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS)
     _replace(folder / "report.html", page.encode())
+    return folder / "report.html"
+
+
+def write_comparison(folder: str | os.PathLike[str], names: Sequence[str]) -> Path:
+    """Writes `report.html` of the finished runs in `folder/name`, side by side.
+
+    The page holds its pictures, the first two grids of each run, and links to the full reports.
+
+    Raises:
+      ValueError: if a run has no report, or an unreadable one.
+    """
+    folder = Path(folder)
+    columns = []
+    for name in names:
+        try:
+            columns.append((name, json.loads((folder / name / "report.json").read_text("utf-8"))))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder / name} has no report to compare: {error}.") from error
+    pictures = []
+    for number, title in ((1, "What is forgotten"), (2, "What is retained")):
+        files = [(name, folder / name / f"grid_{number}.png") for name in names]
+        shown = [
+            {"name": name, "data": base64.b64encode(file.read_bytes()).decode()}
+            for name, file in files
+            if file.is_file()
+        ]
+        if shown:
+            caption = "Before on the left, after on the right, from the same noise."
+            pictures.append({"title": title, "caption": caption, "pictures": shown})
+    _replace(folder / "report.html", render_comparison(columns, pictures).encode())
     return folder / "report.html"

@@ -1,6 +1,5 @@
 """The page of a report: numbers as text, the verdict, the tables, and the HTML."""
 
-import importlib.resources
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
-__all__ = ["render", "verdict"]
+__all__ = ["render", "render_comparison", "verdict"]
 
 _MAX_LISTED = 20
 """Above this many constraints the table shows the worst."""
@@ -39,6 +38,18 @@ _METRICS = (
     ("Similarity", "Between generated images and those to forget.", ("similarity",)),
 )
 _METRIC_NAMES = {"kid": "KID", "fid": "FID", "nelbo": "NELBO"}
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jax_unlearn.report", ""),
+        autoescape=jinja2.select_autoescape(("html",)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(data=_data, duration=_duration)
+    return environment
 
 
 def _digits(value: float, stderr: float | None) -> str:
@@ -254,19 +265,76 @@ def render(
       figures: PNG files in base64, by file name.
       smoothed: whether the curves show running means.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            verdict=verdict(report),
+            formulation=_FORMULATIONS.get(report["formulation"], (report["formulation"], "")),
+            certificate=_certificate(report),
+            tables=_metric_tables(report),
+            grids=grids,
+            figures=figures,
+            smoothed=smoothed,
+            max_listed=_MAX_LISTED,
+        )
     )
-    environment.filters.update(data=_data, duration=_duration)
-    template = importlib.resources.files("jax_unlearn.report").joinpath("report.html")
-    return environment.from_string(template.read_text("utf-8")).render(
-        report=report,
-        verdict=verdict(report),
-        formulation=_FORMULATIONS.get(report["formulation"], (report["formulation"], "")),
-        certificate=_certificate(report),
-        tables=_metric_tables(report),
-        grids=grids,
-        figures=figures,
-        smoothed=smoothed,
-        max_listed=_MAX_LISTED,
+
+
+def _rates(report: Mapping[str, Any], side: str, forgotten: bool) -> float | None:
+    """The mean agreement of the forgotten labels, or of the others."""
+    entries = (report.get("metrics") or {}).get("agreement", {}).get(side, {})
+    names = {str(f["name"]) for f in report["asked"]["forget"]}
+    rates = [entry["rate"] for name, entry in entries.items() if (name in names) == forgotten]
+    return sum(rates) / len(rates) if rates else None
+
+
+def render_comparison(
+    columns: Sequence[tuple[str, Mapping[str, Any]]], pictures: Sequence[Mapping[str, Any]]
+) -> str:
+    """Reports of one job under several formulations, as one HTML document.
+
+    Args:
+      columns: the folder and the report of each.
+      pictures: "title", "caption", and "pictures": "name" and "data", a PNG in base64.
+    """
+
+    def pair(read: Any) -> list[dict[str, Any]]:
+        return [{side: read(report, side) for side in ("before", "after")} for _, report in columns]
+
+    rows = [
+        {
+            "name": "samples of what is forgotten that the judge still names so",
+            "cells": pair(lambda report, side: _rates(report, side, True)),
+        },
+        {
+            "name": "samples of the other labels that the judge names so",
+            "cells": pair(lambda report, side: _rates(report, side, False)),
+        },
+    ]
+    for name in ("kid", "fid"):
+
+        def read(report: Mapping[str, Any], side: str, name: str = name) -> Any:
+            return _cell(((report.get("metrics") or {}).get(name) or {}).get(side))[0]
+
+        rows.append({"name": f"{_METRIC_NAMES[name]} of the other labels", "cells": pair(read)})
+    subject = ", ".join(str(f["name"]) for f in columns[0][1]["asked"]["forget"])
+    return (
+        _environment()
+        .get_template("comparison.html")
+        .render(
+            title=f"Unlearning {subject}, side by side",
+            columns=[
+                {
+                    "folder": folder,
+                    "report": report,
+                    "verdict": verdict(report),
+                    "formulation": _FORMULATIONS[report["formulation"]],
+                }
+                for folder, report in columns
+            ],
+            rows=rows,
+            grids=pictures,
+        )
     )

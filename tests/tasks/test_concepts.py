@@ -1,42 +1,185 @@
 """Whole runs of the concept command on a tiny model, and what it refuses."""
 
 import json
+import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_unlearn import cli, report
-from jax_unlearn.options import ConceptOptions
-from jax_unlearn.pretrained import load_pretrained
+from jax_unlearn import run as running
+from jax_unlearn.options import ConceptOptions, DemoOptions, load_run
+from jax_unlearn.pretrained import load_pretrained, relabelled
 from jax_unlearn.tasks import concepts
 
-SMALL = [
-    "--steps", "4", "--batch-size", "16", "--forget-batch-size", "8", "--samples", "2",
-    "--sampling-steps", "4", "--evaluation-images", "32", "--checkpoint-every", "2",
-    "--chain-steps", "3", "--stored-samples", "64", "--classifier-draws", "2",
-]  # fmt: skip
+SMALL = {
+    "steps": 4, "batch_size": 16, "forget_batch_size": 8, "samples": 2, "sampling_steps": 4,
+    "evaluation_images": 32, "checkpoint_every": 2, "chain_steps": 3, "stored_samples": 64,
+    "classifier_draws": 2,
+}  # fmt: skip
+
+
+def options_of(model, out, **more):
+    return ConceptOptions(**{"model": str(model), "out": out, "forget": ("dog",), **SMALL, **more})
 
 
 def arguments(model, out, *more):
-    return ["concept", "--model", str(model), "--forget", "dog", "--out", str(out), *SMALL, *more]
+    flags = [x for name, v in SMALL.items() for x in ("--" + name.replace("_", "-"), str(v))]
+    return ["concept", "--model", str(model), "--out", str(out), *flags, *more]
 
 
-@pytest.fixture(scope="module", params=["reverse-kl", "likelihood"])
-def finished(request, tiny_model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "out"
-    given = arguments(tiny_model, out, "--formulation", request.param)
-    assert cli.main(given) == 0
-    return out
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """A folder with a finished run of each formulation."""
+    folder = tmp_path_factory.mktemp("runs")
+    for formulation in ("reverse-kl", "likelihood"):
+        given = ["--forget", "dog", "--formulation", formulation]
+        assert cli.main(arguments(tiny_model, folder / formulation, *given)) == 0
+    return folder
 
 
-def test_a_run_leaves_everything_that_is_promised(finished):
-    found = json.loads((finished / "report.json").read_text())
-    assert found["formulation"].replace("_", "-") in (finished / "run.json").read_text()
+def leaves(folder):
+    return jax.tree.leaves(load_pretrained(folder / "model").params)
+
+
+@pytest.mark.parametrize("formulation", ["reverse-kl", "likelihood"])
+def test_a_run_leaves_everything_that_is_promised(finished, formulation):
+    folder = finished / formulation
+    found = json.loads((folder / "report.json").read_text())
+    assert found["formulation"].replace("_", "-") == formulation
     (constraint,) = found["constraints"]
     assert constraint["name"] == "dog"
-    assert set(found["metrics"]["path_kl"]["after"]) == {"dog", "cat", "T-shirt/top", "null label"}
+    assert constraint["satisfied"] == found["feasible"]
+    path_kl = found["metrics"]["path_kl"]
+    assert set(path_kl["after"]) == {"dog", "cat", "T-shirt/top", "null label"}
+    assert [path_kl["before"][c]["value"] < 1e-6 for c in ("dog", "cat", "null label")] == [
+        False, True, True,
+    ]  # fmt: skip
     violation = found["metrics"]["violation"]["after"]["dog"]["dog"]["value"]
     assert violation == pytest.approx(-constraint["slack"], rel=1e-4)
-    for name in ("report.html", "metrics.jsonl", "curves.png", "grid_1.png", "model"):
-        assert (finished / name).exists(), name
-    assert len(report.read_rows(finished / "metrics.jsonl")) == 4
+    # 16 of 24 rows are those of the three kept conditions.
+    kept = [path_kl["after"][c]["value"] for c in ("cat", "T-shirt/top", "null label")]
+    expected = 2 / 3 * np.mean(kept) + 1 / 3 * path_kl["after"]["dog"]["value"]
+    assert found["objective"]["value"] == pytest.approx(expected, rel=1e-4)
+    for name in ("report.html", "curves.png", "grid_1.png", "model", "checkpoints"):
+        assert (folder / name).exists(), name
+    assert len(report.read_rows(folder / "metrics.jsonl")) == 4
+    assert "held to null label" in (folder / "report.html").read_text()
+
+
+def test_runs_of_several_formulations_stand_side_by_side(finished):
+    page = report.write_comparison(finished, ["reverse-kl", "likelihood"])
+    text = page.read_text()
+    for name in ("reverse-kl", "likelihood"):
+        found = json.loads((finished / name / "report.json").read_text())
+        assert f'value="{found["objective"]["value"]!r}"' in text
+        assert f'href="{name}/report.html"' in text
+    assert text.count("data:image/png;base64,") == 4
+    with pytest.raises(ValueError, match="no report"):
+        report.write_comparison(finished, ["reverse-kl", "elsewhere"])
+
+
+def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path):
+    options = options_of(tiny_model, tmp_path / "stopped")
+    problem = concepts.make_problem(load_pretrained(tiny_model), options)
+
+    def stop(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    running.prepare_folder(options)
+    with pytest.raises(KeyboardInterrupt):
+        running.run(problem, options, command="concept", progress=False, after_step=stop)
+    assert cli.main(["concept", "--out", str(options.out), "--resume"]) == 0
+    for ours, theirs in zip(leaves(options.out), leaves(finished / "reverse-kl"), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_forgotten_labels_start_as_the_base(tiny_model):
+    apply, params, *_ = load_pretrained(tiny_model)
+    moved = relabelled(params, [1], 3)
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    t, labels = jnp.array([0, 20, 49]), jnp.full((3,), 1)
+    np.testing.assert_array_equal(apply(moved, x, t, labels), apply(params, x, t, labels + 2))
+    np.testing.assert_array_equal(apply(moved, x, t, labels - 1), apply(params, x, t, labels - 1))
+    assert jnp.abs(apply(params, x, t, labels) - apply(params, x, t, labels + 2)).max() > 1e-6
+
+
+def test_batches_hold_each_condition_as_often(tiny_model, tmp_path):
+    options = options_of(tiny_model, tmp_path, forget=("dog", "cat"), separate_null=True)
+    problem = concepts.make_problem(load_pretrained(tiny_model), options)
+    assert problem.separated == (1, 0, 3)
+    assert problem.kept == (2,)
+    batches = [concepts._conditions(problem, options, step) for step in range(3)]
+    shown = np.concatenate([batch.forget.cond for batch in batches])
+    np.testing.assert_array_equal(np.bincount(shown), [8, 8, 0, 8])
+    for batch in batches:
+        assert set(batch.kept.cond) == {2}
+        assert set(batch.forget.base) == {3}
+        np.testing.assert_array_equal(batch.forget.target, np.tile([1, 0], (8, 1)))
+        np.testing.assert_array_equal(batch.forget.constraint, np.tile([0, 1], (8, 1)))
+
+
+def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_model, tmp_path):
+    options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=("0.9x",))
+    problem = concepts.make_problem(load_pretrained(tiny_model), options)
+    task = concepts.concept_task(problem, options, None)
+    batches = [task.batch(step).forget for step in range(8)]  # every stored sample once
+    h = np.concatenate([np.asarray(batch.values, np.float64) for batch in batches])[:, 0]
+    weights = np.exp(-h * float(task.multipliers[0]) * 24 / 8)
+    assert task.thresholds[0] == pytest.approx(0.9 * h.mean(), rel=1e-5)
+    assert (weights * h).mean() / weights.mean() == pytest.approx(0.9 * h.mean(), rel=1e-3)
+    assert ((h >= 0) & (h <= 1)).all()
+    assert h.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--forget", "hat"], "cat"),
+        (["--forget", "dog", "--forget", "1"], "twice"),
+        (["--forget", "dog", "--base", "dog"], "also to be forgotten"),
+        (["--forget", "dog", "--anchor", "dog"], "also to be forgotten"),
+        (["--forget", "dog", "--base", "cat", "--separate-null"], "--base"),
+        (["--forget", "0", "--forget", "1", "--forget", "2"], "calibrate"),
+        (["--forget", "dog", "--threshold", "-1"], "threshold"),
+        (["--forget", "dog", "--chain-steps", "51"], "50"),
+        (["--forget", "dog", "--chain-steps", "1"], "--chain-steps"),
+        ([], "--forget"),
+    ],
+)
+def test_mistakes_are_one_clear_line(tiny_model, tmp_path, capsys, given, message):
+    assert cli.main([*arguments(tiny_model, tmp_path / "out"), *given]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_likelihood_threshold_out_of_reach_says_what_is_within(tiny_model, tmp_path, capsys):
+    given = ["--forget", "dog", "--formulation", "likelihood", "--threshold", "1e-9"]
+    assert cli.main(arguments(tiny_model, tmp_path / "out", *given)) == 2
+    assert "the least they can show" in capsys.readouterr().err
+
+
+def test_the_demo_runs_all_formulations_in_folders_of_their_own(tmp_path):
+    jobs = cli._jobs("demo", DemoOptions(out=tmp_path, seed=3))
+    assert [(name, one.out.name) for name, one in jobs] == [
+        ("demo", "forward-kl"),
+        ("concept", "reverse-kl"),
+        ("concept", "likelihood"),
+    ]
+    assert {one.seed for _, one in jobs} == {3}
+    ((_, alone),) = cli._jobs("demo", DemoOptions(out=tmp_path, formulation="likelihood"))
+    assert alone.out == tmp_path
+    ((_, images),) = cli._jobs("demo", DemoOptions(out=tmp_path, forget=("repeated",)))
+    assert images.out == tmp_path
+
+
+def test_options_survive_a_round_trip(finished):
+    options = load_run(finished / "likelihood" / "run.json", "concept", ConceptOptions)
+    assert options.formulation == "likelihood"
+    assert options.base is None
+    assert isinstance(options.out, pathlib.Path)
