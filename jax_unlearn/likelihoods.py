@@ -96,7 +96,7 @@ def concept_energies(
     """(w_t/π_t) ‖ε − ε_c(α x_0 + σ ε, t)‖² -> [draws, batch, concepts].
 
     The mean over draws is an unbiased estimate of the energy E_c(x_0) = Σ_t w_t E‖ε − ε_c‖², with
-    ε_c that of the sampled chain, which may clip (`losses.clip_epsilon`).
+    ε_c that of the sampled chain, which may clip.
     Every concept sees the same (t, ε), so that ‖ε‖² and most of the noise cancel in
     differences E_c − E_b; the draws of an image are stratified over time. Memory is that of one
     draw's forward pass, gradients included (they run it again).
@@ -145,8 +145,9 @@ def concept_energies(
 
         def energy(concept: Any) -> Array:
             cond = jax.tree.map(lambda c: jnp.broadcast_to(c, (batch, *jnp.shape(c))), concept)
-            epsilon = losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=cond)
-            epsilon = losses.clip_epsilon(epsilon, schedule, x_t=x_t, t=t)
+            epsilon = losses.predict_epsilon(
+                apply, params, schedule, x_t=x_t, t=t, cond=cond, clip=True
+            )
             return losses.importance(weighting, t) * losses.squared_error(epsilon, noise)
 
         return jax.lax.map(energy, concepts, batch_size=concepts_at_once or count).T

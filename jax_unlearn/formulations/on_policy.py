@@ -192,7 +192,7 @@ def run(
         step, time, log_snr, following, weight = inputs
         t = jnp.full((count,), time)
         prediction = predict(x_t, t)
-        epsilon, _ = samplers.clipped_predictions(prediction, x_t, log_snr, chain.schedule)
+        epsilon = schedules.clipped(prediction, chain.schedule, x_t=x_t, log_snr=log_snr).epsilon
         terms = jax.tree.map(lambda term: weight * term, compare(x_t, t, log_snr, epsilon))
         x_s = samplers.ddpm_step(
             prediction if pathwise else jax.lax.stop_gradient(prediction),
@@ -222,4 +222,5 @@ def frozen(
 ) -> tuple[Array, Array]:
     """(ε, x̂_0) of the reference model at x_t, clipped as the schedule says."""
     prediction = checkpoint_name(apply(reference, x_t, t, cond), "frozen")
-    return samplers.clipped_predictions(prediction, x_t, log_snr, schedule)
+    clipped = schedules.clipped(prediction, schedule, x_t=x_t, log_snr=log_snr)
+    return clipped.epsilon, clipped.x_0
