@@ -18,7 +18,7 @@ from jax_unlearn import divergences, losses, samplers, schedules
 from jax_unlearn.formulations.base import Evaluate, Losses, reach
 from jax_unlearn.typing import Array, Condition, Denoiser, Params
 
-__all__ = ["ConditionBatch", "Held", "Separated"]
+__all__ = ["ConditionBatch", "Held", "Separated", "Stored"]
 
 
 class Held(NamedTuple):
@@ -57,6 +57,23 @@ class ConditionBatch(NamedTuple):
 
     kept: Held | None
     forget: Separated
+
+
+class Stored(NamedTuple):
+    """Points of trajectories that were sampled before, for estimators that hold them fixed.
+
+    Each row's loss is that of one time step, times their number: the mean over uniform steps of
+    a trajectory is its loss. Without the trajectories' ends there are no values of h.
+
+    Attributes:
+      conditions: whose trajectories they are.
+      x_t: the point of each kept row and of each row of `forget`: (None or [n, ...], [f, ...]).
+      step: the places in the chain, 0 the noisiest: (None or integer [n], integer [f]).
+    """
+
+    conditions: ConditionBatch
+    x_t: tuple[Any, Any]
+    step: tuple[Any, Any]
 
 
 class Rows(NamedTuple):
@@ -174,7 +191,7 @@ def run(
     *,
     pathwise: bool,
 ) -> tuple[Any, Array]:
-    """Samples one trajectory a row and sums w_t compare(x_t, t, logSNR_t, ε_θ(x_t, t)) over it.
+    """Samples one trajectory a row; compare(x_t, t, logSNR_t, ε_θ(x_t, t)) at each of its steps.
 
     One scan, which keeps x_t and runs each step's network again for the backward pass; what is
     named "frozen" is kept too.
@@ -188,7 +205,7 @@ def run(
       pathwise: whether derivatives go through the trajectory, or only through ε at given x_t.
 
     Returns:
-      The sums, and the ends x_0 of the trajectories.
+      The values, with a first axis of steps, and the ends x_0 of the trajectories.
     """
     count = keys.shape[0]
 
@@ -201,12 +218,11 @@ def run(
 
     @partial(jax.checkpoint, policy=policy, prevent_cse=False)
     def body(x_t: Array, inputs: tuple[Array, ...]) -> tuple[Array, Any]:
-        step, time, log_snr, following, weight = inputs
+        step, time, log_snr, following = inputs
         t = jnp.full((count,), time)
         prediction = predict(x_t, t)
         epsilon = schedules.clipped(prediction, chain.schedule, x_t=x_t, log_snr=log_snr).epsilon
         terms = compare(x_t, t, jnp.full((count,), log_snr), epsilon)
-        terms = jax.tree.map(lambda term: weight * term, terms)
         x_s = samplers.ddpm_step(
             prediction if pathwise else jax.lax.stop_gradient(prediction),
             x_t=x_t,
@@ -218,16 +234,24 @@ def run(
         return x_s, terms
 
     steps = jnp.arange(chain.times.shape[0])
-    inputs = (steps, chain.times, chain.log_snr, chain.following, chain.weights)
+    inputs = (steps, chain.times, chain.log_snr, chain.following)
     x_0, terms = jax.lax.scan(body, noise(steps.shape[0]), inputs)
-    return jax.tree.map(lambda term: term.sum(axis=0), terms), x_0
+    return terms, x_0
+
+
+def _no_likelihoods(x_0: Array) -> Array:
+    del x_0
+    raise ValueError(
+        "the batch asks for likelihoods, by rows without a target or by `likelihood`, and the "
+        "problem has none."
+    )
 
 
 def path_losses(
     apply: Denoiser,
     reference_apply: Denoiser,
     chain: Chain,
-    likelihoods: Any = None,
+    likelihoods: Callable[[Array], Array] = _no_likelihoods,
     gradients: Callable[[Array, Array], Array] | None = None,
     *,
     pathwise: bool,
@@ -244,7 +268,7 @@ def path_losses(
       apply: the denoiser of p.
       reference_apply: that of q and q_i.
       chain: of the sampler.
-      likelihoods: x_0 [f, ...] -> h [f, l]; or None.
+      likelihoods: x_0 [f, ...] -> h [f, l].
       gradients: (x_t [f, ...], t [f]) -> ∇h, [f, l, ...]; None differentiates h at the
         reference's x̂_0.
       pathwise: whether derivatives go through the trajectory.
@@ -256,22 +280,18 @@ def path_losses(
         params: Params,
         reference: Params,
         key: Array,
-        batch: ConditionBatch,
+        batch: ConditionBatch | Stored,
         axis_name: str | None,
         current: Any = None,
     ) -> Losses:
-        rows = lay_out(batch, key, axis_name)
+        stored = isinstance(batch, Stored)
+        rows = lay_out(batch.conditions if stored else batch, key, axis_name)
         count, kept = rows.keys.shape[0], rows.kept
         forgotten, each = rows.separated.shape
         if each and jax.tree.structure(rows.base) != jax.tree.structure(rows.target):
             raise ValueError("base and target are conditions of one reference: of one structure.")
-        if each and likelihoods is not None and not separations:
+        if each and likelihoods is not _no_likelihoods and not separations:
             raise ValueError("a likelihood problem has no target: leave it None in the batch.")
-        if rows.likely.shape[1] and likelihoods is None:
-            raise ValueError(
-                "the batch asks for likelihoods, by rows without a target or by `likelihood`, "
-                "and the problem has no likelihoods."
-            )
         conditions = concatenate(rows.base, rows.target) if each else rows.base
         guides = rows.likely.shape[1] and not pathwise
 
@@ -317,15 +337,27 @@ def path_losses(
                 losses.squared_error(for_each(epsilon), others[count:]),
             )
 
-        (objective, path_kl, values), x_0 = run(
-            lambda x_t, t: apply(params, x_t, t, rows.cond),
-            compare,
-            chain,
-            rows.keys,
-            pathwise=pathwise,
-        )
+        def predict(x_t: Array, t: Array) -> Array:
+            return apply(params, x_t, t, rows.cond)
+
+        x_0 = None
+        if stored:
+            if pathwise:
+                raise ValueError("stored points have no derivative: use an estimator without one.")
+            x_t, step = (jnp.concatenate([p for p in parts if p is not None])
+                         for parts in (batch.x_t, batch.step))  # fmt: skip
+            t, log_snr = chain.times[step], chain.log_snr[step]
+            epsilon = schedules.clipped(predict(x_t, t), chain.schedule, x_t=x_t, log_snr=log_snr)
+            weight = chain.weights.shape[0] * chain.weights[step]
+            held, kl, separated = compare(x_t, t, log_snr, epsilon.epsilon)
+            objective, path_kl, values = weight * held, weight * kl, for_each(weight) * separated
+        else:
+            terms, x_0 = run(predict, compare, chain, rows.keys, pathwise=pathwise)
+            objective, path_kl, values = (
+                (chain.weights[:, None] * term).sum(axis=0) for term in terms
+            )
         index, diagnostics = rows.separated.reshape(-1), {}
-        if rows.likely.shape[1]:
+        if rows.likely.shape[1] and x_0 is not None:
             h = likelihoods(x_0[kept:])
             expected = (forgotten, current.shape[0] - separations)
             if h.shape != expected:

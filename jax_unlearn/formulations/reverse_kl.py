@@ -58,7 +58,10 @@ def reverse_kl(
         negative guidance. That ignores how θ moves p's trajectories. At every noise level it
         is stationary at the score s_q + Σ α_i (s_q − s_i), α_i = λ_i/(1−Λ), which is not that of
         noised samples of p_λ ∝ q Π_i (q/q_i)^{α_i}: objective and constraint values are right
-        for what it makes, yet it pays more for the same separation. Batch: `ConditionBatch`.
+        for what it makes, yet it pays more for the same separation. Derivatives in thresholds or
+        multipliers through several steps of the algorithm miss the same thing: how earlier
+        parameters move later trajectories. Batch: `ConditionBatch`, or `Stored` points of
+        recent trajectories (`formulations.replay`).
       "tilt": weighted denoising of stored samples x of q(·|base), min_θ E_q w_λ ‖ε − ε_θ‖²
         with w_λ = Π_i (q/q_i)^{α_i}, whose exact minimiser is the denoiser of p_λ. Needs
         log q/q_i at the samples; batch, objective and constraint values: see `SampleBatch`.

@@ -258,7 +258,7 @@ def test_batches_of_another_problem_are_refused():
         lu.losses(*arguments, batch, None, jnp.zeros(2))
     ru = reverse_kl(chains.apply, chains.SCHEDULE, **options)
     for forget in (batch.forget, batch.forget._replace(target=None, likelihood=None)):
-        with pytest.raises(ValueError, match="no likelihoods"):
+        with pytest.raises(ValueError, match="problem has none"):
             ru.losses(*arguments, batch._replace(forget=forget), None)
     three = mixed(chains.apply, chains.SCHEDULE, squares, (2, 1), **options)
     with pytest.raises(ValueError, match=r"\[2, 1\], not \[2, 2\]"):
