@@ -295,9 +295,9 @@ def _log_likelihoods(
     key: Array | None,
     *,
     steps: int,
-    divergence: str,
-    probes: int,
-    last: int | None,
+    divergence: str = "exact",
+    probes: int = 8,
+    last: int | None = None,
 ) -> Array:
     """One log p for each probe, [probes, batch]; [1, batch] with the exact trace."""
     x_0 = jnp.asarray(x_0)
@@ -433,21 +433,15 @@ def log_ratio(
     schedule: schedules.NoiseSchedule,
     x_0: Array,
     key: Array | None = None,
-    *,
-    steps: int,
-    divergence: str = "exact",
-    probes: int = 8,
-    last: int | None = None,
+    **options: Any,
 ) -> Estimate:
     """The log-ratio log q(x_0)/q_i(x_0), `predict` over `other`, in nats -> [batch].
 
     Two runs of `log_likelihood` with the same probes, whose noise cancels as far as the two
-    denoisers agree; the standard error is that of the difference. Arguments and errors are
-    those of `log_likelihood`.
+    denoisers agree; the standard error is that of the difference. Arguments, `steps` and the other
+    options among them, and errors are those of `log_likelihood`.
     """
-    options: dict[str, Any] = {"divergence": divergence, "probes": probes, "last": last}
     above, below = (
-        _log_likelihoods(one, schedule, x_0, key, steps=steps, **options)
-        for one in (predict, other)
+        _log_likelihoods(one, schedule, x_0, key, **options) for one in (predict, other)
     )
     return _over_probes(above - below)
