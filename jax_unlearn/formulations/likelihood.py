@@ -41,7 +41,8 @@ def likelihood(
         h_i(x̂_0(x_t)), x̂_0 the reference's, or given. Exact only as the noise vanishes: noising p_λ
         gives ∇ log E[w_λ(x_0) | x_t] in its place. The constraint values are h_i at the
         trajectories' ends, the model's own; diagnostics `path_kl` is the path KL in nats,
-        which the objective, a regression, is not. Batch: `ConditionBatch`, target None.
+        which the objective, a regression, is not. Batch: `ConditionBatch`, target None, or
+        `Stored` points of recent trajectories (`formulations.replay`).
       "pathwise": path KL, as in `reverse_kl`, and h_i(x_0), both differentiated through the
         sampler; unbiased. h must be differentiable: one that is flat gives no gradient.
         Batch: `ConditionBatch`, target None.

@@ -326,16 +326,17 @@ def path_losses(
             return schedules.alpha_sigma(log_snr, x_t)[1] * push, epsilon
 
         def compare(x_t: Array, t: Array, log_snr: Array, epsilon: Array) -> tuple[Array, ...]:
+            """What the objective regresses on, the path KL to the base, and to each target."""
+            push = None
             if guides:
                 push, others = guidance(x_t, t, log_snr)
             else:
-                push, others = 0.0, theirs(x_t, t, log_snr).epsilon
-            base = others[:count]
-            return (
-                losses.squared_error(epsilon, base + push),
-                losses.squared_error(epsilon, base),
-                losses.squared_error(for_each(epsilon), others[count:]),
-            )
+                others = theirs(x_t, t, log_snr).epsilon
+            held = losses.squared_error(epsilon, others[:count])
+            separated = losses.squared_error(for_each(epsilon), others[count:])
+            if push is None:
+                return held, held, separated
+            return losses.squared_error(epsilon, others[:count] + push), held, separated
 
         def predict(x_t: Array, t: Array) -> Array:
             return apply(params, x_t, t, rows.cond)
@@ -344,8 +345,10 @@ def path_losses(
         if stored:
             if pathwise:
                 raise ValueError("stored points have no derivative: use an estimator without one.")
-            x_t, step = (jnp.concatenate([p for p in parts if p is not None])
-                         for parts in (batch.x_t, batch.step))  # fmt: skip
+            x_t, step = (
+                jnp.concatenate([part for part in parts if part is not None])
+                for parts in (batch.x_t, batch.step)
+            )
             t, log_snr = chain.times[step], chain.log_snr[step]
             epsilon = schedules.clipped(predict(x_t, t), chain.schedule, x_t=x_t, log_snr=log_snr)
             weight = chain.weights.shape[0] * chain.weights[step]
