@@ -14,6 +14,7 @@ from jax_unlearn.formulations import (
     Separated,
     forward_kl,
     likelihood,
+    mixed,
     reverse_kl,
 )
 from jax_unlearn.pretrained import Pretrained, load_pretrained, save_pretrained
@@ -45,6 +46,7 @@ __all__ = [
     "forward_kl",
     "likelihood",
     "load_pretrained",
+    "mixed",
     "primal_dual",
     "reverse_kl",
     "save_pretrained",

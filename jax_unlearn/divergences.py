@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
 
-from jax_unlearn import losses, samplers, schedules
+from jax_unlearn import losses, schedules
 from jax_unlearn.typing import Array, Condition, Denoiser, Params
 
 __all__ = [
@@ -173,9 +173,8 @@ def nelbo_terms(
     diffusion_key, last_key = jax.random.split(key)
 
     def x_0_of(x_t: Array, t: Array) -> Array:
-        return samplers.clipped_predictions(
-            apply(params, x_t, t, cond), x_t, schedule.log_snr[t], schedule
-        )[1]
+        prediction = apply(params, x_t, t, cond)
+        return schedules.clipped(prediction, schedule, x_t=x_t, log_snr=schedule.log_snr[t]).x_0
 
     def one(draw_key: Array) -> Array:
         drawn = losses.draw(draw_key, x_0, probabilities)

@@ -96,7 +96,7 @@ def concept_energies(
     """(w_t/π_t) ‖ε − ε_c(α x_0 + σ ε, t)‖² -> [draws, batch, concepts].
 
     The mean over draws is an unbiased estimate of the energy E_c(x_0) = Σ_t w_t E‖ε − ε_c‖², with
-    ε_c that of the sampled chain, which may clip (`losses.clip_epsilon`).
+    ε_c that of the sampled chain, which may clip.
     Every concept sees the same (t, ε), so that ‖ε‖² and most of the noise cancel in
     differences E_c − E_b; the draws of an image are stratified over time. Memory is that of one
     draw's forward pass, gradients included (they run it again).
@@ -145,8 +145,9 @@ def concept_energies(
 
         def energy(concept: Any) -> Array:
             cond = jax.tree.map(lambda c: jnp.broadcast_to(c, (batch, *jnp.shape(c))), concept)
-            epsilon = losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=cond)
-            epsilon = losses.clip_epsilon(epsilon, schedule, x_t=x_t, t=t)
+            epsilon = losses.predict_epsilon(
+                apply, params, schedule, x_t=x_t, t=t, cond=cond, clip=True
+            )
             return losses.importance(weighting, t) * losses.squared_error(epsilon, noise)
 
         return jax.lax.map(energy, concepts, batch_size=concepts_at_once or count).T
@@ -294,9 +295,9 @@ def _log_likelihoods(
     key: Array | None,
     *,
     steps: int,
-    divergence: str,
-    probes: int,
-    last: int | None,
+    divergence: str = "exact",
+    probes: int = 8,
+    last: int | None = None,
 ) -> Array:
     """One log p for each probe, [probes, batch]; [1, batch] with the exact trace."""
     x_0 = jnp.asarray(x_0)
@@ -432,21 +433,15 @@ def log_ratio(
     schedule: schedules.NoiseSchedule,
     x_0: Array,
     key: Array | None = None,
-    *,
-    steps: int,
-    divergence: str = "exact",
-    probes: int = 8,
-    last: int | None = None,
+    **options: Any,
 ) -> Estimate:
     """The log-ratio log q(x_0)/q_i(x_0), `predict` over `other`, in nats -> [batch].
 
     Two runs of `log_likelihood` with the same probes, whose noise cancels as far as the two
-    denoisers agree; the standard error is that of the difference. Arguments and errors are
-    those of `log_likelihood`.
+    denoisers agree; the standard error is that of the difference. Arguments, `steps` and the other
+    options among them, and errors are those of `log_likelihood`.
     """
-    options: dict[str, Any] = {"divergence": divergence, "probes": probes, "last": last}
     above, below = (
-        _log_likelihoods(one, schedule, x_0, key, steps=steps, **options)
-        for one in (predict, other)
+        _log_likelihoods(one, schedule, x_0, key, **options) for one in (predict, other)
     )
     return _over_probes(above - below)

@@ -19,7 +19,6 @@ __all__ = [
     "Draws",
     "Mixture",
     "TimeWeighting",
-    "clip_epsilon",
     "denoising_loss",
     "draw",
     "effective_sample_size",
@@ -129,34 +128,19 @@ def predict_epsilon(
     x_t: Array,
     t: Array,
     cond: Condition,
+    clip: bool = False,
 ) -> Array:
-    """ε_θ(x_t, t), whatever the network predicts."""
-    prediction = apply(params, x_t, t, cond)
-    if schedule.prediction_type == "epsilon":
-        return prediction
+    """ε_θ(x_t, t), whatever the network predicts.
+
+    With `clip` it is that of the samplers' own chain, which clips x̂_0 where the schedule says so.
+    """
     return schedules.convert(
-        prediction,
+        apply(params, x_t, t, cond),
         x_t=x_t,
         log_snr=schedule.log_snr[t],
         prediction_type=schedule.prediction_type,
+        clip_range=schedule.clip_range if clip else None,
     ).epsilon
-
-
-def clip_epsilon(
-    epsilon: Array, schedule: schedules.NoiseSchedule, *, x_t: Array, t: Array
-) -> Array:
-    """ε' = (x_t − α clip(x̂_0))/σ with x̂_0 = (x_t − σ ε)/α: what a clipping sampler goes on with.
-
-    The samplers' own chain has these errors. At high noise the difference is large: an ε that is
-    off by 1 % where α = 10⁻⁴ puts x̂_0 off by 100, and clipping mends it. With a schedule
-    whose `clip_range` is None, ε itself.
-    """
-    if schedule.clip_range is None:
-        return epsilon
-    alpha, sigma = schedules.alpha_sigma(schedule.log_snr[t], x_t)
-    limit = alpha * schedule.clip_range
-    # α x̂_0 is clipped, not x̂_0: nothing is divided by an α of 0.
-    return (x_t - jnp.clip(x_t - sigma * epsilon, -limit, limit)) / sigma
 
 
 def denoising_loss(
@@ -172,12 +156,10 @@ def denoising_loss(
 ) -> Array:
     """(w_t/π_t) ‖ε − ε_θ(α x_0 + σ ε, t)‖² -> [batch], in the unit of the weights.
 
-    Its mean over draws is Σ_t w_t E‖ε − ε_θ‖². With `clip`, ε_θ is that of `clip_epsilon`.
+    Its mean over draws is Σ_t w_t E‖ε − ε_θ‖². With `clip`, ε_θ is that of the clipping chain.
     """
     x_t = schedules.add_noise(x_0=x_0, noise=draws.noise, log_snr=schedule.log_snr[draws.t])
-    epsilon = predict_epsilon(apply, params, schedule, x_t=x_t, t=draws.t, cond=cond)
-    if clip:
-        epsilon = clip_epsilon(epsilon, schedule, x_t=x_t, t=draws.t)
+    epsilon = predict_epsilon(apply, params, schedule, x_t=x_t, t=draws.t, cond=cond, clip=clip)
     return importance(weighting, draws.t) * squared_error(epsilon, draws.noise)
 
 

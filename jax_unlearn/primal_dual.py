@@ -102,7 +102,8 @@ def primal_dual(
 
     Both functions are pure and meant to be jitted by the caller with the state donated
     (`jax.jit(step, donate_argnums=1)`), vmapped over states, or put on several devices
-    by `sharding`.
+    by `sharding`. To differentiate through several steps with Adam give it an `eps_root`: its √v
+    has no derivative where a parameter's gradient is zero.
 
     Args:
       formulation: losses, sign and dual domain.

@@ -20,6 +20,7 @@ __all__ = [
     "Predictions",
     "add_noise",
     "alpha_sigma",
+    "clipped",
     "convert",
     "expand",
     "from_diffusers",
@@ -211,17 +212,28 @@ class Predictions(NamedTuple):
     score: Array
 
 
-def convert(prediction: Array, *, x_t: Array, log_snr: Array, prediction_type: str) -> Predictions:
+def convert(
+    prediction: Array,
+    *,
+    x_t: Array,
+    log_snr: Array,
+    prediction_type: str,
+    clip_range: float | None = None,
+) -> Predictions:
     """Converts a network's prediction to ε, x_0, v and the score.
 
     x_t = α x_0 + σ ε;  v = α ε − σ x_0, so x_0 = α x_t − σ v and ε = σ x_t + α v;
-    score = −ε/σ. At zero SNR x_0 does not follow from ε: the division gives inf or nan there.
+    score = −ε/σ. With a clip_range x_0 is clipped to it, and the others are made to fit:
+    ε = (x_t − α clip(x_0))/σ. At high noise the difference is large: an ε that is off by 1 % where
+    α = 10⁻⁴ puts x_0 off by 100, and clipping mends it. At zero SNR x_0 and v do not follow from ε:
+    the division gives inf or nan there; the clipped ε is x_t/σ.
 
     Args:
       prediction: the network's output, the shape of x_t.
       x_t: noisy images [batch, ...].
       log_snr: of x_t, [batch] or a scalar.
       prediction_type: "epsilon", "sample" or "v_prediction".
+      clip_range: bound of |x_0|; None does not clip.
 
     Raises:
       ValueError: for another prediction type.
@@ -241,7 +253,27 @@ def convert(prediction: Array, *, x_t: Array, log_snr: Array, prediction_type: s
         epsilon = sigma * x_t + alpha * velocity
     else:
         raise ValueError(f"prediction_type {prediction_type!r} is not one of {_PREDICTION_TYPES}.")
+    if clip_range is not None:
+        # For ε it is α x_0 that is clipped, not x_0: nothing is divided by an α of 0.
+        limit = alpha * clip_range
+        signal = jnp.clip(x_t - sigma * epsilon, -limit, limit)
+        epsilon = (x_t - signal) / sigma
+        x_0 = jnp.clip(x_0, -clip_range, clip_range)
+        velocity = alpha * epsilon - sigma * x_0
     return Predictions(epsilon=epsilon, x_0=x_0, velocity=velocity, score=-epsilon / sigma)
+
+
+def clipped(
+    prediction: Array, schedule: NoiseSchedule, *, x_t: Array, log_snr: Array
+) -> Predictions:
+    """What the schedule's samplers go on with: `convert` with its type and its clipping of x_0."""
+    return convert(
+        prediction,
+        x_t=x_t,
+        log_snr=log_snr,
+        prediction_type=schedule.prediction_type,
+        clip_range=schedule.clip_range,
+    )
 
 
 def prediction_target(*, x_0: Array, noise: Array, log_snr: Array, prediction_type: str) -> Array:

@@ -47,7 +47,8 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[...
 
     On a mesh the state is replicated and the batch split over "data"; the compiler inserts
     the reductions. The step is that of `primal_dual` built without an axis_name, or a
-    function around it.
+    function around it: for a dual batch, `lambda key, state, both: algorithm.step(key, state,
+    *both)`, given `shard_batch((batch, dual_batch), mesh)`. So too for `pmap_step`.
     """
     if mesh is None:
         return jax.jit(step, donate_argnums=1)

@@ -538,6 +538,84 @@ def test_no_derivative_where_the_optimum_is_not_attained():
     assert np.isfinite(jax.grad(multiplier)(1.8))
 
 
+# Both kinds of constraint.
+
+
+def mixed_problem(seed):
+    """Two KL and two likelihood constraints on six cells, one of each kind inactive."""
+    rng = np.random.default_rng(seed)
+    log_q, logs, _ = random_problem("reverse", rng, 2, 6, 0.7)
+    _, h, _ = random_problem("likelihood", rng, 2, 6, 0.7)
+    values = mixed_violations(log_q, logs, h, np.zeros(4))
+    thresholds = np.abs(values) * [1.25, 0.5, 0.85, 2.0]
+    return log_q, logs, h, thresholds
+
+
+def mixed_violations(log_p, logs, h, thresholds):
+    separated = violations("reverse", log_p, logs, thresholds[:2])
+    liked = violations("likelihood", log_p, h, thresholds[2:])
+    return np.concatenate([separated, liked])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mixed_problem_agrees_with_a_constrained_optimiser_of_p(seed):
+    log_q, logs, h, thresholds = mixed_problem(seed)
+    solution = duality.solve_mixed(log_q, logs, h, thresholds)
+    assert solution.attained
+    found = mixed_violations(np.asarray(solution.log_p), logs, h, thresholds)
+    np.testing.assert_allclose(solution.violations, found, atol=1e-9)
+    active = np.asarray(solution.multipliers) > 0
+    assert active.sum() >= 1
+    assert (found < 1e-9).all()
+    np.testing.assert_allclose(found[active], 0, atol=1e-9)
+    np.testing.assert_allclose(solution.gap, 0, atol=1e-9)
+    # The closed form, by hand.
+    separated, liked = np.split(np.asarray(solution.multipliers), 2)
+    tilt = log_softmax((log_q - separated @ logs - liked @ h) / (1 - separated.sum()))
+    np.testing.assert_allclose(solution.log_p, tilt, atol=1e-9)
+    best = optimize.minimize(
+        lambda z: kl(log_softmax(z), log_q),
+        log_q,
+        method="SLSQP",
+        constraints={
+            "type": "ineq",
+            "fun": lambda z: -mixed_violations(log_softmax(z), logs, h, thresholds),
+        },
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    assert best.success
+    np.testing.assert_allclose(solution.primal_value, best.fun, rtol=1e-6)
+    np.testing.assert_allclose(np.exp(tilt), np.exp(log_softmax(best.x)), atol=1e-5)
+
+
+def test_mixed_problem_is_differentiable_in_its_thresholds():
+    log_q, logs, h, thresholds = mixed_problem(0)
+
+    def solve(b):
+        return duality.solve_mixed(log_q, logs, h, b)
+
+    multipliers = np.asarray(solve(thresholds).multipliers)
+    assert (multipliers[[0, 2]] > 1e-2).all()
+    np.testing.assert_array_equal(multipliers[[1, 3]], 0)
+    numeric = finite_differences(lambda b: solve(b).multipliers, thresholds)
+    exact = jax.jit(jax.jacrev(lambda b: solve(b).multipliers))(thresholds)
+    np.testing.assert_allclose(exact, numeric, atol=1e-5 * np.abs(numeric).max())
+    price = finite_differences(lambda b: solve(b).primal_value, thresholds)
+    np.testing.assert_allclose(price, multipliers * [1, 1, -1, -1], atol=1e-5)
+
+
+def test_mixed_problem_out_of_reach():
+    """Each kind alone can be met, not both: the cells that q_1 shuns are those that h dislikes."""
+    log_q = log_softmax(np.zeros(3))
+    log_1, h = log_softmax(np.array([[0.0, -1.0, -6.0]])), np.array([[0.0, 0.1, 1.0]])
+    for thresholds, attained in (([2.0, 1.0], True), ([0.0, 0.1], True), ([4.0, 0.1], False)):
+        solution = duality.solve_mixed(log_q, log_1, h, np.array(thresholds))
+        assert solution.attained == attained
+    np.testing.assert_allclose(solution.largest_thresholds, [-log_1[0, 2], 0.0], rtol=1e-9)
+    with pytest.raises(ValueError, match="at least one"):
+        duality.solve_mixed(log_q, log_1, h[:0], np.array([2.0]))
+
+
 # Compositions of denoisers.
 
 

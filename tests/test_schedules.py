@@ -109,6 +109,41 @@ def test_velocity_stays_exact_at_zero_snr():
     np.testing.assert_allclose([got.x_0[0, 0], got.epsilon[0, 0]], [0.7, 0.3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("log_snr", [2.0, -9.0, -np.inf])
+def test_clipped_predictions_are_those_of_the_clipped_image(log_snr, prediction_type):
+    """ε' is the noise that leads from clip(x̂_0) to x_t, wherever x̂_0 was."""
+    schedule = schedules.NoiseSchedule(
+        jnp.float32([log_snr]), prediction_type=prediction_type, clip_range=1.0
+    )
+    alpha, sigma = np.sqrt(1 / (1 + np.exp(-log_snr))), np.sqrt(1 / (1 + np.exp(log_snr)))
+    x_t, guess = np.array([[0.3, -0.4, 1.7]]), np.array([[0.5, -30.0, 4.0]])
+    noise = (x_t - alpha * guess) / sigma
+    output = {"epsilon": noise, "sample": guess, "v_prediction": alpha * noise - sigma * guess}
+
+    @jax.jit
+    def clipped(prediction, schedule=schedule):
+        return schedules.clipped(
+            prediction, schedule, x_t=jnp.float32(x_t), log_snr=schedule.log_snr
+        )
+
+    prediction = jnp.float32(output[prediction_type])
+    x_0, got = np.array([[0.5, -1.0, 1.0]]), clipped(prediction)
+    epsilon = (x_t - alpha * x_0) / sigma
+    np.testing.assert_allclose(got.epsilon, epsilon, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got.score, -epsilon / sigma, rtol=1e-5, atol=1e-6)
+    slope = jax.grad(lambda prediction: clipped(prediction).epsilon.sum())(prediction)
+    assert np.isfinite(slope).all()
+    if alpha > 0:
+        np.testing.assert_array_equal(slope[0, 1:], 0)
+    if prediction_type != "epsilon" or alpha > 0:
+        np.testing.assert_allclose(got.x_0, x_0, rtol=2e-4)
+        velocity = alpha * epsilon - sigma * x_0
+        np.testing.assert_allclose(got.velocity, velocity, rtol=2e-4, atol=1e-6)
+    free = clipped(prediction, dataclasses.replace(schedule, clip_range=None))
+    np.testing.assert_allclose(free.epsilon, noise, rtol=1e-5, atol=1e-6)
+
+
 def test_score_of_noised_gaussian_data():
     mean, deviation, log_snr = 0.4, 0.3, np.array([-3.0, -0.5, 2.0])
     alpha, sigma = np.sqrt(1 / (1 + np.exp(-log_snr))), np.sqrt(1 / (1 + np.exp(log_snr)))

@@ -57,20 +57,31 @@ def split(batch):
     return jax.tree.map(lambda leaf: leaf.reshape(DEVICES, -1, *leaf.shape[1:]), batch)
 
 
-@pytest.mark.parametrize("estimator", formulations.ESTIMATORS)
-def test_jit_and_pmap_give_the_result_of_one_device(estimator):
+@pytest.mark.parametrize(
+    ("estimator", "dual"),
+    [*((name, False) for name in formulations.ESTIMATORS), ("two_term", True)],
+)
+def test_jit_and_pmap_give_the_result_of_one_device(estimator, dual):
     mesh = sharding.data_mesh()
     assert mesh.size == DEVICES
     single = algorithm_of(estimator)
+
+    def step_of(algorithm):
+        if dual:
+            return lambda key, state, both: algorithm.step(key, state, *both)
+        return algorithm.step
+
     ways = {
-        "one": (sharding.jit_step(single.step), lambda batch: batch),
+        "one": (sharding.jit_step(step_of(single)), lambda batch: batch),
         "jit": (
-            sharding.jit_step(single.step, mesh),
+            sharding.jit_step(step_of(single), mesh),
             functools.partial(sharding.shard_batch, mesh=mesh),
         ),
-        "pmap": (sharding.pmap_step(algorithm_of(estimator, "data").step), split),
+        "pmap": (sharding.pmap_step(step_of(algorithm_of(estimator, "data"))), split),
     }
     params, batch, ends = params_of(KEY), batch_of(KEY), {}
+    if dual:
+        batch = batch, batch_of(jax.random.key(2))
     keys = jax.random.split(KEY, 20)
     for name, (step, put) in ways.items():
         state = single.init(params, jnp.array([1.5, 2.0, 1.8]), multipliers=0.1)

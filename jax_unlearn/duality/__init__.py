@@ -17,6 +17,7 @@ from jax_unlearn.duality.solutions import (
     DualSolution,
     solve_forward_kl,
     solve_likelihood,
+    solve_mixed,
     solve_reverse_kl,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "dual_reverse_kl",
     "solve_forward_kl",
     "solve_likelihood",
+    "solve_mixed",
     "solve_reverse_kl",
     "tilt_forward_kl",
     "tilt_likelihood",

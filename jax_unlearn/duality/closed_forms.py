@@ -84,47 +84,83 @@ def _covariance(p: Array, rows: Array) -> Array:
     return _outer(p, rows - (rows @ p)[:, None])
 
 
-def reverse_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) -> Problem:
-    """KL(p‖q) → min subject to KL(p‖q_i) ≥ b_i."""
+def mixed_problem(log_q: Array, rows: tuple[Array, Array], thresholds: Array) -> Problem:
+    """KL(p‖q) → min subject to KL(p‖q_i) ≥ b_i and E_p[h_j] ≤ ε_j; rows are (log q_i, h_j).
+
+    Both kinds are E_p[f_i] ≥ ±threshold of one function: f_i = log p − log q_i, or f_j = −h_j. The
+    second derivative of the dual is −Cov_p(f)/(1−Λ), Λ the sum over the first kind.
+    """
+    log_q_unlearn, likelihoods = rows
+    is_kl = jnp.arange(thresholds.shape[0]) < log_q_unlearn.shape[0]
     support = jnp.isfinite(log_q)
-    free = jnp.any(support & ~jnp.isfinite(log_q_unlearn), axis=1)
+    hollow = jnp.any(support & ~jnp.isfinite(log_q_unlearn), axis=1)
+    q = jnp.exp(log_q)
     log_q = jnp.where(support, log_q, 0.0)
     # A free constraint becomes KL(p‖q) ≥ −1, which binds nowhere and has finite derivatives.
-    rows = jnp.where(support & ~free[:, None], log_q_unlearn, log_q)
+    logs = jnp.where(support & ~hollow[:, None], log_q_unlearn, log_q)
+    h = jnp.where(support, likelihoods, 0.0)
+    average = jax.lax.stop_gradient(h @ q)
+    free = jnp.concatenate([hollow, jnp.zeros(average.shape, bool)])
     thresholds = jnp.where(free, -1.0, thresholds)
+    offsets = jnp.concatenate([logs, h])
+    kinds = is_kl.astype(log_q.dtype)
+    signs = 2 * kinds - 1
+    unit = jnp.concatenate([jnp.ones_like(logs[:, 0]), jnp.where(average > 0, 1 / average, 1.0)])
+    smallest = jnp.sqrt(jnp.finfo(q.dtype).eps) * jnp.where(average > 0, average, 1.0)
 
-    def point(multipliers: Array) -> Point:
-        margin = 1.0 - multipliers.sum()
+    def functions(log_p: Array) -> Array:
+        return jnp.where(is_kl[:, None], log_p, 0.0) - offsets
+
+    def point(scaled: Array) -> Point:
+        multipliers = unit * scaled
+        margin = 1.0 - multipliers @ kinds
         power = jnp.where(margin > 0, margin, 1.0)
-        logits = (log_q - multipliers @ rows) / power
+        logits = (log_q - multipliers @ offsets) / power
         log_sum = jax.nn.logsumexp(logits, where=support)
         log_p = jnp.where(support, logits - log_sum, -jnp.inf)
-        values = _expect(jnp.exp(log_p), log_p - rows)
-        dual = jnp.where(margin > 0, multipliers @ thresholds - power * log_sum, -jnp.inf)
-        return Point(dual, thresholds - values, log_p, margin)
+        violations = signs * thresholds - _expect(jnp.exp(log_p), functions(log_p))
+        dual = multipliers @ (signs * thresholds) - power * log_sum
+        margin = jnp.where(kinds.sum() > 0, margin, jnp.inf)
+        return Point(jnp.where(margin > 0, dual, -jnp.inf), violations, log_p, margin)
 
-    def curvature(multipliers: Array, at: Point) -> Array:
-        del multipliers
-        return _covariance(jnp.exp(at.log_p), at.log_p - rows) / at.margin
+    def curvature(scaled: Array, at: Point) -> Array:
+        rows = unit[:, None] * functions(at.log_p)
+        return _covariance(jnp.exp(at.log_p), rows) / (1.0 - (unit * scaled) @ kinds)
 
-    def wall(multipliers: Array) -> tuple[Array, Array, Array]:
-        inverse = 1.0 / (1.0 - multipliers.sum())
-        ones = jnp.ones_like(multipliers)
-        return -jnp.log(inverse), -inverse * ones, inverse**2 * jnp.outer(ones, ones)
+    def wall(scaled: Array) -> tuple[Array, Array, Array]:
+        inverse = 1.0 / (1.0 - (unit * scaled) @ kinds)
+        return -jnp.log(inverse), -inverse * kinds, inverse**2 * jnp.outer(kinds, kinds)
 
-    largest = jnp.where(free, jnp.inf, jnp.max(-rows, axis=1, where=support, initial=0.0))
+    most = jnp.max(-logs, axis=1, where=support, initial=0.0)
+    least = jnp.min(h, axis=1, where=support, initial=jnp.inf)
+    furthest = jnp.concatenate([jnp.where(hollow, jnp.inf, most), least])
+    rounding = 8 * jnp.finfo(q.dtype).eps
     return Problem(
         point,
         curvature,
         wall,
         objective=lambda log_p: _expect(jnp.exp(log_p), log_p - log_q),
-        unit=jnp.ones_like(thresholds),
-        size=1.0 + jnp.abs(thresholds),
+        unit=unit,
+        size=jnp.where(
+            is_kl,
+            1.0 + jnp.abs(thresholds),
+            jnp.maximum(jnp.abs(thresholds), jnp.append(jnp.zeros_like(most), smallest)),
+        ),
         free=free,
         ceiling=jnp.max(-log_q, where=support, initial=0.0),
-        largest=largest,
-        beyond=thresholds > largest * (1 + 8 * jnp.finfo(log_q.dtype).eps),
+        largest=furthest,
+        beyond=signs * thresholds > signs * furthest * (1 + signs * rounding),
     )
+
+
+def reverse_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) -> Problem:
+    """KL(p‖q) → min subject to KL(p‖q_i) ≥ b_i."""
+    return mixed_problem(log_q, (log_q_unlearn, log_q_unlearn[:0]), thresholds)
+
+
+def likelihood_problem(log_q: Array, likelihoods: Array, thresholds: Array) -> Problem:
+    """KL(p‖q) → min subject to E_p[h_i] ≤ ε_i."""
+    return mixed_problem(log_q, (likelihoods[:0], likelihoods), thresholds)
 
 
 def forward_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) -> Problem:
@@ -180,49 +216,6 @@ def forward_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) ->
         ceiling=jnp.asarray(jnp.inf, log_q.dtype),
         largest=jnp.where(free, jnp.inf, largest),
         beyond=jnp.zeros(thresholds.shape, bool),
-    )
-
-
-def likelihood_problem(log_q: Array, likelihoods: Array, thresholds: Array) -> Problem:
-    """KL(p‖q) → min subject to E_p[h_i] ≤ ε_i."""
-    support = jnp.isfinite(log_q)
-    q = jnp.exp(log_q)
-    log_q = jnp.where(support, log_q, 0.0)
-    rows = jnp.where(support, likelihoods, 0.0)
-    average = jax.lax.stop_gradient(rows @ q)
-    unit = jnp.where(average > 0, 1.0 / average, 1.0)
-    smallest = jnp.sqrt(jnp.finfo(q.dtype).eps) * jnp.where(average > 0, average, 1.0)
-
-    def point(scaled: Array) -> Point:
-        multipliers = unit * scaled
-        logits = log_q - multipliers @ rows
-        log_sum = jax.nn.logsumexp(logits, where=support)
-        log_p = jnp.where(support, logits - log_sum, -jnp.inf)
-        violations = _expect(jnp.exp(log_p), rows) - thresholds
-        dual = -log_sum - multipliers @ thresholds
-        return Point(dual, violations, log_p, jnp.asarray(jnp.inf, dual.dtype))
-
-    def curvature(scaled: Array, at: Point) -> Array:
-        del scaled
-        return _covariance(jnp.exp(at.log_p), rows * unit[:, None])
-
-    largest = jnp.min(rows, axis=1, where=support, initial=jnp.inf)
-    none = (
-        jnp.zeros((), q.dtype),
-        jnp.zeros_like(thresholds),
-        jnp.zeros(2 * thresholds.shape, q.dtype),
-    )
-    return Problem(
-        point,
-        curvature,
-        wall=lambda scaled: none,
-        objective=lambda log_p: _expect(jnp.exp(log_p), log_p - log_q),
-        unit=unit,
-        size=jnp.maximum(jnp.abs(thresholds), smallest),
-        free=jnp.zeros(thresholds.shape, bool),
-        ceiling=jnp.max(-log_q, where=support, initial=0.0),
-        largest=largest,
-        beyond=thresholds < largest * (1 - 8 * jnp.finfo(q.dtype).eps),
     )
 
 

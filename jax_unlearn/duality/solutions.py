@@ -11,7 +11,13 @@ import numpy as np
 from jax_unlearn.duality import closed_forms
 from jax_unlearn.typing import Array, ArrayLike
 
-__all__ = ["DualSolution", "solve_forward_kl", "solve_likelihood", "solve_reverse_kl"]
+__all__ = [
+    "DualSolution",
+    "solve_forward_kl",
+    "solve_likelihood",
+    "solve_mixed",
+    "solve_reverse_kl",
+]
 
 
 class DualSolution(NamedTuple):
@@ -193,7 +199,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solution(formulation: Any, log_q: Array, rows: Array, thresholds: Array) -> DualSolution:
+def _solution(formulation: Any, log_q: Array, rows: Any, thresholds: Array) -> DualSolution:
     problem = formulation(log_q, rows, thresholds)
     tolerance = math.sqrt(jnp.finfo(problem.unit.dtype).eps)
 
@@ -269,7 +275,10 @@ def solve_reverse_kl(
 
     p_λ ∝ (q / Π_i q_i^{λ_i})^{1/(1−Λ)}, and λ maximises `dual_reverse_kl` over λ ≥ 0, Λ < 1. As
     Λ → 1 p_λ becomes a point mass; thresholds that only it or less could meet are reported as
-    not attained. Source: arXiv 2605.30825.
+    not attained. On an unbounded space the domain also asks for a finite E_q[w_λ], which a q_i with
+    lighter tails than q can make infinite at a Λ < 1 (Gaussians of variances s² and s_i² < s²: at
+    λ_i ≥ s_i²/s²): p_λ does not exist there, and a solution on a grid that comes near is one of the
+    grid's ends. Source: arXiv 2605.30825.
 
     Args:
       log_q: log masses of the reference, [n]; −inf is an empty cell.
@@ -329,3 +338,32 @@ def solve_likelihood(
     """
     data = _checked(log_q, likelihoods, thresholds, "likelihoods")
     return _solution(closed_forms.likelihood_problem, *data)
+
+
+def solve_mixed(
+    log_q: ArrayLike, log_q_unlearn: ArrayLike, likelihoods: ArrayLike, thresholds: ArrayLike
+) -> DualSolution:
+    """min_p KL(p‖q) subject to KL(p‖q_i) ≥ b_i and E_p[h_j] ≤ ε_j, on a finite space.
+
+    p_{λ,μ} ∝ (q Π_i q_i^{−λ_i} exp(−Σ_j μ_j h_j))^{1/(1−Λ)}, Λ = Σ_i λ_i, and (λ, μ) maximises
+    −(1−Λ) log Σ_x (q Π_i q_i^{−λ_i} e^{−Σ_j μ_j h_j})^{1/(1−Λ)} + λᵀb − μᵀε over λ, μ ≥ 0, Λ < 1:
+    the closed forms of `solve_reverse_kl` and `solve_likelihood` in one, and all that is
+    said there holds.
+
+    Args:
+      log_q: log masses of the reference, [n].
+      log_q_unlearn: log masses of each q_i, [k, n].
+      likelihoods: h_j ≥ 0 of each cell, [l, n].
+      thresholds: (b_1 … b_k, ε_1 … ε_l), [k + l].
+
+    Returns:
+      A `DualSolution` of k + l constraints in this order: look at `attained`.
+
+    Raises:
+      ValueError: as those two.
+    """
+    count, thresholds = np.shape(log_q_unlearn)[0], jnp.asarray(thresholds)
+    log_q, logs, bounds = _checked(log_q, log_q_unlearn, thresholds[:count], "log_q_unlearn")
+    _, rows, others = _checked(log_q, likelihoods, thresholds[count:], "likelihoods")
+    thresholds = jnp.concatenate([bounds, others])
+    return _solution(closed_forms.mixed_problem, log_q, (logs, rows), thresholds)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_unlearn import multipliers
-from jax_unlearn.typing import Array, ArrayLike, Condition, Params
+from jax_unlearn.typing import Array, ArrayLike, Condition
 
 __all__ = ["Examples", "Formulation", "Losses"]
 
@@ -39,6 +39,10 @@ class Losses(NamedTuple):
     diagnostics: dict[str, Array]
 
 
+Evaluate = Callable[..., Losses]
+"""`Formulation.losses`."""
+
+
 class Formulation(NamedTuple):
     """A constrained problem over network parameters: min objective s.t. violations ≤ 0.
 
@@ -46,16 +50,16 @@ class Formulation(NamedTuple):
       losses: (params, reference, key, batch, axis_name, multipliers) -> Losses; differentiable
         in params. The multipliers, [m], are those before the dual step, for losses that they
         weight or shift; the step multiplies the constraints by them itself.
-      sign: +1 where a constraint is value ≥ threshold, −1 where it is value ≤ threshold;
-        violation = sign · (threshold − value), feasible when ≤ 0.
+      sign: +1 where a constraint is value ≥ threshold, −1 where it is value ≤ threshold; one
+        for all, or [m]. violation = sign · (threshold − value), feasible when ≤ 0.
       project: the projection onto the dual domain, [m] -> [m].
       balance: None, or ν: the constraints' part of the gradient is shortened to at most ν
         times the norm of the objective's part.
       name: as it stands in a report.
     """
 
-    losses: Callable[[Params, Params, Array, Any, str | None, Array], Losses]
-    sign: float
+    losses: Evaluate
+    sign: float | Array
     project: multipliers.Projection
     balance: ArrayLike | None
     name: str

@@ -72,7 +72,7 @@ def forward_kl(
     reference model. `batch.base` regresses on the noise: it is for conditions under which p
     must become the law of the given images and not stay the reference's, such as the null
     label and the label of a forgotten class. Constraint values are of the chain that the samplers
-    run, which clips its estimate of x_0 where the schedule says so (`losses.clip_epsilon`): else
+    run, which clips its estimate of x_0 where the schedule says so (`schedules.convert`): else
     an error at the noisiest steps, which no sample ever shows, would pass for forgetting.
 
     Estimators:
@@ -207,9 +207,13 @@ def forward_kl(
         ours = losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=cond)
 
         def clipped(epsilon: Array) -> Array:
-            return losses.clip_epsilon(
-                epsilon[forgotten], schedule, x_t=x_t[forgotten], t=t[forgotten]
-            )
+            return schedules.convert(
+                epsilon[forgotten],
+                x_t=x_t[forgotten],
+                log_snr=schedule.log_snr[t[forgotten]],
+                prediction_type="epsilon",
+                clip_range=schedule.clip_range,
+            ).epsilon
 
         constraint = losses.squared_error(clipped(ours), noise)
         if controlled:

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-
 from jax_unlearn import losses, multipliers, schedules
 from jax_unlearn.formulations import on_policy, tilt
-from jax_unlearn.formulations.base import Formulation, Losses, reach
-from jax_unlearn.typing import Array, Denoiser, Params
+from jax_unlearn.formulations.base import Formulation
+from jax_unlearn.typing import Array, Denoiser
 
 __all__ = ["likelihood"]
 
@@ -44,7 +41,8 @@ def likelihood(
         h_i(x̂_0(x_t)), x̂_0 the reference's, or given. Exact only as the noise vanishes: noising p_λ
         gives ∇ log E[w_λ(x_0) | x_t] in its place. The constraint values are h_i at the
         trajectories' ends, the model's own; diagnostics `path_kl` is the path KL in nats,
-        which the objective, a regression, is not. Batch: `ConditionBatch`, target None.
+        which the objective, a regression, is not. Batch: `ConditionBatch`, target None, or
+        `Stored` points of recent trajectories (`formulations.replay`).
       "pathwise": path KL, as in `reverse_kl`, and h_i(x_0), both differentiated through the
         sampler; unbiased. h must be differentiable: one that is flat gives no gradient.
         Batch: `ConditionBatch`, target None.
@@ -85,7 +83,7 @@ def likelihood(
     else:
         if likelihoods is None:
             raise ValueError(f"the {estimator} estimator needs likelihoods, x_0 -> h [n, m].")
-        evaluate = _along_trajectories(
+        evaluate = on_policy.path_losses(
             apply,
             reference_apply,
             on_policy.chain(schedule, shape, steps),
@@ -95,81 +93,3 @@ def likelihood(
         )
     project = multipliers.non_negative()
     return Formulation(evaluate, sign=-1.0, project=project, balance=None, name="likelihood")
-
-
-def _along_trajectories(
-    apply: Denoiser,
-    reference_apply: Denoiser,
-    chain: on_policy.Chain,
-    likelihoods: Callable[[Array], Array],
-    gradients: Callable[[Array, Array], Array] | None,
-    *,
-    pathwise: bool,
-) -> tilt.Evaluate:
-    def evaluate(
-        params: Params,
-        reference: Params,
-        key: Array,
-        batch: on_policy.ConditionBatch,
-        axis_name: str | None,
-        current: Array,
-    ) -> Losses:
-        rows = on_policy.lay_out(batch, key, axis_name)
-        count, kept, constraint = rows.keys.shape[0], rows.kept, rows.constraint
-        # λ as it acts on each row, [f, m]: zero for constraints that are not the row's.
-        places = (jnp.arange(constraint.shape[0])[:, None], constraint)
-        reached = jnp.zeros((constraint.shape[0], current.shape[0]), current.dtype)
-        reached = reached.at[places].add(reach(constraint, current, count, axis_name))
-
-        def theirs(x_t: Array, t: Array, log_snr: Array) -> tuple[Array, Array]:
-            return on_policy.frozen(
-                reference_apply,
-                reference,
-                chain.schedule,
-                x_t=x_t,
-                t=t,
-                log_snr=log_snr,
-                cond=rows.base,
-            )
-
-        def guided(x_t: Array, t: Array, log_snr: Array) -> tuple[Array, Array]:
-            """ε_q, and the target ε_q + σ Σ_i λ_i ∇h_i."""
-            if gradients is None:
-
-                def penalty(x_t: Array) -> tuple[Array, Array]:
-                    epsilon, x_0 = theirs(x_t, t, log_snr)
-                    return (reached * likelihoods(x_0[kept:])).sum(), epsilon
-
-                push, epsilon = jax.grad(penalty, has_aux=True)(x_t)
-            else:
-                epsilon, _ = theirs(x_t, t, log_snr)
-                given = gradients(x_t[kept:], t[kept:])
-                push = jnp.einsum("fm,fm...->f...", reached, given)
-                push = jnp.concatenate([jnp.zeros_like(x_t[:kept]), push])
-            return epsilon, epsilon + jnp.sqrt(jax.nn.sigmoid(-log_snr)) * push
-
-        def compare(x_t: Array, t: Array, log_snr: Array, epsilon: Array) -> tuple[Array, Array]:
-            if pathwise:
-                base, _ = theirs(x_t, t, log_snr)
-                error = losses.squared_error(epsilon, base)
-                return error, error
-            base, target = guided(x_t, t, log_snr)
-            return losses.squared_error(epsilon, target), losses.squared_error(epsilon, base)
-
-        (objective, path_kl), x_0 = on_policy.run(
-            lambda x_t, t: apply(params, x_t, t, rows.cond),
-            compare,
-            chain,
-            rows.keys,
-            pathwise=pathwise,
-        )
-        h = likelihoods(x_0[kept:])
-        if h.shape != reached.shape:
-            raise ValueError(
-                f"likelihoods must return one value for each of {reached.shape[1]} constraints, "
-                f"[{reached.shape[0]}, {reached.shape[1]}], not {list(h.shape)}."
-            )
-        mean = path_kl.mean() if axis_name is None else jax.lax.pmean(path_kl.mean(), axis_name)
-        return Losses(objective, h[places].reshape(-1), constraint.reshape(-1), {"path_kl": mean})
-
-    return evaluate

@@ -15,9 +15,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_unlearn import divergences, losses, samplers, schedules
+from jax_unlearn.formulations.base import Evaluate, Losses, reach
 from jax_unlearn.typing import Array, Condition, Denoiser, Params
 
-__all__ = ["ConditionBatch", "Held", "Separated"]
+__all__ = ["ConditionBatch", "Held", "Separated", "Stored"]
 
 
 class Held(NamedTuple):
@@ -36,12 +37,15 @@ class Separated(NamedTuple):
       target: q_i is q(·|target), [f, ...], or [f, k, ...] for k constraints on each row's
         trajectory; None in likelihood problems, where h_i says what to forget.
       constraint: the constraint i that each belongs to, integer [f] or [f, k].
+      likelihood: in mixed problems, the number j of the h_j on each row, integer [f] or [f, l];
+        there `constraint` is of the targets alone. None elsewhere.
     """
 
     cond: Condition
     base: Condition
     target: Condition
     constraint: Any
+    likelihood: Any = None
 
 
 class ConditionBatch(NamedTuple):
@@ -55,8 +59,25 @@ class ConditionBatch(NamedTuple):
     forget: Separated
 
 
+class Stored(NamedTuple):
+    """Points of trajectories that were sampled before, for estimators that hold them fixed.
+
+    Each row's loss is that of one time step, times their number: the mean over uniform steps of
+    a trajectory is its loss. Without the trajectories' ends there are no values of h.
+
+    Attributes:
+      conditions: whose trajectories they are.
+      x_t: the point of each kept row and of each row of `forget`: (None or [n, ...], [f, ...]).
+      step: the places in the chain, 0 the noisiest: (None or integer [n], integer [f]).
+    """
+
+    conditions: ConditionBatch
+    x_t: tuple[Any, Any]
+    step: tuple[Any, Any]
+
+
 class Rows(NamedTuple):
-    """A `ConditionBatch` laid out: kept rows first, then f rows with k constraints each.
+    """A `ConditionBatch` laid out: kept rows first, then f rows with k targets and l likelihoods.
 
     Attributes:
       keys: of each row's noise, [n].
@@ -64,7 +85,8 @@ class Rows(NamedTuple):
       base: [n, ...].
       kept: how many rows are kept ones.
       target: [f · k, ...], row by row.
-      constraint: [f, k].
+      separated: the constraint of each target, [f, k].
+      likely: the number of each likelihood, [f, l].
     """
 
     keys: Array
@@ -72,7 +94,8 @@ class Rows(NamedTuple):
     base: Condition
     kept: int
     target: Condition
-    constraint: Array
+    separated: Array
+    likely: Array
 
 
 def concatenate(*trees: Any) -> Any:
@@ -86,11 +109,16 @@ def lay_out(batch: ConditionBatch, key: Array, axis_name: str | None) -> Rows:
     target = forget.target
     if constraint.ndim == 2:
         target = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), target)
-    constraint = constraint.reshape(constraint.shape[0], -1)
+    separated = constraint.reshape(constraint.shape[0], -1)
+    likely = separated[:, :0]
+    if target is None:
+        separated, likely = likely, separated
+    if forget.likelihood is not None:
+        likely = jnp.asarray(forget.likelihood).reshape(constraint.shape[0], -1)
     kept_key, forget_key = jax.random.split(key)
     keys = losses.example_keys(forget_key, constraint.shape[0], axis_name=axis_name)
     if batch.kept is None:
-        return Rows(keys, forget.cond, forget.base, 0, target, constraint)
+        return Rows(keys, forget.cond, forget.base, 0, target, separated, likely)
     leaves = jax.tree.leaves(batch.kept)
     if not leaves:
         raise ValueError(
@@ -105,7 +133,8 @@ def lay_out(batch: ConditionBatch, key: Array, axis_name: str | None) -> Rows:
         base=concatenate(batch.kept.base, forget.base),
         kept=kept,
         target=target,
-        constraint=constraint,
+        separated=separated,
+        likely=likely,
     )
 
 
@@ -162,21 +191,21 @@ def run(
     *,
     pathwise: bool,
 ) -> tuple[Any, Array]:
-    """Samples one trajectory a row and sums w_t compare(x_t, t, logSNR_t, ε_θ(x_t, t)) over it.
+    """Samples one trajectory a row; compare(x_t, t, logSNR_t, ε_θ(x_t, t)) at each of its steps.
 
-    One scan, which keeps x_t and runs each step's network again for the backward pass; what
-    `frozen` returns is kept too.
+    One scan, which keeps x_t and runs each step's network again for the backward pass; what is
+    named "frozen" is kept too.
 
     Args:
       predict: (x_t, t [n]) -> the network's output.
-      compare: (x_t, t [n], scalar logSNR_t, ε) -> a tree of values, each [rows]; ε is that of
-        the schedule's clipped x̂_0, if it clips.
+      compare: (x_t, t [n], logSNR_t [n], ε) -> a tree of values, each [rows]; ε is that of the
+        schedule's clipped x̂_0, if it clips.
       chain: of the sampler.
       keys: of each row's noise, [n].
       pathwise: whether derivatives go through the trajectory, or only through ε at given x_t.
 
     Returns:
-      The sums, and the ends x_0 of the trajectories.
+      The values, with a first axis of steps, and the ends x_0 of the trajectories.
     """
     count = keys.shape[0]
 
@@ -189,11 +218,11 @@ def run(
 
     @partial(jax.checkpoint, policy=policy, prevent_cse=False)
     def body(x_t: Array, inputs: tuple[Array, ...]) -> tuple[Array, Any]:
-        step, time, log_snr, following, weight = inputs
+        step, time, log_snr, following = inputs
         t = jnp.full((count,), time)
         prediction = predict(x_t, t)
-        epsilon, _ = samplers.clipped_predictions(prediction, x_t, log_snr, chain.schedule)
-        terms = jax.tree.map(lambda term: weight * term, compare(x_t, t, log_snr, epsilon))
+        epsilon = schedules.clipped(prediction, chain.schedule, x_t=x_t, log_snr=log_snr).epsilon
+        terms = compare(x_t, t, jnp.full((count,), log_snr), epsilon)
         x_s = samplers.ddpm_step(
             prediction if pathwise else jax.lax.stop_gradient(prediction),
             x_t=x_t,
@@ -205,21 +234,147 @@ def run(
         return x_s, terms
 
     steps = jnp.arange(chain.times.shape[0])
-    inputs = (steps, chain.times, chain.log_snr, chain.following, chain.weights)
+    inputs = (steps, chain.times, chain.log_snr, chain.following)
     x_0, terms = jax.lax.scan(body, noise(steps.shape[0]), inputs)
-    return jax.tree.map(lambda term: term.sum(axis=0), terms), x_0
+    return terms, x_0
 
 
-def frozen(
+def _no_likelihoods(x_0: Array) -> Array:
+    del x_0
+    raise ValueError(
+        "the batch asks for likelihoods, by rows without a target or by `likelihood`, and the "
+        "problem has none."
+    )
+
+
+def path_losses(
     apply: Denoiser,
-    reference: Params,
-    schedule: schedules.NoiseSchedule,
+    reference_apply: Denoiser,
+    chain: Chain,
+    likelihoods: Callable[[Array], Array] = _no_likelihoods,
+    gradients: Callable[[Array, Array], Array] | None = None,
     *,
-    x_t: Array,
-    t: Array,
-    log_snr: Array,
-    cond: Condition,
-) -> tuple[Array, Array]:
-    """(ε, x̂_0) of the reference model at x_t, clipped as the schedule says."""
-    prediction = checkpoint_name(apply(reference, x_t, t, cond), "frozen")
-    return samplers.clipped_predictions(prediction, x_t, log_snr, schedule)
+    pathwise: bool,
+    separations: int = 0,
+) -> Evaluate:
+    """The losses of path KLs and of likelihoods at the ends of the same trajectories.
+
+    The objective is the path KL to `base`, constraint values are those to each `target`, then
+    h_j(x_0). Where the trajectory is held fixed h_j(x_0) has no gradient, and the objective
+    regresses on ε_q + σ_t Σ_j λ_j ∇h_j in its place: with the constraints' multipliers λ_i the
+    whole is then stationary at ε_q + (Σ_i λ_i (ε_q − ε_i) + σ_t Σ_j λ_j ∇h_j)/(1 − Σ_i λ_i).
+
+    Args:
+      apply: the denoiser of p.
+      reference_apply: that of q and q_i.
+      chain: of the sampler.
+      likelihoods: x_0 [f, ...] -> h [f, l].
+      gradients: (x_t [f, ...], t [f]) -> ∇h, [f, l, ...]; None differentiates h at the
+        reference's x̂_0.
+      pathwise: whether derivatives go through the trajectory.
+      separations: how many constraints on path KLs come before the likelihoods in the order of
+        multipliers and thresholds.
+    """
+
+    def evaluate(
+        params: Params,
+        reference: Params,
+        key: Array,
+        batch: ConditionBatch | Stored,
+        axis_name: str | None,
+        current: Any = None,
+    ) -> Losses:
+        stored = isinstance(batch, Stored)
+        rows = lay_out(batch.conditions if stored else batch, key, axis_name)
+        count, kept = rows.keys.shape[0], rows.kept
+        forgotten, each = rows.separated.shape
+        if each and jax.tree.structure(rows.base) != jax.tree.structure(rows.target):
+            raise ValueError("base and target are conditions of one reference: of one structure.")
+        if each and likelihoods is not _no_likelihoods and not separations:
+            raise ValueError("a likelihood problem has no target: leave it None in the batch.")
+        conditions = concatenate(rows.base, rows.target) if each else rows.base
+        guides = rows.likely.shape[1] and not pathwise
+
+        def for_each(values: Array) -> Array:
+            return jnp.repeat(values[kept:], each, axis=0)
+
+        def theirs(x_t: Array, t: Array, log_snr: Array) -> schedules.Predictions:
+            """The reference's at every row's base, then at every target; clipped as it says."""
+            x_t, t, log_snr = (jnp.concatenate([a, for_each(a)]) for a in (x_t, t, log_snr))
+            prediction = checkpoint_name(reference_apply(reference, x_t, t, conditions), "frozen")
+            return schedules.clipped(prediction, chain.schedule, x_t=x_t, log_snr=log_snr)
+
+        def guidance(x_t: Array, t: Array, log_snr: Array) -> tuple[Array, Array]:
+            """σ Σ_j λ_j ∇h_j, and the reference's ε."""
+            # λ as it acts on each row, [f, l]: zero for likelihoods that are not the row's.
+            at = current[separations:]
+            reached = jnp.zeros((forgotten, at.shape[0]), at.dtype)
+            reached = reached.at[jnp.arange(forgotten)[:, None], rows.likely].add(
+                reach(rows.likely, at, count, axis_name)
+            )
+            if gradients is None:
+
+                def penalty(x_t: Array) -> tuple[Array, Array]:
+                    at_x = theirs(x_t, t, log_snr)
+                    return (reached * likelihoods(at_x.x_0[kept:count])).sum(), at_x.epsilon
+
+                push, epsilon = jax.grad(penalty, has_aux=True)(x_t)
+            else:
+                epsilon = theirs(x_t, t, log_snr).epsilon
+                push = jnp.einsum("fm,fm...->f...", reached, gradients(x_t[kept:], t[kept:]))
+                push = jnp.concatenate([jnp.zeros_like(x_t[:kept]), push])
+            return schedules.alpha_sigma(log_snr, x_t)[1] * push, epsilon
+
+        def compare(x_t: Array, t: Array, log_snr: Array, epsilon: Array) -> tuple[Array, ...]:
+            """What the objective regresses on, the path KL to the base, and to each target."""
+            push = None
+            if guides:
+                push, others = guidance(x_t, t, log_snr)
+            else:
+                others = theirs(x_t, t, log_snr).epsilon
+            held = losses.squared_error(epsilon, others[:count])
+            separated = losses.squared_error(for_each(epsilon), others[count:])
+            if push is None:
+                return held, held, separated
+            return losses.squared_error(epsilon, others[:count] + push), held, separated
+
+        def predict(x_t: Array, t: Array) -> Array:
+            return apply(params, x_t, t, rows.cond)
+
+        x_0 = None
+        if stored:
+            if pathwise:
+                raise ValueError("stored points have no derivative: use an estimator without one.")
+            x_t, step = (
+                jnp.concatenate([part for part in parts if part is not None])
+                for parts in (batch.x_t, batch.step)
+            )
+            t, log_snr = chain.times[step], chain.log_snr[step]
+            epsilon = schedules.clipped(predict(x_t, t), chain.schedule, x_t=x_t, log_snr=log_snr)
+            weight = chain.weights.shape[0] * chain.weights[step]
+            held, kl, separated = compare(x_t, t, log_snr, epsilon.epsilon)
+            objective, path_kl, values = weight * held, weight * kl, for_each(weight) * separated
+        else:
+            terms, x_0 = run(predict, compare, chain, rows.keys, pathwise=pathwise)
+            objective, path_kl, values = (
+                (chain.weights[:, None] * term).sum(axis=0) for term in terms
+            )
+        index, diagnostics = rows.separated.reshape(-1), {}
+        if rows.likely.shape[1] and x_0 is not None:
+            h = likelihoods(x_0[kept:])
+            expected = (forgotten, current.shape[0] - separations)
+            if h.shape != expected:
+                raise ValueError(
+                    f"likelihoods must return one value for each of {expected[1]} constraints, "
+                    f"{list(expected)}, not {list(h.shape)}."
+                )
+            h = h[jnp.arange(forgotten)[:, None], rows.likely]
+            values = jnp.concatenate([values, h.reshape(-1)])
+            index = jnp.concatenate([index, separations + rows.likely.reshape(-1)])
+        if guides:
+            mean = path_kl.mean()
+            mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+            diagnostics = {"path_kl": mean}
+        return Losses(objective, values, index, diagnostics)
+
+    return evaluate

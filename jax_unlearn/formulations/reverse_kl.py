@@ -1,16 +1,25 @@
 """Reverse KL: p stays near q and moves away from each q_i, along its own trajectories."""
 
-import jax
 import jax.numpy as jnp
 
 from jax_unlearn import losses, multipliers, schedules
 from jax_unlearn.formulations import on_policy, tilt
-from jax_unlearn.formulations.base import Formulation, Losses
-from jax_unlearn.typing import Array, ArrayLike, Denoiser, Params
+from jax_unlearn.formulations.base import Formulation
+from jax_unlearn.typing import Array, ArrayLike, Denoiser
 
 __all__ = ["reverse_kl"]
 
 ESTIMATORS = ("pathwise", "stop_gradient", "tilt")
+
+
+def domain(shares: ArrayLike | None, margin: float) -> multipliers.Projection:
+    """The projection onto the domain that `reverse_kl` describes."""
+    if shares is None:
+        return multipliers.capped_simplex(margin)
+    shares = jnp.asarray(shares, dtype=float)
+    if not bool(((shares > 0) & (shares <= 1)).all()):
+        raise ValueError(f"shares of the batch's rows must lie in (0, 1], got {shares}.")
+    return multipliers.box((1.0 - margin) * shares)
 
 
 def reverse_kl(
@@ -49,7 +58,10 @@ def reverse_kl(
         negative guidance. That ignores how θ moves p's trajectories. At every noise level it
         is stationary at the score s_q + Σ α_i (s_q − s_i), α_i = λ_i/(1−Λ), which is not that of
         noised samples of p_λ ∝ q Π_i (q/q_i)^{α_i}: objective and constraint values are right
-        for what it makes, yet it pays more for the same separation. Batch: `ConditionBatch`.
+        for what it makes, yet it pays more for the same separation. Derivatives in thresholds or
+        multipliers through several steps of the algorithm miss the same thing: how earlier
+        parameters move later trajectories. Batch: `ConditionBatch`, or `Stored` points of
+        recent trajectories (`formulations.replay`).
       "tilt": weighted denoising of stored samples x of q(·|base), min_θ E_q w_λ ‖ε − ε_θ‖²
         with w_λ = Π_i (q/q_i)^{α_i}, whose exact minimiser is the denoiser of p_λ. Needs
         log q/q_i at the samples; batch, objective and constraint values: see `SampleBatch`.
@@ -85,12 +97,7 @@ def reverse_kl(
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator {estimator!r} is not one of {ESTIMATORS}.")
-    project = multipliers.capped_simplex(margin)
-    if shares is not None:
-        shares = jnp.asarray(shares, dtype=float)
-        if not bool(((shares > 0) & (shares <= 1)).all()):
-            raise ValueError(f"shares of the batch's rows must lie in (0, 1], got {shares}.")
-        project = multipliers.box((1.0 - margin) * shares)
+    project = domain(shares, margin)
     reference_apply = apply if reference_apply is None else reference_apply
     if estimator == "tilt":
 
@@ -108,56 +115,7 @@ def reverse_kl(
             control_variate=control_variate,
         )
     else:
-        evaluate = _along_trajectories(
-            apply,
-            reference_apply,
-            on_policy.chain(schedule, shape, steps),
-            pathwise=estimator == "pathwise",
-        )
+        chain = on_policy.chain(schedule, shape, steps)
+        pathwise = estimator == "pathwise"
+        evaluate = on_policy.path_losses(apply, reference_apply, chain, pathwise=pathwise)
     return Formulation(evaluate, sign=1.0, project=project, balance=None, name="reverse_kl")
-
-
-def _along_trajectories(
-    apply: Denoiser, reference_apply: Denoiser, chain: on_policy.Chain, *, pathwise: bool
-) -> tilt.Evaluate:
-    def evaluate(
-        params: Params,
-        reference: Params,
-        key: Array,
-        batch: on_policy.ConditionBatch,
-        axis_name: str | None,
-        current: Array | None = None,
-    ) -> Losses:
-        del current
-        rows = on_policy.lay_out(batch, key, axis_name)
-        count, each = rows.keys.shape[0], rows.constraint.shape[1]
-        if jax.tree.structure(rows.base) != jax.tree.structure(rows.target):
-            raise ValueError("base and target are conditions of one reference: of one structure.")
-        both = on_policy.concatenate(rows.base, rows.target)
-
-        def for_each(values: Array) -> Array:
-            return jnp.repeat(values[rows.kept :], each, axis=0)
-
-        def compare(x_t: Array, t: Array, log_snr: Array, epsilon: Array) -> tuple[Array, Array]:
-            theirs, _ = on_policy.frozen(
-                reference_apply,
-                reference,
-                chain.schedule,
-                x_t=jnp.concatenate([x_t, for_each(x_t)]),
-                t=jnp.concatenate([t, for_each(t)]),
-                log_snr=log_snr,
-                cond=both,
-            )
-            held = losses.squared_error(epsilon, theirs[:count])
-            return held, losses.squared_error(for_each(epsilon), theirs[count:])
-
-        (objective, values), _ = on_policy.run(
-            lambda x_t, t: apply(params, x_t, t, rows.cond),
-            compare,
-            chain,
-            rows.keys,
-            pathwise=pathwise,
-        )
-        return Losses(objective, values, rows.constraint.reshape(-1), {})
-
-    return evaluate

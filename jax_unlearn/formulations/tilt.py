@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jax_unlearn import losses, schedules
-from jax_unlearn.formulations.base import Examples, Losses, psum, reach
+from jax_unlearn.formulations.base import Evaluate, Examples, Losses, psum, reach
 from jax_unlearn.typing import Array, Condition, Denoiser, Params
 
 __all__ = ["SampleBatch", "Samples"]
-
-Evaluate = Callable[..., Losses]
 
 
 class Samples(NamedTuple):

@@ -343,27 +343,6 @@ def test_control_variate_leaves_the_reference_alone_without_multipliers():
 
 
 @pytest.mark.slow
-def test_unrolled_derivative_in_the_threshold():
-    """d (θ_k, λ_k) / d b against central differences in float64; λ weights the losses here."""
-    with jax.enable_x64(True):
-        formulation = ON_POLICY(estimator="tilt", weighting=WEIGHTING)
-        algorithm = primal_dual(formulation, optax.adam(0.05), optax.sgd(0.02))
-        batch = tilt_batch(16)
-        reference = jax.tree.map(jnp.asarray, REFERENCE)
-
-        @jax.jit
-        def end(threshold):
-            state = algorithm.init(reference, threshold)
-            state, _ = run(algorithm, state, batch, 3)
-            return jnp.concatenate([state.params["gain"], state.multipliers])
-
-        derivative = jax.jit(jax.jacfwd(end))(3.0)
-        finite = (end(3.0 + 1e-5) - end(3.0 - 1e-5)) / 2e-5
-    np.testing.assert_allclose(derivative, finite, rtol=1e-5, atol=1e-9)
-    assert (np.abs(finite) > 1e-5).all()
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("estimator", ["pathwise", "tilt"])
 def test_sharded_batches_give_the_result_of_one_device(estimator):
