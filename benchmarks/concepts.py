@@ -1,0 +1,203 @@
+"""Two concepts of the embedded model forgotten at once: constraints against hand-picked weights.
+
+    python benchmarks/concepts.py --seeds 0 1 2 --out benchmarks/results
+
+Reverse-KL and likelihood constraints (as `jax-unlearn concept` has them), their Lagrangians with equal
+fixed weights, and ESD with its strength swept. Every model is measured by the same function: what
+the judge says of guided samples, KID of the kept labels, and path KL to the reference by condition.
+ESD starts at the pretrained model, as published, and at the constrained methods' own start, where
+forgotten labels are embedded as the null label is ("ESD from base").
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_unlearn import baselines, embedded
+from jax_unlearn.formulations import Separated
+from jax_unlearn.options import ConceptOptions
+from jax_unlearn.pretrained import load_pretrained
+from jax_unlearn.primal_dual import primal_dual
+from jax_unlearn.tasks import concepts
+
+FORGET = ("Trouser", "Sneaker")
+COMMON = {"forget": FORGET, "samples": 32, "evaluation_images": 132}
+REVERSE = {"steps": 40, "learning_rate": 1e-4, "batch_size": 16, "forget_batch_size": 8}
+LIKELIHOOD = {"steps": 80, "stored_samples": 384, "classifier_draws": 8}
+STRENGTHS = (0.0, 0.3, 1.0, 2.0, 3.0, 5.0)
+EQUAL_REVERSE = (0.1, 0.3)  # λ of a forgotten condition alone, the same for both concepts
+EQUAL_LIKELIHOOD = (1.0, 3.0, 10.0)
+ESD_STEPS, ESD_ROWS, ESD_RATE = 150, 8, 1e-4
+
+
+def constrained(task, options, weights=None):
+    """Trains a task's problem; with weights, the multipliers stay as given."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, options.learning_rate, max(options.steps // 10, 1), options.steps
+    )
+    dual = task.dual if weights is None else optax.set_to_zero()
+    algorithm = primal_dual(task.formulation, optax.adam(rate, b1=0.9, b2=0.99), dual)
+    reference = task.pretrained.params
+    start = task.multipliers if weights is None else weights
+    state = algorithm.init(task.params, task.thresholds, multipliers=start, reference=reference)
+    key = jax.random.key(options.seed)
+
+    @jax.jit
+    def step(state, batch):
+        return algorithm.step(jax.random.fold_in(key, state.step), state, batch)
+
+    state, info = step(state, task.batch(0))
+    jax.block_until_ready(info)
+    started = time.monotonic()
+    for number in range(1, options.steps):
+        state, info = step(state, task.batch(number))
+    jax.block_until_ready(info)
+    return state.params, np.asarray(state.multipliers), time.monotonic() - started
+
+
+def make_esd(problem, options):
+    """A function (start, η) -> trained parameters; compiled once for all strengths."""
+    apply, reference, schedule, config = problem.pretrained
+    optimizer = optax.adam(ESD_RATE)
+    rows = np.resize(np.asarray(problem.forget, np.int32), ESD_ROWS)
+    batch = Separated(rows, np.full_like(rows, problem.base), rows, np.zeros_like(rows))
+
+    @jax.jit
+    def step(key, params, state, strength):
+        loss = baselines.esd(
+            apply,
+            schedule,
+            shape=config.sample_shape,
+            strength=strength,
+            guidance=options.guidance,
+            steps=options.sampling_steps,
+        )
+        return baselines.train_step(loss, optimizer)(key, params, state, reference, batch)
+
+    def train(start, strength):
+        params, state = start, optimizer.init(start)
+        started = time.monotonic()
+        for number in range(ESD_STEPS):
+            key = jax.random.fold_in(jax.random.key(options.seed), number)
+            params, state, value = step(key, params, state, jnp.asarray(strength))
+        jax.block_until_ready(value)
+        return params, time.monotonic() - started
+
+    return train
+
+
+def row_of(problem, method, setting, measured, thresholds, seconds=None, multipliers=None):
+    names = [problem.name(c) for c in problem.forget]
+    rates = {name: one["rate"] for name, one in measured.metrics["agreement"].items()}
+    kl = {name: float(one.value) for name, one in measured.metrics["path_kl"].items()}
+    return {
+        "method": method,
+        "setting": setting,
+        "forgotten_agreement": float(np.mean([rates[name] for name in names])),
+        "forgotten_agreement_worst": float(np.max([rates[name] for name in names])),
+        "kept_agreement": float(np.mean([r for name, r in rates.items() if name not in names])),
+        "kid": float(measured.metrics["kid"].value),
+        "kid_stderr": float(measured.metrics["kid"].stderr),
+        "kept_path_kl": float(np.mean([v for name, v in kl.items() if name not in names])),
+        "forgotten_path_kl_to_base": float(np.mean([kl[name] for name in names])),
+        "separation": [float(v) for v in measured.constraints.value],
+        "separation_stderr": [float(v) for v in measured.constraints.stderr],
+        "thresholds": [float(v) for v in thresholds],
+        "multipliers": None if multipliers is None else [float(v) for v in multipliers],
+        "seconds": seconds,
+    }
+
+
+def study(seed, methods):
+    """The rows of one seed, one after another."""
+    pretrained, judge = load_pretrained(embedded.model_path()), embedded.judge()
+    reverse = ConceptOptions(seed=seed, **COMMON, **REVERSE)
+    problem = concepts.make_problem(pretrained, reverse)
+    held_out = embedded.load_data().held_out
+    problem = problem._replace(real=held_out.pixels[~np.isin(held_out.labels, problem.forget)])
+    task = concepts.concept_task(problem, reverse, judge)
+    share = reverse.forget_batch_size / (reverse.batch_size + reverse.forget_batch_size)
+
+    def row(method, setting, params, *more):
+        return row_of(problem, method, setting, task.measure(params), task.thresholds, *more)
+
+    yield row_of(problem, "before", None, task.before, task.thresholds)
+    yield row("start", None, task.params)
+    if "esd" in methods:
+        train = make_esd(problem, reverse)
+        for name, start in (("ESD", pretrained.params), ("ESD from base", task.params)):
+            for strength in STRENGTHS:
+                params, seconds = train(start, strength)
+                yield row(name, strength, params, seconds)
+    if "likelihood" in methods:
+        likely = dataclasses.replace(reverse, formulation="likelihood", **LIKELIHOOD)
+        likely = dataclasses.replace(likely, batch_size=64, forget_batch_size=32, samples=0)
+        likely = dataclasses.replace(likely, learning_rate=5e-4)
+        other = concepts.concept_task(problem, likely, None)
+        for weight in (None, *EQUAL_LIKELIHOOD):
+            fixed = None if weight is None else np.full(len(FORGET), weight / 3)
+            params, found, seconds = constrained(other, likely, fixed)
+            name = "likelihood" if weight is None else "likelihood, equal weights"
+            result = row(name, weight, params, seconds, found)
+            own = other.measure(params)
+            result["mean_h"] = [float(v) for v in own.constraints.value]
+            result["mean_h_thresholds"] = [float(v) for v in other.thresholds]
+            yield result
+    if "reverse" in methods:
+        for weight in (None, *EQUAL_REVERSE):
+            fixed = None if weight is None else np.full(len(FORGET), weight * share)
+            params, found, seconds = constrained(task, reverse, fixed)
+            name = "reverse KL" if weight is None else "reverse KL, equal weights"
+            yield row(name, weight, params, seconds, found)
+
+
+def summarise(rows):
+    """Mean and standard deviation over seeds of every number, for each method and setting."""
+    table = []
+    for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in rows):
+        same = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
+        entry = {"method": method, "setting": setting, "seeds": len(same)}
+        for name, value in same[0].items():
+            if isinstance(value, (float, list)) and name != "setting":
+                values = np.array([row[name] for row in same], float)
+                spread = values.std(axis=0, ddof=1) if len(same) > 1 else np.full_like(values[0], 0)
+                entry[name] = {"mean": values.mean(axis=0).tolist(), "sd": spread.tolist()}
+        table.append(entry)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--methods", nargs="+", default=["esd", "likelihood", "reverse"],
+        choices=["esd", "likelihood", "reverse"],
+    )  # fmt: skip
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "concepts.json"
+    rows = []
+    for seed in arguments.seeds:
+        for row in study(seed, arguments.methods):
+            rows.append({"seed": seed, **row})
+            print(json.dumps(rows[-1]), flush=True)
+            result = {
+                "command": "python benchmarks/concepts.py",
+                "machine": f"{platform.machine()}, {jax.device_count()} {jax.default_backend()}",
+                "summary": summarise(rows),
+                "runs": rows,
+            }
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
