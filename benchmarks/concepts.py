@@ -2,9 +2,9 @@
 
     python benchmarks/concepts.py --seeds 0 1 2 --out benchmarks/results
 
-Reverse-KL and likelihood constraints (as `jax-unlearn concept` has them), their Lagrangians with equal
-fixed weights, and ESD with its strength swept. Every model is measured by the same function: what
-the judge says of guided samples, KID of the kept labels, and path KL to the reference by condition.
+Reverse-KL and likelihood constraints (as `jax-unlearn concept` has them), their Lagrangians with
+equal fixed weights, and ESD with its strength swept. Every model is measured by the same function:
+what the judge says of guided samples, KID of the kept labels, and path KL to the reference.
 ESD starts at the pretrained model, as published, and at the constrained methods' own start, where
 forgotten labels are embedded as the null label is ("ESD from base").
 """

@@ -196,7 +196,8 @@ class ConceptOptions(RunOptions):
     """Label that "calibrated" thresholds are measured on; default: the mean of the kept labels."""
     threshold: tuple[str, ...] = ("calibrated",)
     """A number (nats; for likelihoods a probability), "1.2x" (that many times the value that --base
-    itself has) or "calibrated" (as far from c, or as unlikely to be c, as samples of --anchor)."""
+    itself has) or "calibrated" (as far from c, or as unlikely to be c, as samples of --anchor; n
+    samples do not show a probability below 1/(n + 2))."""
     separate_null: bool = False
     """Separate the null label from the concepts too: it also generates them."""
     estimator: Literal["pathwise", "stop_gradient"] = "pathwise"

@@ -142,7 +142,11 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
     pool = None if h is None else _stored(problem, options, h)
     at_base = raw.values[raw.cond == problem.base] if pool is None else pool.values
     at_anchor = raw.values[np.isin(raw.cond, problem.anchors)]
-    thresholds = _thresholds(options, at_base.mean(axis=0), at_anchor.mean(axis=0))
+    anchored = at_anchor.mean(axis=0)
+    if pool is not None:
+        # Laplace's rule of succession: n samples do not show a probability below about 1/n.
+        anchored = (at_anchor.sum(axis=0) + 1) / (len(at_anchor) + 2)
+    thresholds = _thresholds(options, at_base.mean(axis=0), anchored)
     total = options.batch_size + options.forget_batch_size
     share = options.forget_batch_size / total
     if pool is None:
