@@ -116,6 +116,7 @@ def test_bfloat16_computes_close_and_keeps_float32_outside(tiny):
     assert 1e-4 < relative_error(actual, output) < 0.1
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient():
     config = UNet2DConditionConfig(
         block_out_channels=(4,),
