@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jax_unlearn.models import unet_2d, unet_2d_condition
+from jax_unlearn.models import autoencoder_kl, unet_2d, unet_2d_condition
+from jax_unlearn.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel
 from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jax_unlearn.typing import Params
@@ -60,6 +61,12 @@ _KINDS = {
             UNet2DConditionConfig.from_diffusers,
             unet_2d_condition.param_shapes,
         ),
+        _Kind(
+            "diffusers.AutoencoderKL",
+            AutoencoderKL,
+            AutoencoderKLConfig.from_diffusers,
+            autoencoder_kl.param_shapes,
+        ),
     )
 }
 
@@ -67,9 +74,9 @@ _KINDS = {
 def load_network(
     folder: str | os.PathLike[str], *, dtype: Any = None, variant: str | None = None
 ) -> Network:
-    """Loads a network from the folder of its `config.json`, whose class may be any of these.
+    """Loads a network from the folder of its `config.json`.
 
-    `UNet2DModel` and `UNet2DConditionModel`.
+    Classes: `UNet2DModel`, `UNet2DConditionModel`, `AutoencoderKL`.
 
     Args:
       folder: of `config.json` beside safetensors: a file, or shards with their index.

@@ -10,7 +10,7 @@ import safetensors.numpy
 from jax_unlearn.networks import load_network, save_network
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures" / "stable_diffusion"
-FOLDERS = {"UNet2DConditionModel": FOLDER / "unet" / "tiny"}
+FOLDERS = {"UNet2DConditionModel": FOLDER / "unet" / "tiny", "AutoencoderKL": FOLDER / "vae"}
 
 
 def assert_same(params, other):

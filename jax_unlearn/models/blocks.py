@@ -414,11 +414,12 @@ class UpBlock2D(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, skips: list[Array], temb: Array | None, context: Array | None = None
+        self, x: Array, skips: list[Array] | None, temb: Array | None, context: Array | None = None
     ) -> Array:
-        """Takes `layers` values off the end of `skips`, which is changed in place."""
+        """Takes `layers` values off the end of `skips`, if any, which is changed in place."""
         for i in range(self.layers):
-            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            if skips is not None:
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = self.resnet(self.features, name=f"resnets_{i}")(x, temb)
             if self.attention is not None:
                 x = self.attention(name=f"attentions_{i}")(x, context)
