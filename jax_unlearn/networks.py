@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jax_unlearn.models import autoencoder_kl, unet_2d, unet_2d_condition
+from jax_unlearn.models import autoencoder_kl, clip_text, unet_2d, unet_2d_condition
 from jax_unlearn.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jax_unlearn.models.clip_text import CLIPTextConfig, CLIPTextModel
 from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel
 from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jax_unlearn.typing import Params
@@ -67,6 +68,16 @@ _KINDS = {
             AutoencoderKLConfig.from_diffusers,
             autoencoder_kl.param_shapes,
         ),
+        *(
+            _Kind(
+                f"transformers.{name}",
+                CLIPTextModel,
+                CLIPTextConfig.from_transformers,
+                clip_text.param_shapes,
+                stem="model",
+            )
+            for name in ("CLIPTextModel", "CLIPTextModelWithProjection")
+        ),
     )
 }
 
@@ -76,7 +87,8 @@ def load_network(
 ) -> Network:
     """Loads a network from the folder of its `config.json`.
 
-    Classes: `UNet2DModel`, `UNet2DConditionModel`, `AutoencoderKL`.
+    Classes: `UNet2DModel`, `UNet2DConditionModel`, `AutoencoderKL`, `CLIPTextModel` and
+    `CLIPTextModelWithProjection`.
 
     Args:
       folder: of `config.json` beside safetensors: a file, or shards with their index.
