@@ -87,20 +87,24 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> CLIPTokenizer:
         its vocabulary.
     """
     folder = pathlib.Path(folder)
-    options: dict[str, Any] = dict(_DEFAULTS)
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            options |= read_json(folder / name)
+    options: dict[str, Any] = _DEFAULTS | _read_if_there(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in options:
+        # Then this file wins in transformers: only it has the pad token of 2.x right.
+        options |= _read_if_there(folder / "special_tokens_map.json")
     length = options.get("model_max_length", 77)
     if not is_count(length, least=2):
         raise ValueError(f"{folder} has a malformed model_max_length: {length!r}.")
-    added = {name: _added_token(options[name], f"{name} of {folder}") for name in _DEFAULTS}
+    added = {name: _added_token(options[name], f"the {name} of {folder}") for name in _DEFAULTS}
     bpe = _read_bpe(folder, added["unk_token"].content)
     vocabulary = bpe.get_vocab(with_added_tokens=False)
-    listed = (options.get("added_tokens_decoder") or {}).values()
+    listed = [
+        *(options.get("added_tokens_decoder") or {}).values(),
+        *(options.get("additional_special_tokens") or []),
+        *_read_if_there(folder / "added_tokens.json"),
+    ]
     tokens = [
         *added.values(),
-        *(_added_token(token, f"added_tokens_decoder of {folder}") for token in listed),
+        *(_added_token(token, f"an added token of {folder}") for token in listed),
     ]
     known = bpe.get_added_tokens_decoder().values()  # Those of tokenizer.json, which go first.
     for token in (*tokens, *known):
@@ -113,6 +117,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> CLIPTokenizer:
     bpe.add_special_tokens([token for token in tokens if token.content not in contents])
     ids = {name: vocabulary[token.content] for name, token in added.items()}
     return CLIPTokenizer(bpe, ids["bos_token"], ids["eos_token"], ids["pad_token"], length)
+
+
+def _read_if_there(path: pathlib.Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _read_bpe(folder: pathlib.Path, unknown: str) -> tokenizers.Tokenizer:
@@ -160,4 +168,4 @@ def _added_token(value: Any, where: str) -> tokenizers.AddedToken:
     if isinstance(value, Mapping) and isinstance(value.get("content"), str):
         options = {name: bool(value[name]) for name in flags if name in value}
         return tokenizers.AddedToken(value["content"], special=True, **options)
-    raise ValueError(f"the {where} is malformed: {value!r}.")
+    raise ValueError(f"{where} is malformed: {value!r}.")

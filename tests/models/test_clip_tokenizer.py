@@ -34,9 +34,10 @@ def write(folder, pad=END, **options):
     (folder / "vocab.json").write_text(json.dumps(VOCABULARY))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    config = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "pad_token": pad}
+    # The pad token of 2.x is wrong in the second file, unless that lists what is added.
+    config = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "pad_token": END}
     if "added_tokens_decoder" in options:
-        config |= {"bos_token": START, "eos_token": END, "unk_token": END}
+        config |= {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     else:
         config |= {
             name: {"__type": "AddedToken"} | special[name]
@@ -76,6 +77,9 @@ def test_exclamation_mark_as_pad_token(tmp_path):
     tokens = load_tokenizer(write(tmp_path, pad="!"))("cat!")
     expected = ids(START, "cat</w>", "!", END) + [0] * 73
     np.testing.assert_array_equal(tokens, [expected])
+    decoder = {"0": added("!", normalized=False)}
+    tokens = load_tokenizer(write(tmp_path, pad="!", added_tokens_decoder=decoder))("cat!")
+    np.testing.assert_array_equal(tokens, [expected])
     tokens = load_tokenizer(write(tmp_path))("cat!")
     np.testing.assert_array_equal(tokens[0, 1:4], ids("cat</w>", "!</w>", END))
 
@@ -93,13 +97,18 @@ def test_malformed_folders_are_refused(tmp_path):
         load_tokenizer(tmp_path)
     for options, message in [
         ({"model_max_length": 1e30}, "malformed model_max_length: 1e"),
-        ({"pad_token": "<pad>"}, "names a token '<pad>' beside its vocabulary"),
-        ({"bos_token": None}, "the bos_token of .* is malformed: None"),
+        ({"pad": "<pad>"}, "names a token '<pad>' beside its vocabulary"),
+        ({"pad": None}, "the pad_token of .* is malformed: None"),
+        ({"additional_special_tokens": ["<holiday>"]}, "token '<holiday>' beside"),
         ({"added_tokens_decoder": {"520": added("<holiday>")}}, "token '<holiday>' beside"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_tokenizer(write(tmp_path, **options))
     write(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<holiday>": 520}')
+    with pytest.raises(ValueError, match="token '<holiday>' beside"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").unlink()
     (tmp_path / "merges.txt").write_text("#version: 0.2\nc zebra\n")
     with pytest.raises(ValueError, match="is malformed: "):
         load_tokenizer(tmp_path)
