@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import TOLERANCE, assert_near, relative_error
 
 from jax_unlearn.models.autoencoder_kl import (
     AutoencoderKL,
@@ -15,18 +16,6 @@ from jax_unlearn.models.autoencoder_kl import (
 from jax_unlearn.networks import load_network
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "stable_diffusion"
-TOLERANCE = 1e-5
-
-
-def relative_error(actual, expected):
-    expected = np.asarray(expected, np.float64)
-    return np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +30,9 @@ def outputs(network, given):
     return {"mean": posterior.mean, "logvar": posterior.logvar, "decoded": decoded}
 
 
-def assert_equal(actual, expected):
-    for name, values in actual.items():
-        assert relative_error(values, expected[name]) < TOLERANCE, name
-
-
 def test_output_equals_torch(vae):
     network, given = vae
-    assert_equal(outputs(network, given), given)
+    assert_near(outputs(network, given), given)
 
 
 def test_call_decodes_the_mean(vae):
@@ -130,16 +114,6 @@ def test_wrong_arguments_are_refused(vae):
         outputs(network, given | {"z": given["z"][..., :3]})
 
 
-@pytest.fixture
-def torch_side(monkeypatch):
-    pytest.importorskip("torch")
-    pytest.importorskip("diffusers")
-    monkeypatch.syspath_prepend(FOLDER.parent)
-    import write_stable_diffusion_fixtures
-
-    return write_stable_diffusion_fixtures
-
-
 @pytest.mark.torch
 @pytest.mark.parametrize(
     "options",
@@ -155,7 +129,7 @@ def test_live_torch(options, torch_side, tmp_path):
     given = torch_side.autoencoder_inputs(config, seed=12)
     model.save_pretrained(tmp_path)
     expected = torch_side.autoencoder_outputs(model, given)
-    assert_equal(outputs(load_network(tmp_path), given), expected)
+    assert_near(outputs(load_network(tmp_path), given), expected)
 
 
 @pytest.mark.torch

@@ -4,23 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import TOLERANCE, assert_near, relative_error
 
 from jax_unlearn.models.clip_text import CLIPTextConfig, CLIPTextModel, param_shapes
 from jax_unlearn.networks import load_network
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "stable_diffusion"
-TOLERANCE = 1e-5
-
-
-def relative_error(actual, expected):
-    expected = np.asarray(expected, np.float64)
-    return np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module", params=["text_encoder", "text_encoder_2"])
@@ -43,14 +32,9 @@ def outputs(network, tokens):
     }
 
 
-def assert_equal(actual, expected):
-    for name, values in actual.items():
-        assert relative_error(values, expected[name]) < TOLERANCE, name
-
-
 def test_output_equals_torch(encoder):
     network, given = encoder
-    assert_equal(outputs(network, given["tokens"]), given)
+    assert_near(outputs(network, given["tokens"]), given)
     projects = network.module.config.with_projection
     assert given["pooled"].shape == (2, 6 if projects else 8)
 
@@ -166,17 +150,6 @@ def test_unsupported_config_is_refused(options, message):
         CLIPTextConfig.from_transformers(options)
 
 
-@pytest.fixture
-def torch_side(monkeypatch):
-    pytest.importorskip("torch")
-    pytest.importorskip("diffusers")
-    pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(FOLDER.parent)
-    import write_stable_diffusion_fixtures
-
-    return write_stable_diffusion_fixtures
-
-
 @pytest.mark.torch
 def test_defaults_are_those_of_transformers(torch_side):
     config = CLIPTextConfig()
@@ -193,7 +166,7 @@ def test_live_torch(options, with_projection, torch_side, tmp_path):
     model = torch_side.torch_text_encoder(config, seed=11, with_projection=with_projection)
     model.save_pretrained(tmp_path)
     expected = torch_side.text_outputs(model, torch_side.TOKENS)
-    assert_equal(outputs(load_network(tmp_path), torch_side.TOKENS), expected)
+    assert_near(outputs(load_network(tmp_path), torch_side.TOKENS), expected)
 
 
 @pytest.mark.torch

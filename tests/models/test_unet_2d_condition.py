@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import TOLERANCE, relative_error
 
 from jax_unlearn.models.initialisation import random_params
 from jax_unlearn.models.unet_2d_condition import (
@@ -20,18 +21,6 @@ ARCHITECTURES = json.loads((FOLDER / "architectures.json").read_text())
 SILENT = json.loads((FOLDER / "silent_options.json").read_text())
 NETWORKS = sorted(path.name for path in (FOLDER / "unet").iterdir())
 SDXL = "stable-diffusion-xl-base-1.0"
-TOLERANCE = 1e-5
-
-
-def relative_error(actual, expected):
-    expected = np.asarray(expected, np.float64)
-    return np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def load(name):
@@ -220,16 +209,6 @@ def test_options_without_effect_are_kept(tiny):
     assert UNet2DConditionConfig().context_dim == 1280
     with pytest.raises(ValueError, match="no sample_size"):
         _ = UNet2DConditionConfig().sample_shape
-
-
-@pytest.fixture
-def torch_side(monkeypatch):
-    pytest.importorskip("torch")
-    pytest.importorskip("diffusers")
-    monkeypatch.syspath_prepend(FOLDER.parent)
-    import write_stable_diffusion_fixtures
-
-    return write_stable_diffusion_fixtures
 
 
 @pytest.mark.torch
