@@ -23,7 +23,7 @@ from jax_unlearn.weights import (
     write_params,
 )
 
-__all__ = ["Network", "load_network", "save_network"]
+__all__ = ["Network", "load_network", "save_network", "write_network"]
 
 
 class Network(NamedTuple):
@@ -130,11 +130,16 @@ def save_network(
       ValueError: if `folder` exists and is not to be overwritten, or holds no network, or if the
         parameters do not fit the configuration or are not finite.
     """
-    kind = _kind(network.config)
     with new_folder(folder, overwrite=overwrite) as new:
-        write_json(new / "config.json", network.config)
-        shapes = kind.param_shapes(kind.read_config(network.config))
-        write_params(new / f"{kind.stem}.safetensors", shapes, network.params)
+        write_network(new, network.config, network.params)
+
+
+def write_network(folder: pathlib.Path, config: Mapping[str, Any], params: Params) -> None:
+    """Writes config and parameters into a folder that is there; errors as `save_network`."""
+    kind = _kind(config)
+    shapes = kind.param_shapes(kind.read_config(config))
+    write_json(folder / "config.json", config)
+    write_params(folder / f"{kind.stem}.safetensors", shapes, params)
 
 
 def _kind(config: Mapping[str, Any]) -> _Kind:

@@ -15,17 +15,11 @@ from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
-from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel, param_shapes
+from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel
+from jax_unlearn.networks import load_network, write_network
 from jax_unlearn.schedules import NoiseSchedule, from_diffusers
 from jax_unlearn.typing import Array, Condition, Params
-from jax_unlearn.weights import (
-    new_folder,
-    read_json,
-    read_params,
-    weight_files,
-    write_json,
-    write_params,
-)
+from jax_unlearn.weights import new_folder, read_json, write_json
 
 __all__ = [
     "Pretrained",
@@ -161,10 +155,7 @@ def load_pretrained(
         null_label = len(id2label)
 
     fetch_weights()
-    params = read_params(
-        param_shapes(network),
-        weight_files(unet_folder, _WEIGHTS, variant, torch_class="diffusers.UNet2DModel"),
-    )
+    params = load_network(unet_folder, variant=variant).params
     config = PretrainedConfig(unet, scheduler, id2label, null_label, os.fspath(path_or_name))
     dtype = None if dtype is None else jnp.dtype(dtype)
     return Pretrained(UNet2DDenoiser(network, null_label, dtype), params, schedule, config)
@@ -187,7 +178,6 @@ def save_pretrained(
         model, or if the parameters do not fit the configuration or are not finite.
     """
     config = pretrained.config
-    network = UNet2DConfig.from_diffusers(config.unet)
     version = config.unet.get("_diffusers_version", "0.35.0")
     names = {"_class_name": "UNet2DModel", "_diffusers_version": version}
     scheduler = {"_class_name": "DDPMScheduler", "_diffusers_version": version} | config.scheduler
@@ -205,10 +195,8 @@ def save_pretrained(
         (folder / "unet").mkdir()
         (folder / "scheduler").mkdir()
         write_json(folder / "model_index.json", index)
-        write_json(folder / "unet" / "config.json", names | config.unet)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        weights = folder / "unet" / f"{_WEIGHTS}.safetensors"
-        write_params(weights, param_shapes(network), pretrained.params)
+        write_network(folder / "unet", names | config.unet, pretrained.params)
 
 
 def _find(path_or_name: str | os.PathLike[str]) -> tuple[pathlib.Path, Callable[[], None]]:
