@@ -138,14 +138,17 @@ def write_network(folder: pathlib.Path, config: Mapping[str, Any], params: Param
     """Writes config and parameters into a folder that is there; errors as `save_network`."""
     kind = _kind(config)
     shapes = kind.param_shapes(kind.read_config(config))
-    write_json(folder / "config.json", config)
+    # transformers would otherwise round what it reads to the type that was stored before.
+    stored = {name: "float32" for name in ("dtype", "torch_dtype") if name in config}
+    write_json(folder / "config.json", {**config, **stored})
     write_params(folder / f"{kind.stem}.safetensors", shapes, params)
 
 
 def _kind(config: Mapping[str, Any]) -> _Kind:
     """The network's class: diffusers and transformers name it by different keys."""
     architectures = config.get("architectures")
-    name = config.get("_class_name", architectures and architectures[0])
-    if name not in _KINDS:
+    listed = architectures[0] if isinstance(architectures, list) and architectures else None
+    name = config.get("_class_name", listed)
+    if not isinstance(name, str) or name not in _KINDS:
         raise ValueError(f"is of class {name!r}: expected one of {sorted(_KINDS)}.")
     return _KINDS[name]

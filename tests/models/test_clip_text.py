@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clip_vocabulary import END, VOCABULARY, write_tokenizer
 from parity import TOLERANCE, assert_near, relative_error
 
 from jax_unlearn.models.clip_text import CLIPTextConfig, CLIPTextModel, param_shapes
+from jax_unlearn.models.clip_tokenizer import load_tokenizer
 from jax_unlearn.networks import load_network
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "stable_diffusion"
@@ -184,3 +186,73 @@ def test_published_networks_have_as_many_in_torch(name, torch_side):
     shapes = param_shapes(CLIPTextConfig.from_transformers(FULL[name]))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count == sum(values.numel() for values in model.parameters())
+
+
+@pytest.fixture
+def encoders(torch_side, tmp_path):
+    """Two tokenizers and text encoders in torch and here, of the vocabulary of their test."""
+    import transformers
+
+    def make(name, pad, **options):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_tokenizer(folder, pad, model_max_length=10)
+        config = torch_side.TEXT_ENCODER | {"vocab_size": len(VOCABULARY)} | options
+        model = torch_side.torch_text_encoder(config, with_projection=name == "second")
+        model.save_pretrained(folder / "model")
+        theirs = transformers.CLIPTokenizer.from_pretrained(folder), model
+        return theirs, (load_tokenizer(folder), load_network(folder / "model"))
+
+    return make("first", END), make("second", "!", hidden_act="gelu")
+
+
+def encode(ours, prompts, **options):
+    tokenizer, network = ours
+    return network.module.apply({"params": network.params}, tokenizer(prompts), **options)
+
+
+PROMPTS = ["a cat!", "The dog and the cat"]
+
+
+@pytest.mark.torch
+def test_prompts_are_encoded_as_by_the_pipeline_of_stable_diffusion(encoders):
+    import diffusers
+
+    for (tokenizer, model), ours in encoders:
+        model = getattr(model, "text_model", model)
+        # With `clip_skip` the pipeline looks for the final norm where old transformers had it.
+        model.__dict__["text_model"] = model
+        pipeline = diffusers.StableDiffusionPipeline(
+            *(None, model, tokenizer, None),
+            scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        for skip in (0, 1):
+            expected, _ = pipeline.encode_prompt(
+                PROMPTS, "cpu", 1, do_classifier_free_guidance=False, clip_skip=skip or None
+            )
+            actual = encode(ours, PROMPTS, skip=skip).hidden_states
+            assert relative_error(actual, expected.detach().numpy()) < TOLERANCE
+
+
+@pytest.mark.torch
+def test_prompts_are_encoded_as_by_the_pipeline_of_sdxl(encoders):
+    import diffusers
+
+    (theirs, first), (theirs_2, second) = encoders
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        *(None, theirs[1], theirs_2[1], theirs[0], theirs_2[0], None),
+        scheduler=diffusers.DDIMScheduler(),
+        add_watermarker=False,
+    )
+    for clip_skip in (0, 1):
+        expected, _, pooled, _ = pipeline.encode_prompt(
+            PROMPTS, device="cpu", do_classifier_free_guidance=False, clip_skip=clip_skip or None
+        )
+        options = {"skip": 1 + clip_skip, "final_norm": False}
+        encodings = [encode(ours, PROMPTS, **options) for ours in (first, second)]
+        hidden = np.concatenate([encoding.hidden_states for encoding in encodings], axis=-1)
+        assert relative_error(hidden, expected.detach().numpy()) < TOLERANCE
+        assert relative_error(encodings[1].pooled, pooled.detach().numpy()) < TOLERANCE

@@ -1,17 +1,9 @@
-import json
-
 import numpy as np
 import pytest
+from clip_vocabulary import END, START, VOCABULARY, added, write_tokenizer
 
 from jax_unlearn.models.clip_tokenizer import load_tokenizer
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "d o", "do g</w>"]
-PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-# One symbol a byte: those that print are themselves, the others follow from U+0100 on.
-BYTES = [chr(byte) for byte in PRINTABLE] + [chr(0x100 + i) for i in range(256 - len(PRINTABLE))]
-WORDS = [*BYTES, *(byte + "</w>" for byte in BYTES), *(pair.replace(" ", "") for pair in MERGES)]
-VOCABULARY = {word: i for i, word in enumerate([*WORDS, START, END])}
 PROMPTS = [
     "The CAT and  the\tdog!",
     "hello! wow!! it's 42",
@@ -22,38 +14,12 @@ PROMPTS = [
 ]
 
 
-def added(content, normalized=True):
-    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": normalized}
-    return {"content": content} | flags
-
-
-def write(folder, pad=END, **options):
-    """A folder as that of Stable Diffusion 1.x, or with the pad token "!" of 2.x."""
-    special = {"bos_token": added(START), "eos_token": added(END), "unk_token": added(END)}
-    special["pad_token"] = pad
-    (folder / "vocab.json").write_text(json.dumps(VOCABULARY))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    # The pad token of 2.x is wrong in the second file, unless that lists what is added.
-    config = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "pad_token": END}
-    if "added_tokens_decoder" in options:
-        config |= {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
-    else:
-        config |= {
-            name: {"__type": "AddedToken"} | special[name]
-            for name in ("bos_token", "eos_token", "unk_token")
-        }
-    config |= options
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
 def ids(*words):
     return [VOCABULARY[word] for word in words]
 
 
 def test_text_is_lower_cased_and_padded(tmp_path):
-    tokens = load_tokenizer(write(tmp_path))(["The  CAT\n's", "", "dog 42"])
+    tokens = load_tokenizer(write_tokenizer(tmp_path))(["The  CAT\n's", "", "dog 42"])
     assert tokens.shape == (3, 77)
     assert tokens.dtype == np.int32
     rows = [
@@ -66,7 +32,7 @@ def test_text_is_lower_cased_and_padded(tmp_path):
 
 
 def test_letters_beyond_ascii_are_bytes(tmp_path):
-    tokenizer = load_tokenizer(write(tmp_path))
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
     # é is c3 a9 in UTF-8, both of which print as themselves in Latin-1.
     composed = ids(START, "ca", "f", "\xc3", "\xa9</w>", END)
     np.testing.assert_array_equal(tokenizer("CAFÉ")[0, :6], composed)
@@ -74,22 +40,24 @@ def test_letters_beyond_ascii_are_bytes(tmp_path):
 
 
 def test_exclamation_mark_as_pad_token(tmp_path):
-    tokens = load_tokenizer(write(tmp_path, pad="!"))("cat!")
+    tokens = load_tokenizer(write_tokenizer(tmp_path, pad="!"))("cat!")
     expected = ids(START, "cat</w>", "!", END) + [0] * 73
     np.testing.assert_array_equal(tokens, [expected])
     decoder = {"0": added("!", normalized=False)}
-    tokens = load_tokenizer(write(tmp_path, pad="!", added_tokens_decoder=decoder))("cat!")
+    tokens = load_tokenizer(write_tokenizer(tmp_path, pad="!", added_tokens_decoder=decoder))(
+        "cat!"
+    )
     np.testing.assert_array_equal(tokens, [expected])
-    tokens = load_tokenizer(write(tmp_path))("cat!")
+    tokens = load_tokenizer(write_tokenizer(tmp_path))("cat!")
     np.testing.assert_array_equal(tokens[0, 1:4], ids("cat</w>", "!</w>", END))
 
 
 def test_long_prompts_are_reported_and_not_cut(tmp_path):
-    tokenizer = load_tokenizer(write(tmp_path))
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
     np.testing.assert_array_equal(tokenizer("cat " * 75)[0, 1:76], ids("cat</w>") * 75)
     with pytest.raises(ValueError, match="78 tokens with start and end, .* takes 77: shorten 'cat"):
         tokenizer(["", "cat " * 76])
-    assert load_tokenizer(write(tmp_path, model_max_length=9))("").shape == (1, 9)
+    assert load_tokenizer(write_tokenizer(tmp_path, model_max_length=9))("").shape == (1, 9)
 
 
 def test_malformed_folders_are_refused(tmp_path):
@@ -103,8 +71,8 @@ def test_malformed_folders_are_refused(tmp_path):
         ({"added_tokens_decoder": {"520": added("<holiday>")}}, "token '<holiday>' beside"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_tokenizer(write(tmp_path, **options))
-    write(tmp_path)
+            load_tokenizer(write_tokenizer(tmp_path, **options))
+    write_tokenizer(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<holiday>": 520}')
     with pytest.raises(ValueError, match="token '<holiday>' beside"):
         load_tokenizer(tmp_path)
@@ -126,7 +94,7 @@ def test_equals_transformers(tmp_path, pad, style):
             str(VOCABULARY[content]): token | {"special": True}
             for content, token in special.items()
         }
-    folder = write(tmp_path, pad, **options)
+    folder = write_tokenizer(tmp_path, pad, **options)
     theirs = transformers.CLIPTokenizer.from_pretrained(folder)
     expected = theirs(PROMPTS, padding="max_length", max_length=77, truncation=True).input_ids
     if style == "whole":
