@@ -28,7 +28,7 @@ import optax
 
 import jax_unlearn
 from jax_unlearn import embedded, losses, multipliers, schedules
-from jax_unlearn.pretrained import diffusers_key
+from jax_unlearn.weights import diffusers_key
 
 KEPT = BASE = FORGET = 32
 LEARNING_RATE, B1, B2 = 5e-4, 0.9, 0.99

@@ -30,6 +30,7 @@ __all__ = [
     "FourierProjection",
     "GroupNorm",
     "LabelEmbedding",
+    "LayerNorm",
     "MidBlock2D",
     "ResnetBlock2D",
     "TimestepEmbedding",
@@ -110,6 +111,22 @@ class GroupNorm(nn.Module):
         return (y * scale + bias).astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """As `GroupNorm`, but with moments over the channels of each pixel or token."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., C] → [..., C], of the dtype of `x`."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
+
+
 def sinusoidal_embedding(
     t: Array, channels: int, *, flip_sin_to_cos: bool, freq_shift: float
 ) -> Array:
@@ -157,19 +174,20 @@ class FourierProjection(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """W_2 silu(W_1 x + b_1) + b_2."""
+    """act_2(W_2 act_1(W_1 x + b_1) + b_2), without act_2 where `post_act_fn` is None."""
 
     features: int
     act_fn: str = "silu"
+    post_act_fn: str | None = None
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, C] → [B, features]."""
         x = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x)
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(
-            ACTIVATIONS[self.act_fn](x)
-        )
+        x = ACTIVATIONS[self.act_fn](x)
+        x = nn.Dense(self.features, dtype=self.dtype, name="linear_2")(x)
+        return x if self.post_act_fn is None else ACTIVATIONS[self.post_act_fn](x)
 
 
 class LabelEmbedding(nn.Module):
@@ -181,7 +199,7 @@ class LabelEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, labels: Array) -> Array:
-        """[B] integers → [B, features]."""
+        """[...] integers → [..., features]."""
         init = nn.initializers.normal(1.0)
         table = self.param("embedding", init, (self.labels, self.features), jnp.float32)
         rows = (
@@ -391,11 +409,12 @@ class UpBlock2D(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, skips: list[Array], temb: Array | None, context: Array | None = None
+        self, x: Array, skips: list[Array] | None, temb: Array | None, context: Array | None = None
     ) -> Array:
-        """Takes `layers` values off the end of `skips`, which is changed in place."""
+        """Takes `layers` values off the end of `skips`, if any, which is changed in place."""
         for i in range(self.layers):
-            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            if skips is not None:
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = self.resnet(self.features, name=f"resnets_{i}")(x, temb)
             if self.attention is not None:
                 x = self.attention(name=f"attentions_{i}")(x, context)

@@ -8,9 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_unlearn.models import blocks
+from jax_unlearn.models.config import is_count, is_number, read_options, require, require_choices
+from jax_unlearn.models.initialisation import random_params
 from jax_unlearn.typing import Array, Condition, Params
 
 __all__ = ["UNet2DConfig", "UNet2DModel", "init_params", "param_shapes"]
@@ -83,21 +84,7 @@ class UNet2DConfig:
           ValueError: for an unknown key, except those that start with `_` or hold null, and for
             a value that is malformed or not supported.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(
-            name
-            for name, value in config.items()
-            if name not in known and not name.startswith("_") and value is not None
-        )
-        if unknown:
-            raise ValueError(
-                f"unknown UNet2DModel options {unknown}: an option that is not understood may "
-                "change the output, so remove them only if you know that they do not."
-            )
-        values: dict[str, Any] = {name: config[name] for name in known & config.keys()}
-        for name in ("down_block_types", "up_block_types", "block_out_channels", "sample_size"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])
+        values = read_options(cls, config, name="UNet2DModel")
         for name in ("down_block_types", "up_block_types"):
             if name in values and isinstance(values[name], tuple):
                 # The first released checkpoints prefix their blocks so.
@@ -110,23 +97,21 @@ class UNet2DConfig:
     def __post_init__(self) -> None:
         """Checks every value: what is malformed here would fail late or not at all."""
         self._check_types()
-        for name, allowed in {
-            "time_embedding_type": ("positional", "fourier"),
-            "mid_block_type": ("UNetMidBlock2D", None),
-            "downsample_padding": (0, 1),
-            "downsample_type": ("conv", "resnet"),
-            "upsample_type": ("conv", "resnet"),
-            "act_fn": tuple(blocks.ACTIVATIONS),
-            "resnet_time_scale_shift": ("default", "scale_shift"),
-            "class_embed_type": (None, "timestep", "identity"),
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is not supported: expected one of {allowed}."
-                )
-        for name, allowed in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
-            if odd := sorted(set(getattr(self, name)) - set(allowed)):
-                raise ValueError(f"{name} {odd} are not supported: expected some of {allowed}.")
+        require_choices(
+            self,
+            {
+                "time_embedding_type": ("positional", "fourier"),
+                "down_block_types": _DOWN_BLOCKS,
+                "mid_block_type": ("UNetMidBlock2D", None),
+                "up_block_types": _UP_BLOCKS,
+                "downsample_padding": (0, 1),
+                "downsample_type": ("conv", "resnet"),
+                "upsample_type": ("conv", "resnet"),
+                "act_fn": tuple(blocks.ACTIVATIONS),
+                "resnet_time_scale_shift": ("default", "scale_shift"),
+                "class_embed_type": (None, "timestep", "identity"),
+            },
+        )
         levels = len(self.block_out_channels)
         if not levels == len(self.down_block_types) == len(self.up_block_types):
             raise ValueError(
@@ -156,12 +141,6 @@ class UNet2DConfig:
         )
 
     def _check_types(self) -> None:
-        def is_count(value: Any, least: int = 1) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-        def is_number(value: Any) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool)
-
         def is_tuple(value: Any, kind: type) -> bool:
             return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
 
@@ -198,11 +177,7 @@ class UNet2DConfig:
             "mid_block_scale_factor": is_number(self.mid_block_scale_factor)
             and self.mid_block_scale_factor != 0,
         }
-        for name, passed in checks.items():
-            if not passed:
-                raise ValueError(
-                    f"UNet2DModel option {name} is malformed: {getattr(self, name)!r}."
-                )
+        require(self, checks, name="UNet2DModel")
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -408,10 +383,7 @@ def param_shapes(config: UNet2DConfig) -> Params:
 
 
 def init_params(config: UNet2DConfig | Mapping[str, Any], key: Array) -> Params:
-    """Randomly initialised float32 parameters of a `UNet2DModel`.
-
-    Kernels are normal with variance 1 / (values that enter one output), label embeddings
-    standard normal, Fourier frequencies normal of standard deviation 16, the rest neutral.
+    """Parameters of a `UNet2DModel` as `random_params` draws them.
 
     Args:
       config: the options, or a raw `config.json`.
@@ -425,20 +397,4 @@ def init_params(config: UNet2DConfig | Mapping[str, Any], key: Array) -> Params:
     """
     if not isinstance(config, UNet2DConfig):
         config = UNet2DConfig.from_diffusers(config)
-    shapes = param_shapes(config)
-    # One draw for all: a jitted `init` takes minutes to compile, one draw a leaf many seconds.
-    ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(shapes)])
-    noise = iter(np.split(np.asarray(jax.random.normal(key, (ends[-1],))), ends[:-1]))
-
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
-        values = next(noise).reshape(leaf.shape)
-        name = path[-1].key
-        if name == "kernel":
-            values = values / np.sqrt(np.prod(leaf.shape[:-1]))
-        elif name == "weight":
-            values = 16 * values
-        elif name != "embedding":
-            values = np.full(leaf.shape, float(name == "scale"))
-        return jnp.asarray(values, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return random_params(param_shapes(config), key)

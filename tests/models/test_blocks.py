@@ -14,12 +14,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def values(*shape, seed):
     return np.random.default_rng(seed).normal(size=shape)
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import TOLERANCE, relative_error
 
 from jax_unlearn.models import blocks
 from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel, init_params, param_shapes
@@ -13,18 +14,6 @@ from jax_unlearn.pretrained import UNet2DDenoiser, load_pretrained
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "unet_2d"
 SILENT = json.loads((FOLDER / "silent_options.json").read_text())
 NETWORKS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
-TOLERANCE = 1e-5
-
-
-def relative_error(actual, expected):
-    expected = np.asarray(expected, np.float64)
-    return np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")

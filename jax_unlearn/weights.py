@@ -1,0 +1,304 @@
+"""A folder of torch's tensors ↔ a pytree of parameters.
+
+Modules are named as in diffusers and transformers, with `_` for the `.` before an index, so that
+a path of parameters maps to a tensor by rule. Every tensor is used and every parameter filled.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # Also names bfloat16 for NumPy, without which safetensors cannot return it.
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jax_unlearn.typing import Array, Params
+
+__all__ = [
+    "diffusers_key",
+    "new_folder",
+    "read_json",
+    "read_params",
+    "weight_files",
+    "write_json",
+    "write_params",
+]
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_FLOATS = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)
+_LISTS = re.compile(
+    r"(down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|transformer_blocks|to_out"
+    r"|net|layers)_(\d+)"
+)
+_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+# Old text encoders store the numbers 0, 1, 2, ... beside their parameters.
+_NO_PARAMETER = re.compile(r"(text_model\.)?embeddings\.position_ids")
+
+
+def diffusers_key(path: tuple[str, ...]) -> str:
+    """The name of a parameter in a torch checkpoint.
+
+    Example:
+      >>> diffusers_key(("down_blocks_0", "resnets_1", "conv1", "kernel"))
+      'down_blocks.0.resnets.1.conv1.weight'
+    """
+    modules = [
+        f"{match[1]}.{match[2]}" if (match := _LISTS.fullmatch(name)) else name
+        for name in path[:-1]
+    ]
+    return ".".join([*modules, "bias" if path[-1] == "bias" else "weight"])
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a json file; ValueError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}: is it a diffusers model?") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no readable json: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a json object, not a {type(content).__name__}.")
+    return content
+
+
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Writes an object, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """A folder to fill that takes its place when the block ends without an error.
+
+    It appears complete or not at all. A model that it replaces is deleted only then.
+
+    Raises:
+      ValueError: if `path` exists and is not to be overwritten, or holds something other than a
+        model.
+    """
+    target = pathlib.Path(path).absolute()
+    if os.path.lexists(target):
+        if not overwrite:
+            raise ValueError(f"{path} exists: choose another folder, or pass overwrite=True.")
+        if not any((target / name).is_file() for name in ("model_index.json", "config.json")):
+            raise ValueError(f"{path} exists and holds no model: it is not overwritten.")
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    new, old = (target.with_name(f".{target.name}.{state}-{mark}") for state in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if os.path.lexists(target):
+            target.rename(old)
+            try:
+                new.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
+        else:
+            new.rename(target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    if os.path.lexists(old):
+        shutil.rmtree(old)
+
+
+def weight_files(
+    folder: pathlib.Path, stem: str, variant: str | None = None, *, torch_class: str
+) -> list[pathlib.Path]:
+    """The safetensors of one variant: a file, or the shards that an index lists.
+
+    Args:
+      folder: of the network.
+      stem: what the files' names begin with.
+      variant: e.g. "fp16"; None is the unnamed one, or the only one.
+      torch_class: what opens the folder in torch, e.g. "diffusers.UNet2DModel".
+
+    Raises:
+      ValueError: if there are none, or only pickled ones, or not of this variant.
+    """
+    single = re.compile(rf"{stem}(?:\.([\w-]+))?\.safetensors")
+    shards = re.compile(rf"{stem}(?:\.([\w-]+))?\.safetensors\.index(?:\.([\w-]+))?\.json")
+    found: dict[str | None, pathlib.Path] = {}
+    for pattern in (single, shards):  # An index goes before a single file, as in diffusers.
+        for path in sorted(folder.iterdir()):
+            name = re.sub(r"-\d{5}-of-\d{5}", "-shard", path.name)
+            match = pattern.fullmatch(name)
+            if match and "-shard" not in name:
+                found[next((group for group in match.groups() if group), None)] = path
+    if not found:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            package, name = torch_class.split(".")
+            raise ValueError(
+                f"{folder} has only pickled weights ({pickles[0]}), which can run code and are "
+                f'not read. Convert them where torch is: python -c "from {package} import '
+                f"{name} as U; U.from_pretrained('{folder}', use_safetensors=False)"
+                ".save_pretrained('CONVERTED')\""
+            )
+        raise ValueError(f"{folder} has no {stem}.safetensors.")
+    if variant not in found:
+        if variant is not None or len(found) > 1:
+            raise ValueError(
+                f"{folder} has no weights of variant {variant!r}: choose one of "
+                f"{sorted(map(str, found))}."
+            )
+        (variant,) = found
+    path = found[variant]
+    if path.suffix != ".json":
+        return [path]
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+        raise ValueError(f"{path} has no weight_map from names to files.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if pathlib.PurePath(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{path} lists {name!r}, which is not a file beside it.")
+    return [folder / name for name in names]
+
+
+def read_params(shapes: Params, files: list[pathlib.Path]) -> Params:
+    """Fills every parameter with a tensor, and uses every tensor.
+
+    Args:
+      shapes: a pytree of `jax.ShapeDtypeStruct`, as from a network's `param_shapes`.
+      files: the safetensors; old names of attention and of text encoders are understood.
+
+    Returns:
+      The parameters in float32, whatever they are stored in.
+
+    Raises:
+      ValueError: if a file is damaged, or a tensor is missing, misshapen, given twice, of no
+        parameter, not of floats or not finite.
+    """
+    leaves = _leaves(shapes)
+    renamed = {other: key for key in leaves for other in _other_names(key)}
+    params: dict[str, Array] = {}
+    extra, misshapen, doubled = [], {}, []
+    for name, values in _read_tensors(files):
+        key = renamed.get(name, name)
+        if key not in leaves:
+            if not _NO_PARAMETER.fullmatch(name):
+                extra.append(name)
+            continue
+        if key in params:
+            doubled.append(name)
+            continue
+        path, leaf = leaves[key]
+        if values.dtype not in _FLOATS:
+            raise ValueError(f"tensor {name} is of dtype {values.dtype}: expected a float.")
+        wanted = _to_torch(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
+        if values.shape != wanted:
+            misshapen[key] = f"{name} {list(values.shape)} instead of {list(wanted)}"
+            continue
+        values = values.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError(f"tensor {name} holds values that are not finite.")
+        params[key] = jnp.asarray(np.ascontiguousarray(_from_torch(path, values)))
+    problems = {
+        "missing": [key for key in leaves if key not in params and key not in misshapen],
+        "of no parameter": sorted(extra),
+        "misshapen": list(misshapen.values()),
+        "given twice": doubled,
+    }
+    if any(problems.values()):
+        raise ValueError(
+            f"tensors in {files[0].parent} do not fit its config.json: {_describe(problems)}."
+        )
+    return jax.tree.unflatten(jax.tree.structure(shapes), [params[key] for key in leaves])
+
+
+def write_params(path: pathlib.Path, shapes: Params, params: Params) -> None:
+    """Writes float32 safetensors.
+
+    Args:
+      path: the file.
+      shapes: what the parameters must be, as from a network's `param_shapes`.
+      params: the parameters.
+
+    Raises:
+      ValueError: if the parameters have other names or shapes, or are not finite.
+    """
+    expected = _leaves(shapes)
+    given = {key: (path, np.asarray(leaf)) for key, (path, leaf) in _leaves(params).items()}
+    problems = {
+        "missing": [key for key in expected if key not in given],
+        "not of this network": [key for key in given if key not in expected],
+        "misshapen": [
+            f"{key} {list(given[key][1].shape)} instead of {list(leaf.shape)}"
+            for key, (_, leaf) in expected.items()
+            if key in given and given[key][1].shape != leaf.shape
+        ],
+        "not finite": [key for key, (_, values) in given.items() if not np.isfinite(values).all()],
+    }
+    if any(problems.values()):
+        raise ValueError(f"these parameters cannot be saved: {_describe(problems)}.")
+    tensors = {
+        key: np.ascontiguousarray(_to_torch(*given[key]).astype(np.float32)) for key in expected
+    }
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors makes it readable to its owner only.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def _leaves(params: Params) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Paths and leaves by their names in torch, in the order of the tree."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        names = tuple(str(getattr(part, "key", part)) for part in path)
+        leaves[diffusers_key(names)] = names, leaf
+    return leaves
+
+
+def _to_torch(path: tuple[str, ...], values: np.ndarray) -> np.ndarray:
+    """[in, out] → [out, in] and [h, w, in, out] → [out, in, h, w] for kernels."""
+    if path[-1] != "kernel":
+        return values
+    return values.transpose(3, 2, 0, 1) if values.ndim == 4 else values.T
+
+
+def _from_torch(path: tuple[str, ...], values: np.ndarray) -> np.ndarray:
+    """The inverse of `_to_torch`."""
+    if path[-1] != "kernel":
+        return values
+    return values.transpose(2, 3, 1, 0) if values.ndim == 4 else values.T
+
+
+def _other_names(key: str) -> list[str]:
+    """Names that other versions of diffusers and transformers give the same parameter."""
+    if key.startswith("text_model."):
+        return [key.removeprefix("text_model.")]
+    return [
+        key.replace(f".{new}.", f".{old}.")
+        for new, old in _OLD_ATTENTION.items()
+        if ".attentions." in key and f".{new}." in key
+    ]
+
+
+def _describe(problems: Mapping[str, list[str]]) -> str:
+    """The first few of every kind of problem, and how many there are."""
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for kind, names in problems.items()
+        if names
+    )
+
+
+def _read_tensors(files: list[pathlib.Path]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the files, one in memory at a time."""
+    for path in files:
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                for key in file.keys():
+                    yield key, file.get_tensor(key)
+        except (safetensors.SafetensorError, OSError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
