@@ -35,16 +35,22 @@ LIKELIHOOD = {"steps": 80, "stored_samples": 384, "classifier_draws": 8}
 STRENGTHS = (0.0, 0.3, 1.0, 2.0, 3.0, 5.0)
 EQUAL_REVERSE = (0.1, 0.3)  # λ of a forgotten condition alone, the same for both concepts
 EQUAL_LIKELIHOOD = (1.0, 3.0, 10.0)
-ESD_STEPS, ESD_ROWS, ESD_RATE = 150, 8, 1e-4
+FROM_BASE = (1.0, 3.0)
+ESD_STEPS, ESD_ROWS = 100, 8
+
+
+def optimizer_of(peak, steps):
+    """The same for every method: Adam, a tenth of the steps to warm up, then a cosine to 0."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps)
+    return optax.adam(rate, b1=0.9, b2=0.99)
 
 
 def constrained(task, options, weights=None):
     """Trains a task's problem; with weights, the multipliers stay as given."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, options.learning_rate, max(options.steps // 10, 1), options.steps
-    )
     dual = task.dual if weights is None else optax.set_to_zero()
-    algorithm = primal_dual(task.formulation, optax.adam(rate, b1=0.9, b2=0.99), dual)
+    algorithm = primal_dual(
+        task.formulation, optimizer_of(options.learning_rate, options.steps), dual
+    )
     reference = task.pretrained.params
     start = task.multipliers if weights is None else weights
     state = algorithm.init(task.params, task.thresholds, multipliers=start, reference=reference)
@@ -66,7 +72,7 @@ def constrained(task, options, weights=None):
 def make_esd(problem, options):
     """A function (start, η) -> trained parameters; compiled once for all strengths."""
     apply, reference, schedule, config = problem.pretrained
-    optimizer = optax.adam(ESD_RATE)
+    optimizer = optimizer_of(options.learning_rate, ESD_STEPS)
     rows = np.resize(np.asarray(problem.forget, np.int32), ESD_ROWS)
     batch = Separated(rows, np.full_like(rows, problem.base), rows, np.zeros_like(rows))
 
@@ -133,8 +139,11 @@ def study(seed, methods):
     yield row("start", None, task.params)
     if "esd" in methods:
         train = make_esd(problem, reverse)
-        for name, start in (("ESD", pretrained.params), ("ESD from base", task.params)):
-            for strength in STRENGTHS:
+        for name, start, strengths in (
+            ("ESD", pretrained.params, STRENGTHS),
+            ("ESD from base", task.params, FROM_BASE),
+        ):
+            for strength in strengths:
                 params, seconds = train(start, strength)
                 yield row(name, strength, params, seconds)
     if "likelihood" in methods:
