@@ -29,14 +29,20 @@ from jax_unlearn.primal_dual import primal_dual
 from jax_unlearn.tasks import concepts
 
 FORGET = ("Trouser", "Sneaker")
-COMMON = {"forget": FORGET, "samples": 32, "evaluation_images": 132}
-REVERSE = {"steps": 40, "learning_rate": 1e-4, "batch_size": 16, "forget_batch_size": 8}
-LIKELIHOOD = {"steps": 80, "stored_samples": 384, "classifier_draws": 8}
+COMMON = {"forget": FORGET, "samples": 16, "evaluation_images": 132, "chain_steps": 10}
+REVERSE = {
+    "steps": 40, "learning_rate": 2e-4, "batch_size": 12, "forget_batch_size": 6,
+    "dual_learning_rate": 0.1, "dual_damping": 1.0,
+}  # fmt: skip
+LIKELIHOOD = {
+    "steps": 50, "learning_rate": 5e-4, "batch_size": 64, "forget_batch_size": 32,
+    "stored_samples": 256, "classifier_draws": 4, "samples": 0,
+}  # fmt: skip
 STRENGTHS = (0.0, 0.3, 1.0, 2.0, 3.0, 5.0)
-EQUAL_REVERSE = (0.1, 0.3)  # λ of a forgotten condition alone, the same for both concepts
-EQUAL_LIKELIHOOD = (1.0, 3.0, 10.0)
-FROM_BASE = (1.0, 3.0)
-ESD_STEPS, ESD_ROWS = 100, 8
+FROM_BASE = (1.0,)
+EQUAL_REVERSE = (0.2, 0.5)  # λ of a forgotten condition alone, the same for both concepts
+EQUAL_LIKELIHOOD = (1.0, 10.0)
+ESD_STEPS, ESD_ROWS = 60, 8
 
 
 def optimizer_of(peak, steps):
@@ -148,8 +154,6 @@ def study(seed, methods):
                 yield row(name, strength, params, seconds)
     if "likelihood" in methods:
         likely = dataclasses.replace(reverse, formulation="likelihood", **LIKELIHOOD)
-        likely = dataclasses.replace(likely, batch_size=64, forget_batch_size=32, samples=0)
-        likely = dataclasses.replace(likely, learning_rate=5e-4)
         other = concepts.concept_task(problem, likely, None)
         for weight in (None, *EQUAL_LIKELIHOOD):
             fixed = None if weight is None else np.full(len(FORGET), weight / 3)

@@ -203,7 +203,8 @@ class ConceptOptions(RunOptions):
     estimator: Literal["pathwise", "stop_gradient"] = "pathwise"
     """"reverse-kl": whether gradients go through the sampler; see jax_unlearn.reverse_kl."""
     chain_steps: int = 10
-    """Steps of the model's own sampler along which it is trained ("reverse-kl") and measured."""
+    """Steps of the model's own ancestral sampler, with its own variances, along which it is trained
+    ("reverse-kl") and measured; fewer overstate path KLs, the threshold's and the value's alike."""
     stored_samples: int = 512
     """"likelihood": samples of the reference that are drawn once and trained on, of --base and
     of the kept labels each."""

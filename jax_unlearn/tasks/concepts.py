@@ -10,7 +10,6 @@ forgotten label may show another. π(c) is the frequency of c in the batches: th
 have equal shares of `batch_size` of all rows, the forgotten ones of `forget_batch_size`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,8 +48,7 @@ class Problem(NamedTuple):
     """Conditions, checked and by number.
 
     Attributes:
-      pretrained: the model; its schedule's variance is "fixed_geometric", whose path KLs are
-        nearest to those of images.
+      pretrained: the model.
       forget: the concepts, labels.
       base: what forgotten conditions are held to.
       separated: conditions that must not show the concepts: `forget`, and the null label if
@@ -109,12 +107,9 @@ def make_problem(
     anchors = labels if options.anchor is None else (config.find_label(options.anchor),)
     if not anchors and "calibrated" in options.threshold:
         raise ValueError("no kept label to calibrate on: give --threshold numbers.")
-    schedule = dataclasses.replace(pretrained.schedule, variance_type="fixed_geometric")
-    schedules.timesteps(schedule, options.sampling_steps)
-    on_policy.chain(schedule, config.sample_shape, options.chain_steps)
-    return Problem(
-        pretrained._replace(schedule=schedule), forget, base, separated, kept, anchors, real
-    )
+    schedules.timesteps(pretrained.schedule, options.sampling_steps)
+    on_policy.chain(pretrained.schedule, config.sample_shape, options.chain_steps)
+    return Problem(pretrained, forget, base, separated, kept, anchors, real)
 
 
 class Raw(NamedTuple):
