@@ -175,8 +175,8 @@ def _unlearn(command: str, options: RunOptions) -> int:
 
 # What the side-by-side demo gives the formulations that `concept` runs: minutes, not hours.
 _DEMO: dict[str, dict[str, Any]] = {
-    "reverse-kl": {"steps": 20, "batch_size": 16, "forget_batch_size": 8},
-    "likelihood": {"steps": 60, "stored_samples": 256, "classifier_draws": 4},
+    "reverse-kl": {"steps": 24, "batch_size": 12, "forget_batch_size": 6, "samples": 16},
+    "likelihood": {"stored_samples": 192, "classifier_draws": 4, "samples": 16},
 }
 
 
@@ -193,9 +193,10 @@ def _jobs(command: str, options: RunOptions) -> list[tuple[str, RunOptions]]:
             one = dataclasses.replace(options, out=out, formulation=formulation)
             jobs.append((command, one))
             continue
-        shared = ("seed", "samples", "sampling_steps", "guidance", "forget", "resume", "overwrite")
+        shared = ("seed", "sampling_steps", "guidance", "forget", "resume", "overwrite")
         given: dict[str, Any] = {name: getattr(options, name) for name in shared}
-        given |= {"out": out, "formulation": formulation, **_DEMO[formulation]}
+        given |= {"out": out, "formulation": formulation, "evaluation_images": 132}
+        given |= _DEMO[formulation]
         jobs.append(("concept", ConceptOptions(**given)))
     return jobs
 

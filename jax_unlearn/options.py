@@ -36,14 +36,13 @@ class RunOptions:
     steps: int = 100
     """Primal-dual steps."""
     batch_size: int = 64
-    """What is retained a step: images, or conditions."""
+    """Retained images a step."""
     forget_batch_size: int = 32
-    """What is forgotten a step, spread evenly: images over the constraints, or conditions."""
+    """Images to forget a step, spread evenly over the constraints."""
     learning_rate: float = 5e-4
     """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
     dual_learning_rate: float = 0.02
-    """Ascent rate of the multipliers' sum, for violations relative to what they are measured by:
-    the reference model's values (forward KL) or the thresholds (reverse KL)."""
+    """Ascent rate of the multipliers' sum, for violations relative to the reference's values."""
     dual_damping: float = 0.2
     """Proportional gain of the multipliers' PI controller, on the same scale; 0 is plain ascent."""
     max_multiplier: float = 0.9
@@ -202,9 +201,21 @@ class ConceptOptions(RunOptions):
     """Separate the null label from the concepts too: it also generates them."""
     estimator: Literal["pathwise", "stop_gradient"] = "pathwise"
     """"reverse-kl": whether gradients go through the sampler; see jax_unlearn.reverse_kl."""
+    steps: int = 60
+    """Primal-dual steps."""
+    batch_size: int = 24
+    """Kept conditions a step."""
+    forget_batch_size: int = 12
+    """Forgotten conditions a step. Their part of all rows is their weight in the objective."""
+    learning_rate: float = 2e-4
+    """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
+    dual_learning_rate: float = 0.1
+    """"reverse-kl": ascent rate of the multipliers, for violations relative to the thresholds."""
+    dual_damping: float = 1.0
+    """"reverse-kl": proportional gain of the multipliers' PI controller, on the same scale."""
     chain_steps: int = 10
-    """Steps of the model's own ancestral sampler, with its own variances, along which it is trained
-    ("reverse-kl") and measured; fewer overstate path KLs, the threshold's and the value's alike."""
+    """Steps of the model's own ancestral sampler, along which it is trained ("reverse-kl") and path
+    KLs are measured; few steps overstate them, thresholds and values alike."""
     stored_samples: int = 512
     """"likelihood": samples of the reference that are drawn once and trained on, of --base and
     of the kept labels each."""
