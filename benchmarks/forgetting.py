@@ -17,6 +17,7 @@ import numpy as np
 
 from jax_unlearn import cli
 
+GIVEN = ["--formulation", "forward-kl"]
 # The first eight of the repeated images stand 64 times in the training set, the others 256 times.
 TASKS = {
     "class": ["--forget", "Trouser", "--samples", "64", "--evaluation-images", "512"],
@@ -73,7 +74,9 @@ def main() -> None:
         for seed in arguments.seeds:
             with tempfile.TemporaryDirectory() as folder:
                 out = pathlib.Path(folder) / "out"
-                code = cli.main(["demo", *TASKS[task], "--seed", str(seed), "--out", str(out)])
+                code = cli.main(
+                    ["demo", *GIVEN, *TASKS[task], "--seed", str(seed), "--out", str(out)]
+                )
                 if code:
                     raise SystemExit(code)
                 runs.append(numbers(task, json.loads((out / "report.json").read_text())))
@@ -87,7 +90,7 @@ def main() -> None:
             for name in runs[0]
         }
         result = {
-            "command": f"jax-unlearn demo {' '.join(TASKS[task])}",
+            "command": f"jax-unlearn demo {' '.join([*GIVEN, *TASKS[task]])}",
             "seeds": arguments.seeds,
             "machine": f"{platform.machine()}, {jax.device_count()} {jax.default_backend()}",
             "summary": table,
