@@ -1,7 +1,9 @@
 """Whole runs of the concept command on a tiny model, and what it refuses."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 
 from jax_unlearn import cli, report
 from jax_unlearn import run as running
-from jax_unlearn.options import ConceptOptions, DemoOptions, load_run
+from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
 from jax_unlearn.pretrained import load_pretrained, relabelled
 from jax_unlearn.tasks import concepts
 
@@ -183,3 +185,30 @@ def test_options_survive_a_round_trip(finished):
     assert options.formulation == "likelihood"
     assert options.base is None
     assert isinstance(options.out, pathlib.Path)
+
+
+def test_the_demo_goes_on_with_what_is_left(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "demo"
+    shutil.copytree(finished, out)
+    (out / "report.html").unlink(missing_ok=True)
+    (out / "likelihood" / "report.json").unlink()
+    save_run(out / "run.json", "demo", DemoOptions(out=out))
+    untouched = (out / "reverse-kl" / "report.json").stat().st_mtime_ns
+
+    def jobs(command, options):
+        assert options.resume
+        names = ("reverse-kl", "likelihood")
+        saved = [load_run(out / name / "run.json", "concept", ConceptOptions) for name in names]
+        return [
+            ("concept", dataclasses.replace(one, out=out / name))
+            for name, one in zip(names, saved, strict=True)
+        ]
+
+    monkeypatch.setattr(cli, "_jobs", jobs)
+    assert cli.main(["demo", "--out", str(out), "--resume"]) == 0
+    assert "likelihood/report.html" in (out / "report.html").read_text()
+    assert (out / "reverse-kl" / "report.json").stat().st_mtime_ns == untouched
+    pairs = zip(leaves(out / "likelihood"), leaves(finished / "likelihood"), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_array_equal(ours, theirs)
+    assert str(out / "report.html") in capsys.readouterr().out
