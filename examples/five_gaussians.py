@@ -52,12 +52,12 @@ def runs(kind, reference, key):
     """(at, λ, parameters) of the constrained runs and of those with equal weights."""
     if kind == "FU":
         both = [nu_pi(2e-3, 2e-2, 0.9), optax.set_to_zero()]
-        constrained, equal = (forward(Q, UNLEARN, reference, key, dual, 5000) for dual in both)
+        constrained, equal = (forward(Q, UNLEARN, reference, key, dual, 4000) for dual in both)
 
         def solve(thresholds):
             return jnp.array([0.15, 0.08])  # to start from
     else:
-        constrained, solve = distilled(kind, Q, UNLEARN, key, 5000)
+        constrained, solve = distilled(kind, Q, UNLEARN, key, 4000, rows=512)
         equal = constrained
     for threshold in THRESHOLDS[kind]:
         b = jnp.full(2, threshold)
@@ -74,6 +74,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
     cells, rows = on_cells(Q, UNLEARN), []
+    args.out.mkdir(exist_ok=True)
     for seed in range(args.seeds):
         key = jax.random.key(seed)
         reference = pretrain(key, Q)
@@ -93,8 +94,7 @@ def main():
                 if row["run"] == "constrained" and reached[0] <= worst <= reached[-1]:
                     row["equal_price"] = float(np.exp(np.interp(worst, reached, np.log(paid))))
             rows += sweep
-    args.out.mkdir(exist_ok=True)
-    (args.out / "five_gaussians.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (args.out / "five_gaussians.json").write_text(json.dumps(rows, indent=1) + "\n")
     for kind, thresholds in THRESHOLDS.items():
         for threshold in thresholds:
             chosen = [r for r in rows if (r["kind"], r["at"]) == (kind, threshold)]
