@@ -37,7 +37,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 Q = mixture([[2.0, 0.0], [0.0, 3.2], [3.6, 3.2], [1.3, 3.9], [-3.0, -2.0]])
 UNLEARN = [mixtures.select(Q, component) for component in (3, 4)]  # near, far
 THRESHOLDS = {"LU": [0.03, 0.02, 0.01], "FU": [2.0]}
-EQUAL = {"LU": [2.5, 4.0, 6.5, 10.0, 18.0], "FU": [0.16, 0.17, 0.18, 0.188]}
+EQUAL = {"LU": [2.5, 4.5, 8.0, 18.0], "FU": [0.165, 0.187]}
 
 
 def measure(kind, x, cells):
@@ -52,7 +52,7 @@ def runs(kind, reference, key):
     """(at, λ, parameters) of the constrained runs and of those with equal weights."""
     if kind == "FU":
         both = [nu_pi(2e-3, 2e-2, 0.9), optax.set_to_zero()]
-        constrained, equal = (forward(Q, UNLEARN, reference, key, dual, 4000) for dual in both)
+        constrained, equal = (forward(Q, UNLEARN, reference, key, dual, 3000) for dual in both)
 
         def solve(thresholds):
             return jnp.array([0.15, 0.08])  # to start from

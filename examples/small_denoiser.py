@@ -18,9 +18,9 @@ VARIANCE, SCALE = 0.49, 0.5
 # Fine where the modes part; a last step at e⁻⁹ of noise leaves the samples their variance.
 _LOG_SNR = np.concatenate(
     [
-        np.linspace(9, 5, 12, endpoint=False),
-        np.linspace(5, -3, 98, endpoint=False),
-        np.linspace(-3, -5, 10),
+        np.linspace(9, 5, 10, endpoint=False),
+        np.linspace(5, -3, 82, endpoint=False),
+        np.linspace(-3, -5, 8),
     ]
 )
 _ALPHAS = 1 / (1 + np.exp(-_LOG_SNR))
@@ -71,7 +71,7 @@ def exact_denoiser(*laws):
     return apply
 
 
-def pretrain(key, law, steps=8000, width=128):
+def pretrain(key, law, steps=8000, width=96):
     """Parameters after denoising of samples of a mixture, with a decaying rate."""
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
