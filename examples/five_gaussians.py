@@ -57,7 +57,7 @@ def runs(kind, reference, key):
         def solve(thresholds):
             return jnp.array([0.15, 0.08])  # to start from
     else:
-        constrained, solve = distilled(kind, Q, UNLEARN, key, 4000, rows=512)
+        constrained, solve = distilled(kind, Q, UNLEARN, key, 3000, rows=512)
         equal = constrained
     for threshold in THRESHOLDS[kind]:
         b = jnp.full(2, threshold)
@@ -81,7 +81,7 @@ def main():
         for kind in THRESHOLDS:
             sweep = []
             for run, at, multipliers, params in runs(kind, reference, key):
-                price, forgotten = measure(kind, draw(params, key), cells)
+                price, forgotten = measure(kind, draw(params, key, 80), cells)
                 sweep.append({"seed": seed, "kind": kind, "run": run, "at": at, "price": price})
                 sweep[-1] |= {"multipliers": multipliers.tolist(), "forgotten": forgotten}
                 print(json.dumps(sweep[-1]), flush=True)

@@ -75,12 +75,12 @@ def networks(kind, reference, key):
     points = jnp.array(SWEEPS[kind])[:, None]
     first = 0.25 + 0 * points
     if kind == "FU":
-        run = forward(Q, [U], reference, key, nu_pi(2e-3, 2e-2, 0.9), 4000, rows=256)
+        run = forward(Q, [U], reference, key, nu_pi(2e-3, 2e-2, 0.9), 3000, rows=256)
     elif kind == "ESD":
-        run = on_policy("RU", "stop_gradient", optax.set_to_zero(), 400, 48)
+        run = on_policy("RU", "stop_gradient", optax.set_to_zero(), 300, 48)
         first = points / (1 + points)
     else:
-        run, solve = distilled(kind, Q, [U], key, 4000, rows=512)
+        run, solve = distilled(kind, Q, [U], key, 3000, rows=512)
         first = [solve(threshold) for threshold in points]
     for threshold, multipliers in zip(points, first, strict=True):
         yield run(reference, reference, threshold, multipliers, key)[0]
@@ -127,7 +127,7 @@ def main():
         reference = pretrain(key, Q)
 
         def record(run, at, params, seed=seed, key=key):
-            mass, kl = curve_point(histogram(draw(params, key)), cells, mode_of)
+            mass, kl = curve_point(histogram(draw(params, key, 80)), cells, mode_of)
             rows.append({"seed": seed, "run": run, "at": at, "mass_left": mass, "kl_kept": kl})
             print(json.dumps(rows[-1]), flush=True)
 

@@ -4,6 +4,7 @@ What the studies of Gaussians share. Points are in units in which a mixture's va
 one, SCALE of those of the problem; likelihoods h are densities in the units of the problem.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -65,13 +66,16 @@ def exact_denoiser(*laws):
     """A denoiser without parameters: that of laws[cond]."""
 
     def apply(params, x_t, t, cond):
-        all_of = [mixtures.predictions(law, x_t, SCHEDULE.log_snr[t]).epsilon for law in laws]
-        return jnp.stack(all_of)[cond, jnp.arange(len(x_t))]
+        epsilon = jnp.zeros_like(x_t)  # no indexing: its transpose is slow on a CPU
+        for index, law in enumerate(laws):
+            one = mixtures.predictions(law, x_t, SCHEDULE.log_snr[t]).epsilon
+            epsilon = jnp.where((cond == index)[:, None], one, epsilon)
+        return epsilon
 
     return apply
 
 
-def pretrain(key, law, steps=8000, width=96):
+def pretrain(key, law, steps=6000, width=96):
     """Parameters after denoising of samples of a mixture, with a decaying rate."""
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
@@ -175,13 +179,18 @@ def forward(law, unlearn, reference, key, dual, steps, rows=512):
     return shifted
 
 
-@jax.jit
-def draw(params, key):
-    """Samples of the ancestral chain."""
-    start = jax.random.normal(jax.random.fold_in(key, 1), (200_000, 2))
-    return samplers.sample(
-        lambda x, t: network(params, x, t, None), SCHEDULE, key, start, steps=STEPS, method="ddpm"
-    ).x_0
+@functools.partial(jax.jit, static_argnames="thousands")
+def draw(params, key, thousands=200):
+    """Samples of the ancestral chain, in parts that fit the cache."""
+
+    def predict(x_t, t):
+        return network(params, x_t, t, None)
+
+    def part(key):
+        start = jax.random.normal(jax.random.fold_in(key, 1), (1000, 2))
+        return samplers.sample(predict, SCHEDULE, key, start, steps=STEPS, method="ddpm").x_0
+
+    return jax.lax.map(part, jax.random.split(key, thousands)).reshape(-1, 2)
 
 
 class Cells(NamedTuple):
