@@ -93,7 +93,7 @@ def figure(lines, rows, path):
         both = [(r["mass_left"], r["kl_kept"]) for r in rows if (r["run"], r["at"]) == (run, at)]
         return np.mean(both, axis=0), np.std(both, axis=0, ddof=1)
 
-    canvas, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    canvas, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     colours = {"LU": "tab:green", "FU": "tab:blue", "RU": "tab:red", "ESD": "tab:orange"}
     for kind, line in lines.items():
         axis.plot(*np.transpose(line), color=colours[kind], label=f"{kind}, exact")
@@ -109,7 +109,7 @@ def figure(lines, rows, path):
     axis.axhline(before[1], color="grey", linestyle=":", label="network before unlearning")
     axis.set(xlabel="mass left of the forgotten mode", ylabel="KL(p‖q) on the kept modes, nats")
     axis.set(yscale="log", ylim=(1e-5, 1), xlim=(0.34, 0))
-    axis.legend(ncol=2, fontsize=8)
+    canvas.legend(loc="outside right center", fontsize=8)
     canvas.savefig(path, dpi=130)
 
 
