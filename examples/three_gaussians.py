@@ -8,6 +8,7 @@ counted in cells, against exact masses of the cells. The duality gap is that of 
 the objective so measured less the exact dual function at the learned λ, as a share of P*.
 
     python examples/three_gaussians.py --seeds 5
+    python examples/three_gaussians.py --seeds 5 --formulation "LU tilt" --distill-steps 20000
 """
 
 import argparse
@@ -74,7 +75,7 @@ def waiting(dual, steps):
     return optax.chain(dual, optax.scale_by_schedule(lambda step: jnp.where(step < steps, 0, 1)))
 
 
-def unlearn(name, reference, key, measured):
+def unlearn(name, reference, key, measured, distill_steps):
     """Trained parameters, λ, and the constraint's value as training saw it.
 
     Training sees KLs of paths, which exceed those of samples. Reverse and forward KL are therefore
@@ -86,7 +87,7 @@ def unlearn(name, reference, key, measured):
         dual = nu_pi(2e-3, 2e-2, 0.9)
         run, first = forward(Q, [U], reference, key, dual, 3000), jnp.array([0.25])
     else:
-        run, solve = distilled(kind, Q, [U], key, 5000)
+        run, solve = distilled(kind, Q, [U], key, distill_steps)
         first = solve(threshold)
         if estimator == "tilt":
             return run(reference, reference, threshold, first, key)
@@ -144,9 +145,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--formulation", default="all", choices=["all", *RUNS])
+    parser.add_argument("--distill-steps", type=int, default=5000, help="of tilt")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
     names = RUNS if args.formulation == "all" else [args.formulation]
+    suffix = "" if args.formulation == "all" else "_" + args.formulation.replace(" ", "_").lower()
     cells, mode_of = on_cells(Q, [U]), nearest(Q)
     solved = {kind: exact(kind, cells, mode_of) for kind in THRESHOLD}
     answers = {name: solved[name[:2]] for name in names}
@@ -161,7 +164,7 @@ def main():
             key = jax.random.fold_in(key, RUNS.index(name))
             kind = name[:2]
             measured = functools.partial(measure, kind, cells=cells, mode_of=mode_of)
-            params, multipliers, value = unlearn(name, reference, key, measured)
+            params, multipliers, value = unlearn(name, reference, key, measured, args.distill_steps)
             x = draw(params, jax.random.fold_in(key, 1))
             row = {"seed": seed, "run": name, "multiplier": float(multipliers[0])}
             row |= {"in_training": float(value[0])} | measured(x)
@@ -172,12 +175,14 @@ def main():
             rows.append(row)
             print(json.dumps(row), flush=True)
         result = {"exact": {kind: answer for kind, (answer, _) in solved.items()}, "runs": rows}
-        (args.out / "three_gaussians.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / f"three_gaussians{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
     for name in names:
         print(name)
         for field, value in (answers[name][0] | {"gap": 0.0}).items():
             found = np.array([row[field] for row in rows if row["run"] == name])
             print(f"  {field} {found.mean(0)} ± {found.std(0, ddof=1)}, exact {value}")
+    if suffix:
+        return
     figure, axes = plt.subplots(2, 3, figsize=(9, 6.4), squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):
         density_of_p = answers[name][1].reshape(2 * [int(np.sqrt(answers[name][1].size))])
