@@ -108,7 +108,7 @@ def figure(lines, rows, path):
     print(f"before: mass left {before[0]:.4f}, KL {before[1]:.5f} ± {spread[1]:.5f}")
     axis.axhline(before[1], color="grey", linestyle=":", label="network before unlearning")
     axis.set(xlabel="mass left of the forgotten mode", ylabel="KL(p‖q) on the kept modes, nats")
-    axis.set(yscale="log", ylim=(1e-5, 1), xlim=(0.34, 0))
+    axis.set(yscale="log", ylim=(1e-5, 5), xlim=(0.34, 0))
     canvas.legend(loc="outside right center", fontsize=8)
     canvas.savefig(path, dpi=130)
 
