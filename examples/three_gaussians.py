@@ -2,16 +2,17 @@
 
 q is a mixture of three Gaussians, u its first component. For each formulation a small score
 network, trained on samples of q, is unlearned, and the law of its samples compared with the exact
-p_λ. Frozen denoisers of q and u are the exact ones: what remains is the error of the
-estimators and of the network. Values are those of samples, not of paths:
+p_λ. Frozen denoisers of q and u are the exact ones: what remains is the error of the estimators,
+of the sampler and of the network. All divergences are those of 200,000 samples of the network,
+counted in cells, against exact masses of the cells. The duality gap is that of the learned pair:
+the objective so measured less the exact dual function at the learned λ, as a share of P*.
 
-  KL(p‖q) and KL(p‖u) from exact log densities and the entropy of a histogram of the samples;
-  FU's KL(u‖p) is a path KL of the learned network, which bounds it from above.
-
-    python examples/three_gaussians.py --seeds 1 --formulation all
+    python examples/three_gaussians.py --seeds 5
+    python examples/three_gaussians.py --seeds 5 --formulation "LU tilt" --distill-steps 20000
 """
 
 import argparse
+import functools
 import json
 import pathlib
 
@@ -20,229 +21,174 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from small_denoiser import (
+    BOX,
+    SCHEDULE,
+    STEPS,
+    coarse,
+    density,
+    distilled,
+    draw,
+    exact_denoiser,
+    forward,
+    histogram,
+    kl_from,
+    kl_to,
+    mixture,
+    nearest,
+    network,
+    on_cells,
+    pretrain,
+    trainer,
+)
 
-from jax_unlearn import divergences, dual_first, duality, losses, mixtures, samplers, schedules
+from jax_unlearn import duality, mixtures
 from jax_unlearn import formulations as f
 from jax_unlearn.multipliers import nu_pi
-from jax_unlearn.primal_dual import primal_dual
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-MEANS, VARIANCE = np.array([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]]), 0.49
-# The network sees x in units in which its variance is about one: (x − SHIFT) · SCALE.
-SHIFT, SCALE = np.array([0.0, 1.0]), 0.5
-Q = mixtures.gaussian_mixture((MEANS - SHIFT) * SCALE, VARIANCE * SCALE**2)
+Q = mixture([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
 U = mixtures.select(Q, [0])
 THRESHOLD = {"RU": 14.0, "FU": 3.0, "LU": 0.01}
-RUNS = ["RU pathwise", "RU stop_gradient", "RU tilt", "FU", "LU tilt", "LU pathwise"]
-
-STEPS = 40
-_ALPHAS = 1 / (1 + np.exp(-np.linspace(8, -5, STEPS)))
-SCHEDULE = schedules.noise_schedule(
-    trained_betas=1 - _ALPHAS / np.append(1.0, _ALPHAS[:-1]), variance_type="fixed_geometric"
-)
-PATH = divergences.path_kl_weights(SCHEDULE, "fixed_geometric")
-# Plain denoising: equal weights. Path weights: drawn in proportion, since ‖ε − ε_θ‖² is about one.
-PLAIN = losses.time_weighting(losses.simple_weights(STEPS, 2))
-PATH_WEIGHTING = losses.time_weighting(PATH, np.ones(STEPS))
+RUNS = ["RU pathwise", "RU tilt", "RU stop_gradient", "FU", "LU tilt", "LU pathwise"]
 
 
-def network(params, x_t, t, cond):
-    """ε of x and log-SNR: three hidden layers, and a skip that is exact far from all means."""
-    log_snr = SCHEDULE.log_snr[t][:, None]
-    clock = [log_snr / 7] + [wave(k * log_snr / 4) for k in (1, 2) for wave in (jnp.sin, jnp.cos)]
-    hidden = jnp.concatenate([x_t, *clock], axis=1)
-    for weight, bias in params[:-1]:
-        hidden = jax.nn.silu(hidden @ weight + bias)
-    weight, bias = params[-1]
-    sigma, signal = jnp.sqrt(jax.nn.sigmoid(-log_snr)), jax.nn.sigmoid(log_snr)
-    skip = sigma * x_t / (signal * VARIANCE * SCALE**2 + 1 - signal)
-    return skip + hidden @ weight + bias
-
-
-def exact_denoiser(params, x_t, t, cond):
-    """ε of q where cond is 0, of u where it is 1."""
-    both = [mixtures.predictions(law, x_t, SCHEDULE.log_snr[t]).epsilon for law in (Q, U)]
-    return jnp.where(cond[:, None] == 0, *both)
-
-
-def density_of_u(x):
-    """h: in the units of the problem, not of the network."""
-    return SCALE**2 * jnp.exp(mixtures.log_density(U, x))
-
-
-@jax.jit
-def pretrain(key):
-    """Denoising of samples of q, with a decaying rate."""
-    steps, optimizer = 6000, optax.adam(optax.cosine_decay_schedule(3e-3, 6000))
-
-    def loss(params, key):
-        a, b = jax.random.split(key)
-        x_0 = mixtures.sample(Q, a, 512)
-        data = {"x_0": x_0, "cond": None, "draws": losses.draw(b, x_0, PLAIN.probabilities)}
-        return losses.denoising_loss(network, params, SCHEDULE, weighting=PLAIN, **data).mean()
-
-    def body(carry, key):
-        updates, state = optimizer.update(jax.grad(loss)(carry[0], key), carry[1])
-        return (optax.apply_updates(carry[0], updates), state), None
-
-    shapes, keys = [(7, 64), (64, 64), (64, 64), (64, 2)], jax.random.split(key, 4)
-    params = [
-        (jax.random.normal(k, shape) / np.sqrt(shape[0]), jnp.zeros(shape[1]))
-        for k, shape in zip(keys, shapes, strict=True)
-    ]
-    carry = (params, optimizer.init(params))
-    return jax.lax.scan(body, carry, jax.random.split(key, steps))[0][0]
-
-
-def reverse_or_likelihood(kind, estimator, key, threshold):
-    """The formulation, its batches, λ* from stored samples, and a dual optimizer."""
-    stored = mixtures.sample(Q, key, 50_000)
-    zeros = jnp.zeros(256, int)
-    tilted, sampled = {"weighting": PLAIN, "control_variate": True}, {"shape": (2,), "steps": STEPS}
-    common = tilted if estimator == "tilt" else sampled
-    common |= {"estimator": estimator, "reference_apply": exact_denoiser}
+def on_policy(kind, estimator, dual, steps, rows):
+    """A run along the network's own trajectories."""
+    zeros = jnp.zeros(rows, int)
+    options = {"estimator": estimator, "shape": (2,), "steps": STEPS}
+    options |= {"reference_apply": exact_denoiser(Q, U)}
     if kind == "RU":
-        values = mixtures.log_density(Q, stored) - mixtures.log_density(U, stored)
-        first = dual_first.reverse_kl_multipliers(values[:, None], [threshold])
-        problem, dual = f.reverse_kl(network, SCHEDULE, **common), nu_pi(3e-4, 1e-3, 0.9)
+        problem = f.reverse_kl(network, SCHEDULE, **options)
+        batch = f.ConditionBatch(None, f.Separated(None, zeros, zeros + 1, zeros))
     else:
-        values = density_of_u(stored)
-        first = dual_first.likelihood_multipliers(values[:, None], [threshold])
-        problem = f.likelihood(network, SCHEDULE, lambda x: density_of_u(x)[:, None], **common)
-        dual = nu_pi(4.0, 50.0, 0.9)
-
-    def batch_of(key):
-        if estimator != "tilt":
-            target = zeros + 1 if kind == "RU" else None
-            return f.ConditionBatch(None, f.Separated(zeros, zeros, target, zeros))
-        chosen = jax.random.randint(key, (512,), 0, len(stored))
-        none = jnp.zeros(512, int)
-        return f.SampleBatch(None, f.Samples(stored[chosen], none, none, values[chosen], none))
-
-    dual = optax.set_to_zero() if estimator == "tilt" else dual
-    return problem, batch_of, first.multipliers, dual
+        problem = f.likelihood(network, SCHEDULE, lambda x: density(U, x)[:, None], **options)
+        batch = f.ConditionBatch(None, f.Separated(None, zeros, None, zeros))
+    return trainer(problem, lambda key: batch, dual, steps, 1e-3)
 
 
-def forward(reference, key):
-    """The same for forward KL, and the loss of u's own denoiser: KL(u‖p) is what exceeds it."""
-    x_u = mixtures.sample(U, key, 200_000)
-    draws = losses.draw(key, x_u, PATH_WEIGHTING.probabilities)
-    data = {"x_0": x_u, "cond": jnp.ones(len(x_u), int), "draws": draws}
-    before, least = (
-        losses.denoising_loss(apply, reference, SCHEDULE, weighting=PATH_WEIGHTING, **data).mean()
-        for apply in (network, exact_denoiser)
-    )
-    problem = f.forward_kl(network, SCHEDULE, PATH_WEIGHTING, reference_values=[before])
-
-    def batch_of(key):
-        a, b = jax.random.split(key)
-        forget = f.Forget(mixtures.sample(U, a, 256), None, jnp.zeros(256, int))
-        return f.Batch(f.Examples(mixtures.sample(Q, b, 256), None), None, forget)
-
-    return problem, batch_of, jnp.array([0.2]), nu_pi(2e-3, 2e-2, 0.9), least
+def waiting(dual, steps):
+    """Multipliers that stay until the network has come near its optimum."""
+    return optax.chain(dual, optax.scale_by_schedule(lambda step: jnp.where(step < steps, 0, 1)))
 
 
-def unlearn(name, reference, key):
-    """Trained parameters, and λ and the constraint's value over the last third of the steps."""
+def unlearn(name, reference, key, measured, distill_steps):
+    """Trained parameters, λ, and the constraint's value as training saw it.
+
+    Training sees KLs of paths, which exceed those of samples. Reverse and forward KL are therefore
+    trained twice: the second time the threshold is raised by the excess that samples show.
+    """
     kind, _, estimator = name.partition(" ")
-    threshold, shift = THRESHOLD[kind], 0.0
+    threshold = jnp.array([THRESHOLD[kind]])
     if kind == "FU":
-        problem, batch_of, first, dual, shift = forward(reference, key)
+        dual = nu_pi(2e-3, 2e-2, 0.9)
+        run, first = forward(Q, [U], reference, key, dual, 3000), jnp.array([0.25])
     else:
-        problem, batch_of, first, dual = reverse_or_likelihood(kind, estimator, key, threshold)
-    steps = 700 if estimator in ("pathwise", "stop_gradient") else 2000
-    rate = optax.cosine_decay_schedule(1e-3, steps, 0.01)
-    algorithm = primal_dual(problem, optax.adam(rate), dual)
-
-    def body(state, key):
-        return algorithm.step(key, state, batch_of(jax.random.fold_in(key, 1)))
-
-    state = algorithm.init(reference, threshold + shift, multipliers=first)
-    state, info = jax.jit(lambda s, k: jax.lax.scan(body, s, jax.random.split(k, steps)))(
-        state, key
-    )
-    multiplier, value = (x[-(steps // 3) :].mean() for x in (info.multipliers, info.values))
-    return state.params, {"multiplier": float(multiplier), "in_training": float(value - shift)}
+        run, solve = distilled(kind, Q, [U], key, distill_steps)
+        first = solve(threshold)
+        if estimator == "tilt":
+            return run(reference, reference, threshold, first, key)
+        dual = waiting(nu_pi(3e-4, 1e-3, 0.9) if kind == "RU" else nu_pi(4.0, 50.0, 0.9), 200)
+        run = on_policy(kind, estimator, dual, 700, 96 if estimator == "pathwise" else 48)
+    params, first, value = found = run(reference, reference, threshold, first, key)
+    if kind == "LU":
+        return found
+    excess = value - measured(draw(params, jax.random.fold_in(key, 2), 50))["constraint"]
+    return run(params, reference, threshold + excess, first, jax.random.fold_in(key, 3))
 
 
-@jax.jit
-def draw(params, key):
-    """Samples of the ancestral chain."""
-    start = jax.random.normal(jax.random.fold_in(key, 1), (100_000, 2))
-    return samplers.sample(
-        lambda x, t: network(params, x, t, None), SCHEDULE, key, start, steps=STEPS, method="ddpm"
-    ).x_0
+FUNCTIONS = {
+    "RU": (duality.solve_reverse_kl, duality.dual_reverse_kl),
+    "FU": (duality.solve_forward_kl, duality.dual_forward_kl),
+    "LU": (duality.solve_likelihood, duality.dual_likelihood),
+}
 
 
-def masses_of(x, weights):
-    """Of the modes, points going to the nearest, in the units of the problem."""
-    nearest = np.square(x[:, None] - MEANS).sum(axis=2).argmin(axis=1)
-    return [float(weights[nearest == k].sum()) for k in range(3)]
-
-
-def measure(x):
-    """Mode masses, KL(p‖q), KL(p‖u) and E h of the network's samples."""
-    points = np.asarray(x) / SCALE + SHIFT
-    counts, *_ = np.histogram2d(*points.T, bins=100, range=[[-7, 7], [-6, 8]])
-    share = counts[counts > 0] / counts.sum()
-    bias = (len(share) - 1) / (2 * len(x))  # Miller and Madow's, of the entropy
-    entropy = -(share * np.log(share / (0.14 * SCALE) ** 2)).sum() + bias
-    return {
-        "masses": masses_of(points, np.full(len(x), 1 / len(x))),
-        "kl_q": float(-entropy - mixtures.log_density(Q, x).mean()),
-        "kl_u": float(-entropy - mixtures.log_density(U, x).mean()),
-        "mean_h": float(density_of_u(x).mean()),
-    }
-
-
-def exact(kind):
-    """λ, p_λ and its values on a fine grid, in float64."""
+def on_exact_cells(kind, cells, function, *arguments):
+    """A function of `duality` on the cells, in float64; its threshold is that of this study."""
+    rows = cells.h if kind == "LU" else cells.log_u
     with jax.enable_x64(True):
-        q, u = (mixtures.gaussian_mixture(means, VARIANCE) for means in (MEANS, MEANS[:1]))
-        cells = mixtures.grid([(-7, 7), (-6, 8)], 350)
-        log_q, log_u = mixtures.log_masses(q, cells), mixtures.log_masses(u, cells)
-        h = jnp.exp(mixtures.log_density(u, cells.x))
-        solve = {"RU": duality.solve_reverse_kl, "FU": duality.solve_forward_kl}
-        solve, row = solve.get(kind, duality.solve_likelihood), h if kind == "LU" else log_u
-        found = solve(log_q, row[None], jnp.array([THRESHOLD[kind]]))
-        p = np.exp(found.log_p)
-        means = {"kl_q": found.log_p - log_q, "kl_u": found.log_p - log_u, "mean_h": h}
-        answer = {name: float((p * value).sum()) for name, value in means.items()}
-        answer |= {"multiplier": float(found.multipliers[0]), "price": float(found.primal_value)}
-        return answer | {"masses": masses_of(np.asarray(cells.x), p)}, p.reshape(350, 350)
+        arguments = [jnp.asarray(argument, float) for argument in arguments]
+        return function(*arguments, cells.log_q, rows, jnp.array([THRESHOLD[kind]]))
+
+
+def values_of(kind, modes, mode_of, kl_q, kl_u, q_kl, u_kl, mean_h):
+    """What the tables show: masses of the modes, objective, constraint and KL(p‖q)."""
+    masses = [float(modes[mode_of == k].sum() / modes.sum()) for k in range(3)]
+    objective, constraint = {"RU": (kl_q, kl_u), "FU": (q_kl, u_kl), "LU": (kl_q, mean_h)}[kind]
+    return {"masses": masses, "objective": objective, "constraint": constraint, "kl_q": kl_q}
+
+
+def exact(kind, cells, mode_of):
+    """λ*, P*, the values of p_λ*, and its masses on the coarse cells."""
+    found = on_exact_cells(kind, cells, FUNCTIONS[kind][0])
+    log_p, p = np.asarray(found.log_p), np.exp(found.log_p)
+    q, u = np.exp(cells.log_q), np.exp(cells.log_u[0])
+    kl = [(p * (log_p - cells.log_q)).sum(), (p * (log_p - cells.log_u[0])).sum()]
+    kl += [(q * (cells.log_q - log_p)).sum(), (u * (cells.log_u[0] - log_p)).sum()]
+    kl = map(float, [*kl, (p * cells.h[0]).sum()])
+    answer = values_of(kind, coarse(log_p), mode_of, *kl)
+    return answer | {"multiplier": float(found.multipliers[0])}, coarse(log_p)
+
+
+def measure(kind, x, cells, mode_of):
+    """The same of the network's samples."""
+    counts, (u,) = histogram(x), cells.unlearn
+    kl = kl_from(counts, cells.q), kl_from(counts, u), kl_to(cells.q, counts), kl_to(u, counts)
+    return values_of(kind, counts, mode_of, *kl, float(density(U, x).mean()))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--formulation", default="all", choices=["all", *RUNS])
+    parser.add_argument("--distill-steps", type=int, default=5000, help="of tilt")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
     names = RUNS if args.formulation == "all" else [args.formulation]
-    answers, rows, clouds = {name: exact(name[:2]) for name in names}, [], {}
+    suffix = "" if args.formulation == "all" else "_" + args.formulation.replace(" ", "_").lower()
+    cells, mode_of = on_cells(Q, [U]), nearest(Q)
+    solved = {kind: exact(kind, cells, mode_of) for kind in THRESHOLD}
+    answers = {name: solved[name[:2]] for name in names}
+    rows, clouds = [], {}
+    args.out.mkdir(exist_ok=True)
     for seed in range(args.seeds):
         key = jax.random.key(seed)
-        reference = pretrain(key)
-        rows.append({"seed": seed, "run": "before"} | measure(draw(reference, key)))
+        reference = pretrain(key, Q)
+        before = measure("RU", draw(reference, key), cells, mode_of)
+        rows.append({"seed": seed, "run": "before"} | before)
         for name in names:
             key = jax.random.fold_in(key, RUNS.index(name))
-            params, found = unlearn(name, reference, key)
-            x = draw(params, key)
-            rows.append({"seed": seed, "run": name} | found | measure(x))
-            clouds.setdefault(name, np.asarray(x[:3000]) / SCALE + SHIFT)
-            print(json.dumps(rows[-1]), "exact", json.dumps(answers[name][0]), flush=True)
-    args.out.mkdir(exist_ok=True)
-    result = {"exact": {name: answers[name][0] for name in names}, "runs": rows}
-    (args.out / "three_gaussians.json").write_text(json.dumps(result, indent=1) + "\n")
-    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3.2), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        axis.imshow(answers[name][1].T, origin="lower", extent=(-7, 7, -6, 8), cmap="Blues")
-        axis.scatter(*clouds[name].T, s=2, color="tab:red", alpha=0.5, linewidths=0)
-        axis.set(title=name, xlim=(-5, 5), ylim=(-3, 6), xticks=[], yticks=[])
-    figure.tight_layout()
+            kind = name[:2]
+            measured = functools.partial(measure, kind, cells=cells, mode_of=mode_of)
+            params, multipliers, value = unlearn(name, reference, key, measured, args.distill_steps)
+            x = draw(params, jax.random.fold_in(key, 1))
+            row = {"seed": seed, "run": name, "multiplier": float(multipliers[0])}
+            row |= {"in_training": float(value[0])} | measured(x)
+            dual = on_exact_cells(kind, cells, FUNCTIONS[kind][1], multipliers)
+            gap = row["objective"] - float(dual)
+            row |= {"dual": float(dual), "gap": gap / answers[name][0]["objective"]}
+            clouds.setdefault(name, np.asarray(x[:3000]))
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        result = {"exact": {kind: answer for kind, (answer, _) in solved.items()}, "runs": rows}
+        (args.out / f"three_gaussians{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name in names:
+        print(name)
+        for field, value in (answers[name][0] | {"gap": 0.0}).items():
+            found = np.array([row[field] for row in rows if row["run"] == name])
+            print(f"  {field} {found.mean(0)} ± {found.std(0, ddof=1)}, exact {value}")
+    if suffix:
+        return
+    figure, axes = plt.subplots(2, 3, figsize=(9, 6.4), squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=False):
+        density_of_p = answers[name][1].reshape(2 * [int(np.sqrt(answers[name][1].size))])
+        axis.imshow(density_of_p.T, origin="lower", extent=np.ravel(BOX), cmap="Blues")
+        axis.scatter(*clouds[name].T, s=3, color="tab:red", alpha=0.5, linewidths=0)
+        axis.set(title=name, xlim=(-2.4, 2.4), ylim=(-2, 2.6), xticks=[], yticks=[])
     figure.savefig(args.out / "three_gaussians.png", dpi=110)
 
 
