@@ -15,11 +15,14 @@ import numpy as np
 import optax
 from flax import traverse_util
 
+from jax_unlearn.formulations import Formulation
+from jax_unlearn.formulations.base import Losses
 from jax_unlearn.typing import Array, Params
 from jax_unlearn.weights import new_folder, write_params
 
 __all__ = [
     "Subset",
+    "lora_formulation",
     "lora_init",
     "lora_merge",
     "parse_subset",
@@ -160,9 +163,6 @@ def lora_init(params: Params, key: Array, *, rank: int, part: str = "cross-atten
 def lora_merge(params: Params, lora: Params) -> Params:
     """W + A B for each kernel that `lora` changes; other parameters are those of `params`.
 
-    `lambda lora, *args: apply(lora_merge(params, lora), *args)` is a denoiser of the change alone,
-    whose reference is the change at its start: no second copy of the parameters is needed.
-
     Raises:
       ValueError: if `lora` changes a kernel that the parameters do not have, or of another shape.
     """
@@ -177,6 +177,19 @@ def lora_merge(params: Params, lora: Params) -> Params:
             raise ValueError(f"lora changes a {'.'.join(path)} {shape}, which is not there.")
         merged[path] = merged[path] + jnp.matmul(down, up, precision="highest")
     return traverse_util.unflatten_dict(merged)
+
+
+def lora_formulation(formulation: Formulation) -> Formulation:
+    """The same problem over a low-rank change of the reference's parameters.
+
+    Its losses take a `lora` in place of the parameters, which are `lora_merge(reference, lora)`: no
+    second copy of them trains. `primal_dual(...).init(lora, ..., reference=params)` starts it.
+    """
+
+    def losses(lora: Params, reference: Params, *rest: Any) -> Losses:
+        return formulation.losses(lora_merge(reference, lora), reference, *rest)
+
+    return formulation._replace(losses=losses)
 
 
 def save_lora(folder: str | os.PathLike[str], lora: Params) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
@@ -288,6 +289,16 @@ def test_hub_fetches_parts_when_they_are_read(monkeypatch, folder, tmp_path):
     assert calls[0] == ["*.json"]
     assert {"vae/*.safetensors", "tokenizer/merges.txt"} <= set(calls[-1])
     assert not any(pattern.endswith(".bin") for call in calls for pattern in call)
+    with pytest.raises(ValueError, match="no weights of variant 'fp16'"):
+        load_pretrained("owner/name", variant="fp16")
+    names = [
+        f"unet/diffusion_pytorch_model{part}" for part in (".fp16", "", ".fp16-00001-of-00002")
+    ]
+    wanted = [
+        any(fnmatch.fnmatch(f"{name}.safetensors", pattern) for pattern in calls[-1])
+        for name in names
+    ]
+    assert wanted == [True, False, True]
 
 
 # ------------------------------------------------------------------ diffusers
