@@ -26,6 +26,13 @@ from jax_unlearn.primal_dual import (
     primal_dual,
 )
 from jax_unlearn.schedules import NoiseSchedule
+from jax_unlearn.text_to_image import (
+    TextToImage,
+    decode_latents,
+    encode_images,
+    encode_prompts,
+    load_text_to_image,
+)
 
 __all__ = [
     "Batch",
@@ -42,10 +49,15 @@ __all__ = [
     "SampleBatch",
     "Samples",
     "Separated",
+    "TextToImage",
     "certificate",
+    "decode_latents",
+    "encode_images",
+    "encode_prompts",
     "forward_kl",
     "likelihood",
     "load_pretrained",
+    "load_text_to_image",
     "mixed",
     "primal_dual",
     "reverse_kl",

@@ -1,21 +1,24 @@
 """Reading and writing diffusers' folders, without torch.
 
 A pipeline folder holds `model_index.json`, `unet/` (`config.json` and safetensors) and
-`scheduler/`; the first released models keep all of it in one folder. `load_pretrained` reads
-both, and `save_pretrained` writes the former, which torch users open with
-`DDPMPipeline.from_pretrained`.
+`scheduler/`, and for text to image also what encodes prompts and images; the first released models
+keep all of it in one folder. `load_pretrained` reads the denoiser of each, and `save_pretrained`
+writes a pipeline folder, which torch users open with `DiffusionPipeline.from_pretrained`.
 """
 
 import dataclasses
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
+from jax_unlearn.hub import find_model
 from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel
+from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionDenoiser
 from jax_unlearn.networks import load_network, write_network
 from jax_unlearn.schedules import NoiseSchedule, from_diffusers
 from jax_unlearn.typing import Array, Condition, Params
@@ -24,13 +27,23 @@ from jax_unlearn.weights import new_folder, read_json, write_json
 __all__ = [
     "Pretrained",
     "PretrainedConfig",
+    "TEXT_TO_IMAGE",
     "UNet2DDenoiser",
     "load_pretrained",
     "relabelled",
     "save_pretrained",
 ]
 
-_WEIGHTS = "diffusion_pytorch_model"
+TEXT_TO_IMAGE = {
+    "StableDiffusionPipeline": ("text_encoder", "tokenizer", "unet", "vae"),
+    "StableDiffusionXLPipeline": (
+        "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae",
+    ),
+}  # fmt: skip
+"""The pipelines from text to image, and the parts that they must have."""
+
+# What a part is read from; the rest of a folder are pickles and the files of other frameworks.
+_SUFFIXES = (".json", ".txt", ".safetensors")
 # These do not noise by x_t = α x_0 + σ ε at integer t, or noise what is no continuous image.
 _OTHER_PROCESSES = re.compile(r"ScoreSde|Karras|EDM|Flow|VQ|RePaint|IPNDM|CM|TCD|LCM|Consistency")
 
@@ -45,6 +58,7 @@ class PretrainedConfig:
       id2label: names of the labels, or None.
       null_label: the label that stands for "no label" in classifier-free guidance, or None.
       source: where the model was loaded from.
+      pipeline: the raw `model_index.json` of a pipeline from text to image, else {}.
     """
 
     unet: dict[str, Any]
@@ -52,11 +66,17 @@ class PretrainedConfig:
     id2label: dict[int, str] | None = None
     null_label: int | None = None
     source: str = ""
+    pipeline: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of an image; ValueError if the config has no `sample_size`."""
-        return UNet2DConfig.from_diffusers(self.unet).sample_shape
+        """(height, width, channels) of what is denoised: an image, or latents.
+
+        Raises:
+          ValueError: if the config has no `sample_size`.
+        """
+        network = UNet2DConditionConfig if self.pipeline else UNet2DConfig
+        return network.from_diffusers(self.unet).sample_shape
 
     @property
     def num_labels(self) -> int:
@@ -127,15 +147,21 @@ class Pretrained(NamedTuple):
 def load_pretrained(
     path_or_name: str | os.PathLike[str], *, dtype: Any = None, variant: str | None = None
 ) -> Pretrained:
-    """Loads a diffusers `UNet2DModel` with its schedule, without torch.
+    """Loads the denoiser of a diffusers pipeline with its schedule, without torch.
+
+    Of pixel-space pipelines that is a `UNet2DModel`, and `cond` are labels [batch] or None. Of
+    `StableDiffusionPipeline` and `StableDiffusionXLPipeline` it is a `UNet2DConditionModel` on
+    latents, and `cond` are encoded prompts: `text_to_image.load_text_to_image` also loads what
+    makes these.
 
     Parameters are float32 whatever the weights are stored in. `model_index.json` may name the
     labels as `id2label`, as DiT's pipelines do; a network with one embedding more than labels
     takes its last one for "no label".
 
     Args:
-      path_or_name: a pipeline folder, a folder of `config.json` beside its weights, or
-        `owner/name` on the Hugging Face hub, of which only json and safetensors are fetched.
+      path_or_name: a pipeline folder, a folder of `config.json` beside its weights (of a
+        `UNet2DModel`), or `owner/name` on the Hugging Face hub, of which only json and
+        safetensors are fetched.
       dtype: computing dtype, e.g. `jnp.bfloat16`; None computes in that of the images.
       variant: which of several sets of weights, e.g. "fp16" or "non_ema"; None takes the
         unnamed one, or the only one.
@@ -144,23 +170,30 @@ def load_pretrained(
       The model, its parameters, its noise schedule and its raw configuration.
 
     Raises:
-      ValueError: if there is no such model, if it is of another class or needs an option that
-        is not supported, if its weights are pickled, damaged, not finite, missing, misshapen
-        or of no parameter.
+      ValueError: if there is no such model, if it is of another class, lacks a part or needs an
+        option that is not supported, if its weights are pickled, damaged, not finite, missing,
+        misshapen or of no parameter.
     """
-    folder, fetch_weights = _find(path_or_name)
+    folder, fetch = find_model(path_or_name)
     index = folder / "model_index.json"
     index = read_json(index) if index.is_file() else {}
     _check_pipeline(index, folder)
+    text_to_image = index.get("_class_name") in TEXT_TO_IMAGE
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     unet = read_json(unet_folder / "config.json")
-    if unet.get("_class_name") != "UNet2DModel":
+    kind = "UNet2DConditionModel" if text_to_image else "UNet2DModel"
+    if unet.get("_class_name") != kind:
         raise ValueError(
             f"{unet_folder / 'config.json'} is of class {unet.get('_class_name')!r}: expected a "
-            "pixel-space 'UNet2DModel'."
+            f"{kind!r}, or the folder of a pipeline from text to image."
         )
     try:
-        network = UNet2DConfig.from_diffusers(unet)
+        network = (UNet2DConditionConfig if text_to_image else UNet2DConfig).from_diffusers(unet)
+        if text_to_image and network.in_channels != network.out_channels:
+            raise ValueError(
+                f"in_channels {network.in_channels} and out_channels {network.out_channels} "
+                "differ: networks that also take an image, as for inpainting, are not supported."
+            )
     except ValueError as error:
         raise ValueError(f"{unet_folder / 'config.json'}: {error}") from error
     scheduler = _read_scheduler(folder)
@@ -168,16 +201,24 @@ def load_pretrained(
         schedule = from_diffusers(scheduler)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the scheduler_config.json of {folder}: {error}") from error
-    id2label = _read_labels(index, network, folder)
-    null_label = None
-    if id2label is not None and network.num_class_embeds == len(id2label) + 1:
-        null_label = len(id2label)
-
-    fetch_weights()
-    params = load_network(unet_folder, variant=variant).params
-    config = PretrainedConfig(unet, scheduler, id2label, null_label, os.fspath(path_or_name))
     dtype = None if dtype is None else jnp.dtype(dtype)
-    return Pretrained(UNet2DDenoiser(network, null_label, dtype), params, schedule, config)
+    id2label, null_label, pipeline = None, None, {}
+    if isinstance(network, UNet2DConditionConfig):
+        apply, pipeline = UNet2DConditionDenoiser(network, dtype), index
+    else:
+        id2label = _read_labels(index, network, folder)
+        if id2label is not None and network.num_class_embeds == len(id2label) + 1:
+            null_label = len(id2label)
+        apply = UNet2DDenoiser(network, null_label, dtype)
+
+    only = f".{variant}" if variant else ""
+    stem = f"diffusion_pytorch_model*{only}*.safetensors"
+    fetch([f"unet/{stem}", stem])
+    params = load_network(unet_folder, variant=variant).params
+    config = PretrainedConfig(
+        unet, scheduler, id2label, null_label, os.fspath(path_or_name), pipeline
+    )
+    return Pretrained(apply, params, schedule, config)
 
 
 def relabelled(params: Params, labels: Sequence[int], base: int) -> Params:
@@ -194,32 +235,42 @@ def relabelled(params: Params, labels: Sequence[int], base: int) -> Params:
 
 
 def save_pretrained(
-    path: str | os.PathLike[str], pretrained: Pretrained, *, overwrite: bool = False
+    path: str | os.PathLike[str],
+    pretrained: Pretrained,
+    *,
+    overwrite: bool = False,
+    hard_links: bool = False,
 ) -> None:
     """Writes a pipeline folder that diffusers and `load_pretrained` open.
 
-    The folder appears complete or not at all: it is written beside its place and renamed.
+    The folder appears complete or not at all: it is written beside its place and renamed. The
+    parts of a pipeline from text to image that are not trained come from `config.source`; of
+    their weights those without a variant's name, or else the only ones under that name.
 
     Args:
       path: the folder to make.
       pretrained: the model; parameters are written as float32.
       overwrite: replace a model that is there. It is deleted only once the new one stands.
+      hard_links: link the files of parts that are not trained instead of copying them. Nothing
+        is then stored twice, and who edits one of them in place edits both.
 
     Raises:
       ValueError: if `path` exists and is not to be overwritten, or holds something other than a
-        model, or if the parameters do not fit the configuration or are not finite.
+        model, if the parameters do not fit the configuration or are not finite, or if the
+        source is gone or cannot be linked.
     """
     config = pretrained.config
-    version = config.unet.get("_diffusers_version", "0.35.0")
-    names = {"_class_name": "UNet2DModel", "_diffusers_version": version}
-    scheduler = {"_class_name": "DDPMScheduler", "_diffusers_version": version} | config.scheduler
+    names = {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": config.unet.get("_diffusers_version", "0.35.0"),
+    }
+    scheduler = names | {"_class_name": "DDPMScheduler"} | config.scheduler
     kind = scheduler["_class_name"]
-    index: dict[str, Any] = {
+    index: dict[str, Any] = config.pipeline or names | {
         "_class_name": "DDIMPipeline" if kind == "DDIMScheduler" else "DDPMPipeline",
-        "_diffusers_version": version,
-        "scheduler": ["diffusers", kind],
         "unet": ["diffusers", "UNet2DModel"],
     }
+    index = index | {"scheduler": ["diffusers", kind]}
     if config.id2label is not None:
         index["id2label"] = {str(label): name for label, name in config.id2label.items()}
 
@@ -229,49 +280,58 @@ def save_pretrained(
         write_json(folder / "model_index.json", index)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         write_network(folder / "unet", names | config.unet, pretrained.params)
+        if unchanged := sorted(_parts(config.pipeline) - {"unet", "scheduler"}):
+            source, fetch = find_model(config.source)
+            fetch([f"{part}/*{suffix}" for part in unchanged for suffix in _SUFFIXES])
+            for part in unchanged:
+                _copy_part(source / part, folder / part, hard_links)
 
 
-def _find(path_or_name: str | os.PathLike[str]) -> tuple[pathlib.Path, Callable[[], None]]:
-    """A folder, and what is to be called before its weights are read."""
-    folder = pathlib.Path(path_or_name)
-    name = os.fspath(path_or_name)
-    if folder.is_dir():
-        return folder, lambda: None
-    if folder.exists():
-        raise ValueError(f"{name} is a file: pass the folder that holds model_index.json.")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise ValueError(f"no such folder: {name}. It is no name on the hub (owner/name) either.")
-
-    def fetch(patterns: list[str]) -> pathlib.Path:
-        # Only here: its import is slow, and a folder needs none of it.
-        import huggingface_hub
-
+def _copy_part(source: pathlib.Path, target: pathlib.Path, hard_links: bool) -> None:
+    if not source.is_dir():
+        raise ValueError(f"{source}, which the model was loaded with, is gone: it cannot be saved.")
+    target.mkdir()
+    chosen = {}
+    # An unnamed file, which has the shorter name, takes the place of its variants.
+    for path in sorted(source.iterdir(), key=lambda path: (-len(path.name), path.name)):
+        if path.suffix in _SUFFIXES and path.is_file():
+            chosen[re.sub(r"\.\w+\.safetensors$", ".safetensors", path.name)] = path
+    for name, path in chosen.items():
+        if not hard_links:
+            shutil.copyfile(path, target / name)
+            continue
         try:
-            return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-        except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
+            os.link(path.resolve(), target / name)  # The hub's cache is one of symbolic links.
+        except OSError as error:
             raise ValueError(
-                f"{name} is no folder here, and the Hugging Face hub did not give it: "
-                f"{type(error).__name__}: {reason}"
+                f"{path} cannot be linked into {target.parent} ({error.strerror}): save without "
+                "hard_links."
             ) from error
 
-    # The descriptions first, so that a model that is not supported is not downloaded.
-    descriptions = ["*.json"]
-    weights = [f"unet/{_WEIGHTS}*.safetensors", f"{_WEIGHTS}*.safetensors"]
-    return fetch(descriptions), lambda: (fetch(descriptions + weights), None)[1]
 
-
-def _check_pipeline(index: Mapping[str, Any], folder: pathlib.Path) -> None:
-    parts = {
+def _parts(index: Mapping[str, Any]) -> set[str]:
+    """The parts that a `model_index.json` names, each in the folder of its name."""
+    return {
         name
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and value != [None, None]
     }
-    if odd := sorted(parts - {"unet", "scheduler"}):
-        raise ValueError(
-            f"{folder} is a {index.get('_class_name', 'pipeline')} with the parts {odd}: expected "
-            "a pixel-space pipeline of a UNet2DModel and a scheduler, such as DDPMPipeline."
-        )
+
+
+def _check_pipeline(index: Mapping[str, Any], folder: pathlib.Path) -> None:
+    parts, kind = _parts(index), index.get("_class_name")
+    if kind not in TEXT_TO_IMAGE:
+        if odd := sorted(parts - {"unet", "scheduler"}):
+            raise ValueError(
+                f"{folder} is a {kind or 'pipeline'} with the parts {odd}: expected one of "
+                f"{', '.join(TEXT_TO_IMAGE)}, or a pixel-space pipeline of a UNet2DModel and a "
+                "scheduler, such as DDPMPipeline."
+            )
+        return
+    if missing := sorted({*TEXT_TO_IMAGE[kind], "scheduler"} - parts):
+        raise ValueError(f"{folder} is a {kind} whose model_index.json does not name {missing}.")
+    if missing := sorted(part for part in parts if not (folder / part).is_dir()):
+        raise ValueError(f"{folder} is a {kind} without the folders {missing}.")
 
 
 def _read_scheduler(folder: pathlib.Path) -> dict[str, Any]:
