@@ -194,7 +194,7 @@ def draw(params, key, thousands=200):
 
 
 class Cells(NamedTuple):
-    """Fine cells in float64: log masses of q [n] and of each q_i [m, n], h_i [m, n]; their law.
+    """Fine cells in float64: log masses of q [n] and of each q_i [m, n], and h_i [m, n].
 
     `q` and `unlearn` are the masses on the cells of the histogram.
     """
