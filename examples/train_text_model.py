@@ -1,0 +1,367 @@
+"""Trains the embedded text-to-image model with torch diffusers: VAE, CLIP, then the denoiser.
+
+The images are Fashion-MNIST's, rendered in four styles and captioned by
+`jax_unlearn.embedded.captions`. Each stage is trained by torch, diffusers and transformers (the
+`torch` extra), and the result is a genuine `StableDiffusionPipeline` of 32x32 images on 8x8
+latents, with a CLIP whose text tower is the pipeline's text encoder.
+
+    python examples/train_text_model.py vae --data FOLDER_OF_IDX_FILES --out WORK
+    python examples/train_text_model.py clip --data FOLDER_OF_IDX_FILES --out WORK
+    python examples/train_text_model.py denoiser --data FOLDER_OF_IDX_FILES --out WORK
+
+The last stage writes WORK/text_model. Learning rates follow the clock (`--minutes`).
+"""
+
+import argparse
+import copy
+import json
+import math
+import pathlib
+import time
+
+import numpy as np
+import tokenizers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from train_embedded_model import read_idx, split
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from jax_unlearn.embedded.captions import (
+    HELD_OUT_TEMPLATES,
+    OBJECTS,
+    STYLES,
+    SYNONYMS,
+    caption,
+    captions,
+    render,
+)
+
+TOKENS = 32
+
+
+def bfloat16():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+class Images:
+    """All renderings of the training or the held-out images."""
+
+    def __init__(self, folder: pathlib.Path, held_out: bool = False) -> None:
+        pixels = read_idx(folder / "train-images-idx3-ubyte.gz")
+        labels = read_idx(folder / "train-labels-idx1-ubyte.gz")
+        train, others, _ = split(labels)
+        chosen = others if held_out else train
+        self.pixels, self.labels = pixels[chosen][..., None], labels[chosen].astype(int)
+
+    def render(self, indices: np.ndarray, styles: np.ndarray) -> torch.Tensor:
+        """[n, 3, 32, 32] in [-1, 1]."""
+        drawn = np.empty((len(indices), 32, 32, 3), np.uint8)
+        for number, style in enumerate(STYLES):
+            (where,) = np.nonzero(styles == number)
+            if len(where):
+                drawn[where] = render(self.pixels[indices[where]], style)
+        return torch.from_numpy(drawn.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+def train(minutes, optimizer, step, report, every, average=None, decay=0.9995, warmup=200):
+    """Calls step() until the time is up; the rate is warmed up, then falls as a cosine."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    start, number, running = time.time(), 0, 0.0
+    while (done := (time.time() - start) / (60 * minutes)) < 1:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1, (number + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        loss = step()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if average is not None:
+            keep = min(decay, (number + 1) / (number + 10))
+            with torch.no_grad():
+                for mean, value in zip(average.parameters(), parameters, strict=True):
+                    mean.lerp_(value, 1 - keep)
+        running, number = running + loss.item(), number + 1
+        if number % every == 0:
+            minutes_gone = (time.time() - start) / 60
+            print(
+                f"step {number} minutes {minutes_gone:.1f} loss {running / every:.5f} {report()}",
+                flush=True,
+            )
+            running = 0.0
+    print(f"end: step {number} {report()}", flush=True)
+
+
+def train_vae(options, rng) -> None:
+    images, held_out = Images(options.data), Images(options.data, held_out=True)
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+    )
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0)
+    some = np.arange(400)
+    shown = held_out.render(some, some % len(STYLES))
+
+    def step():
+        indices = rng.integers(len(images.labels), size=64)
+        x = images.render(indices, rng.integers(len(STYLES), size=64))
+        with bfloat16():
+            posterior = model.encode(x).latent_dist
+            again = model.decode(posterior.sample()).sample.float()
+        kl = posterior.kl().mean() / x[0].numel()
+        return (again - x).abs().mean() + (again - x).square().mean() + 1e-3 * kl
+
+    def report():
+        with torch.no_grad():
+            latents = average.encode(shown).latent_dist.mean
+            again = average.decode(latents).sample
+        average.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
+        average.save_pretrained(options.out / "vae")
+        return (
+            f"held-out: squared error {(again - shown).square().mean():.5f} "
+            f"latents' std {latents.std():.3f}"
+        )
+
+    train(options.minutes or 10, optimizer, step, report, 100, average, decay=0.995)
+
+
+def write_tokenizer(folder: pathlib.Path) -> CLIPTokenizer:
+    """A byte-pair encoding learned from the captions, as CLIP's: start, end and padding tokens."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    texts = [text for o in OBJECTS for s in STYLES for text in captions(o, s)]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(
+                tokenizers.Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True
+            ),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1000, initial_alphabet=bytes_, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    words = [*bytes_, *(b + "</w>" for b in bytes_), *("".join(merge) for merge in merges)]
+    vocabulary = {word: i for i, word in enumerate([*dict.fromkeys(words), start, end])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines))
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    config = special | {"model_max_length": TOKENS, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def tokenize(tokenizer, texts):
+    options = {"padding": "max_length", "max_length": TOKENS, "return_tensors": "pt"}
+    return tokenizer(texts, **options).input_ids
+
+
+def train_clip(options, rng) -> None:
+    images, held_out = Images(options.data), Images(options.data, held_out=True)
+    tokenizer = write_tokenizer(options.out / "tokenizer")
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    tower = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "projection_dim": 64,
+    }  # fmt: skip
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS}
+    vision = {"image_size": 32, "patch_size": 4}
+    model = CLIPModel(
+        CLIPConfig(text_config=tower | text | ends, vision_config=tower | vision, projection_dim=64)
+    ).train()
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-2)
+    pairs = [(o, s) for o in range(len(OBJECTS)) for s in range(len(STYLES))]
+    by_object = [np.nonzero(images.labels == o)[0] for o in range(len(OBJECTS))]
+
+    def step():
+        # Two images of each of the forty pairs; captions name the pair, or half of it.
+        shown = np.array(pairs * 2)
+        indices = np.array([rng.choice(by_object[o]) for o, _ in shown])
+        texts, match = [], np.zeros((len(shown), len(shown)), np.float32)
+        for row, (o, s) in enumerate(shown):
+            kind = rng.random()
+            name = str(rng.choice((OBJECTS[o], *SYNONYMS[OBJECTS[o]])))
+            if kind < 0.7:
+                texts.append(str(rng.choice(captions(OBJECTS[o], STYLES[s]))))
+            else:
+                texts.append(caption(name, None) if kind < 0.85 else caption(None, STYLES[s]))
+            same = [shown[:, 0] == o, shown[:, 1] == s]
+            match[row] = same[0] & same[1] if kind < 0.7 else same[0 if kind < 0.85 else 1]
+        target = torch.from_numpy(match)
+        with bfloat16():
+            out = model(
+                input_ids=tokenize(tokenizer, texts),
+                pixel_values=images.render(indices, shown[:, 1]),
+            )
+        logits = out.logits_per_text.float()
+        by_text = (target / target.sum(1, keepdim=True)) * logits.log_softmax(1)
+        by_image = (target / target.sum(0, keepdim=True).clamp(min=1)) * logits.log_softmax(0)
+        return -(by_text.sum() + by_image.sum()) / (2 * len(shown))
+
+    some = np.arange(600)
+
+    def report():
+        rates = []
+        shown = held_out.render(some, some % len(STYLES))
+        for template in (None, *HELD_OUT_TEMPLATES):
+            options_ = {} if template is None else {"template": template}
+            texts = [caption(OBJECTS[o], STYLES[s], **options_) for o, s in pairs]
+            with torch.no_grad():
+                logits = average(
+                    input_ids=tokenize(tokenizer, texts), pixel_values=shown
+                ).logits_per_image
+            found = np.array(pairs)[logits.argmax(1).numpy()]
+            rates.append((found[:, 0] == held_out.labels[some]).mean())
+            rates.append((found[:, 1] == some % len(STYLES)).mean())
+        average.save_pretrained(options.out / "clip")
+        return "held-out object, style by template: " + " ".join(f"{rate:.3f}" for rate in rates)
+
+    train(options.minutes or 8, optimizer, step, report, 100, average, decay=0.995)
+
+
+def train_denoiser(options, rng) -> None:
+    images, held_out = Images(options.data), Images(options.data, held_out=True)
+    vae = AutoencoderKL.from_pretrained(options.out / "vae").eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(options.out / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(options.out / "clip", dtype=torch.float32).eval()
+
+    def latents_of(images):
+        parts = []
+        for style in range(len(STYLES)):
+            for part in np.array_split(np.arange(len(images.labels)), len(images.labels) // 250):
+                with torch.no_grad(), bfloat16():
+                    drawn = images.render(part, np.full(len(part), style))
+                    mean = vae.encode(drawn).latent_dist.mean
+                parts.append(mean.float() * vae.config.scaling_factor)
+        return torch.cat(parts).reshape(len(STYLES), len(images.labels), *parts[0].shape[1:])
+
+    start = time.time()
+    latents, others = latents_of(images), latents_of(held_out)
+    print(f"encoded in {(time.time() - start) / 60:.1f} minutes", flush=True)
+
+    texts = [""]
+    full, objects, styles = {}, {}, {}
+    for o, name in enumerate(OBJECTS):
+        objects[o] = [len(texts) + i for i in range(1 + len(SYNONYMS[name]))]
+        texts += [caption(one, None) for one in (name, *SYNONYMS[name])]
+        for s, style in enumerate(STYLES):
+            many = captions(name, style)
+            full[o, s] = [len(texts) + i for i in range(len(many))]
+            texts += many
+    for s, style in enumerate(STYLES):
+        styles[s] = [len(texts)]
+        texts.append(caption(None, style))
+    with torch.no_grad():
+        table = encoder(tokenize(tokenizer, texts)).last_hidden_state
+
+    model = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    if options.start:
+        model = UNet2DConditionModel.from_pretrained(options.start, subfolder="unet").train()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{count} parameters, {len(texts)} captions", flush=True)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3
+    )
+
+    def choose(o, s, rng):
+        kind = rng.random()
+        if kind < 0.1:
+            return 0
+        pool = objects[o] if kind < 0.18 else styles[s] if kind < 0.26 else full[o, s]
+        return rng.choice(pool)
+
+    def loss_of(model, source, labels, size, rng):
+        indices, chosen = rng.integers(len(labels), size=size), rng.integers(len(STYLES), size=size)
+        rows = [choose(labels[i], s, rng) for i, s in zip(indices, chosen, strict=True)]
+        x = source[chosen, indices]
+        noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32))
+        t = torch.from_numpy(rng.integers(1000, size=size))
+        with bfloat16():
+            found = model(scheduler.add_noise(x, noise, t), t, table[rows]).sample
+        return (found.float() - noise).square().mean()
+
+    def save() -> None:
+        pipeline = StableDiffusionPipeline(
+            vae=copy.deepcopy(vae).half(),
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            unet=copy.deepcopy(average).half(),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(options.out / "text_model")
+
+    def report():
+        save()
+        fixed = np.random.default_rng(1)
+        with torch.no_grad():
+            losses = [
+                float(loss_of(average, others, held_out.labels, 250, fixed)) for _ in range(8)
+            ]
+        return f"held-out {np.mean(losses):.5f}"
+
+    train(
+        options.minutes or 55,
+        optimizer,
+        lambda: loss_of(model, latents, images.labels, options.batch_size, rng),
+        report,
+        500,
+        average,
+        warmup=300,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage", choices=("vae", "clip", "denoiser"))
+    parser.add_argument("--data", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--start", type=pathlib.Path, help="go on from this denoiser's weights")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stages = {"vae": train_vae, "clip": train_clip, "denoiser": train_denoiser}
+    stages[options.stage](options, np.random.default_rng(options.seed))
+
+
+if __name__ == "__main__":
+    main()
