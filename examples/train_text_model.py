@@ -39,10 +39,6 @@ from jax_unlearn.embedded.captions import (
 TOKENS = 32
 
 
-def bfloat16():
-    return torch.autocast("cpu", dtype=torch.bfloat16)
-
-
 class Images:
     """All renderings of the training or the held-out images."""
 
@@ -63,24 +59,25 @@ class Images:
         return torch.from_numpy(drawn.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
 
 
-def train(minutes, optimizer, step, report, every, average=None, decay=0.9995, warmup=200):
+def train(minutes, optimizer, step, report, every, average=None, decay=0.999, warmup=200):
     """Calls step() until the time is up; the rate is warmed up, then falls as a cosine."""
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start, number, running = time.time(), 0, 0.0
     while (done := (time.time() - start) / (60 * minutes)) < 1:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1, (number + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = (
+                rate * min(1, (number + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+            )
         loss = step()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if average is not None:
-            keep = min(decay, (number + 1) / (number + 10))
-            with torch.no_grad():
-                for mean, value in zip(average.parameters(), parameters, strict=True):
-                    mean.lerp_(value, 1 - keep)
+        keep = min(decay, (number + 1) / (number + 10))
+        with torch.no_grad():
+            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(value, 1 - keep)
         running, number = running + loss.item(), number + 1
         if number % every == 0:
             minutes_gone = (time.time() - start) / 60
@@ -103,17 +100,22 @@ def train_vae(options, rng) -> None:
         norm_num_groups=8,
         sample_size=32,
     )
+    if options.decoder:
+        model = AutoencoderKL.from_pretrained(options.out / "vae").train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0)
+    trained = model.parameters()
+    if options.decoder:
+        trained = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.99), weight_decay=0)
     some = np.arange(400)
     shown = held_out.render(some, some % len(STYLES))
 
     def step():
         indices = rng.integers(len(images.labels), size=64)
         x = images.render(indices, rng.integers(len(STYLES), size=64))
-        with bfloat16():
+        with torch.set_grad_enabled(not options.decoder):
             posterior = model.encode(x).latent_dist
-            again = model.decode(posterior.sample()).sample.float()
+        again = model.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / x[0].numel()
         return (again - x).abs().mean() + (again - x).square().mean() + 1e-3 * kl
 
@@ -128,7 +130,7 @@ def train_vae(options, rng) -> None:
             f"latents' std {latents.std():.3f}"
         )
 
-    train(options.minutes or 10, optimizer, step, report, 100, average, decay=0.995)
+    train(options.minutes or 10, model, average, optimizer, step, report, 100, decay=0.995)
 
 
 def write_tokenizer(folder: pathlib.Path) -> CLIPTokenizer:
@@ -205,12 +207,10 @@ def train_clip(options, rng) -> None:
             same = [shown[:, 0] == o, shown[:, 1] == s]
             match[row] = same[0] & same[1] if kind < 0.7 else same[0 if kind < 0.85 else 1]
         target = torch.from_numpy(match)
-        with bfloat16():
-            out = model(
-                input_ids=tokenize(tokenizer, texts),
-                pixel_values=images.render(indices, shown[:, 1]),
-            )
-        logits = out.logits_per_text.float()
+        logits = model(
+            input_ids=tokenize(tokenizer, texts),
+            pixel_values=images.render(indices, shown[:, 1]),
+        ).logits_per_text
         by_text = (target / target.sum(1, keepdim=True)) * logits.log_softmax(1)
         by_image = (target / target.sum(0, keepdim=True).clamp(min=1)) * logits.log_softmax(0)
         return -(by_text.sum() + by_image.sum()) / (2 * len(shown))
@@ -233,7 +233,7 @@ def train_clip(options, rng) -> None:
         average.save_pretrained(options.out / "clip")
         return "held-out object, style by template: " + " ".join(f"{rate:.3f}" for rate in rates)
 
-    train(options.minutes or 8, optimizer, step, report, 100, average, decay=0.995)
+    train(options.minutes or 8, model, average, optimizer, step, report, 100, decay=0.995)
 
 
 def train_denoiser(options, rng) -> None:
@@ -246,10 +246,10 @@ def train_denoiser(options, rng) -> None:
         parts = []
         for style in range(len(STYLES)):
             for part in np.array_split(np.arange(len(images.labels)), len(images.labels) // 250):
-                with torch.no_grad(), bfloat16():
+                with torch.no_grad():
                     drawn = images.render(part, np.full(len(part), style))
                     mean = vae.encode(drawn).latent_dist.mean
-                parts.append(mean.float() * vae.config.scaling_factor)
+                parts.append(mean * vae.config.scaling_factor)
         return torch.cat(parts).reshape(len(STYLES), len(images.labels), *parts[0].shape[1:])
 
     start = time.time()
@@ -275,7 +275,7 @@ def train_denoiser(options, rng) -> None:
         sample_size=8,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 128),
+        block_out_channels=(48, 96),
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,
@@ -307,9 +307,8 @@ def train_denoiser(options, rng) -> None:
         x = source[chosen, indices]
         noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32))
         t = torch.from_numpy(rng.integers(1000, size=size))
-        with bfloat16():
-            found = model(scheduler.add_noise(x, noise, t), t, table[rows]).sample
-        return (found.float() - noise).square().mean()
+        found = model(scheduler.add_noise(x, noise, t), t, table[rows]).sample
+        return (found - noise).square().mean()
 
     def save() -> None:
         pipeline = StableDiffusionPipeline(
@@ -334,12 +333,14 @@ def train_denoiser(options, rng) -> None:
         return f"held-out {np.mean(losses):.5f}"
 
     train(
-        options.minutes or 55,
+        options.minutes or 60,
+        model,
+        average,
         optimizer,
         lambda: loss_of(model, latents, images.labels, options.batch_size, rng),
         report,
         500,
-        average,
+        decay=0.999,
         warmup=300,
     )
 
@@ -350,10 +351,11 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--decoder", action="store_true", help="train the VAE's decoder further")
     parser.add_argument("--start", type=pathlib.Path, help="go on from this denoiser's weights")
     options = parser.parse_args()
     torch.manual_seed(options.seed)

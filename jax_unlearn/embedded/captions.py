@@ -1,7 +1,7 @@
 """The captioned images of the embedded text-to-image model: objects in styles.
 
 Fashion-MNIST's images, each rendered in one of four styles and described by a templated caption.
-The objects and the styles are two independent axes, so that one can be forgotten and the other kept.
+Objects and styles are two independent axes, so that one can be forgotten and the other kept.
 """
 
 import numpy as np

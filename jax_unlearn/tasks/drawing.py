@@ -1,4 +1,4 @@
-"""Samples of every label, and what a judge says of them."""
+"""Samples of every condition from the same noise, what a judge says of them, and their pictures."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,15 +13,20 @@ from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import RunOptions
 from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.tasks.base import in_batches
+from jax_unlearn.tasks.conditions import Conditions
 from jax_unlearn.typing import Array, Params
 
 __all__ = ["CAPTIONS", "Drawing", "drawing", "features_of", "sample_grids"]
 
 CAPTIONS = {
     "agreement": {
-        "description": "Share of the samples of each label that the judge names so; the forgotten "
-        "labels should fall, the others should not."
-    }
+        "description": "Share of the samples of each condition that the judge names so; the "
+        "forgotten ones should fall, the others should not."
+    },
+    "named_forgotten": {
+        "description": "Share of the samples of each condition that the judge names as something "
+        "that was to be forgotten."
+    },
 }
 
 
@@ -29,14 +34,14 @@ class Drawing(NamedTuple):
     """How samples are drawn and judged.
 
     Attributes:
-      labels: that there are rows of; empty for an unconditional model.
-      draw: (params, seed=0) -> uint8 [labels, samples, height, width, channels], from the same
+      drawn: the conditions that there are rows of; empty for an unconditional model.
+      draw: (params, seed=0) -> uint8 [conditions, samples, height, width, channels], from the same
         noise for the same seed; None where no samples were asked for.
-      judge: (samples, real images or None) -> agreement by label, KID and FID of the kept labels
-        against the images, where there are any; nothing without a judge.
+      judge: (samples, real images or None) -> what a judge names them by condition, KID and FID of
+        the kept conditions against the images, where there are any; nothing without a judge.
     """
 
-    labels: tuple[int, ...]
+    drawn: tuple[int, ...]
     draw: Callable[..., np.ndarray | None]
     judge: Callable[[np.ndarray, np.ndarray | None], dict[str, Any]]
 
@@ -56,22 +61,26 @@ def features_of(judge: JudgeFunctions | None) -> Callable[[np.ndarray], np.ndarr
 
 def drawing(
     pretrained: Pretrained,
+    conditions: Conditions,
     options: RunOptions,
     judge: JudgeFunctions | None,
     forgotten: Sequence[int],
+    left_out: Sequence[int] = (),
 ) -> Drawing:
-    """Prepares the drawing of samples of all labels, guided as the options say.
+    """Prepares the drawing of samples, guided as the options say.
 
     Args:
       pretrained: the model; only its parameters may change later.
+      conditions: that it takes.
       options: of the run.
       judge: names what samples show.
-      forgotten: labels that KID and FID leave out.
+      forgotten: conditions whose samples are not to show what they did.
+      left_out: conditions that KID and FID leave out beside these.
     """
     apply, _, schedule, config = pretrained
-    null, labels = config.null_label, tuple(range(config.num_labels))
-    rows = max(len(labels), 1)
-    wanted = np.repeat(np.asarray(labels, np.int32), options.samples) if labels else None
+    drawn, null = conditions.drawn, conditions.null
+    rows = max(len(drawn), 1)
+    wanted = np.repeat(np.asarray(drawn, np.int32), options.samples) if drawn else None
 
     @jax.jit
     def draw_batch(params: Params, key: Array, noise: Array, cond: Any) -> Array:
@@ -83,7 +92,8 @@ def drawing(
             predict = samplers.guided(
                 apply, params, cond, unconditional=free, scale=options.guidance
             )
-        return samplers.sample(predict, schedule, key, noise, steps=options.sampling_steps).x_0
+        found = samplers.sample(predict, schedule, key, noise, steps=options.sampling_steps).x_0
+        return conditions.decode(found)
 
     def draw(params: Params, seed: int = 0) -> np.ndarray | None:
         if not options.samples:
@@ -91,10 +101,10 @@ def drawing(
         noise = np.random.default_rng([options.seed, 3, seed]).standard_normal(
             (rows * options.samples, *config.sample_shape), np.float32
         )
-        drawn = in_batches(partial(draw_batch, params), jax.random.key(seed), noise, wanted)
-        return data.to_pixels(drawn).reshape(rows, options.samples, *config.sample_shape)
+        found = in_batches(partial(draw_batch, params), jax.random.key(seed), noise, wanted)
+        return data.to_pixels(found).reshape(rows, options.samples, *conditions.image_shape)
 
-    kept = [label for label in labels if label not in forgotten]
+    kept = [place for place, c in enumerate(drawn) if c not in (*forgotten, *left_out)]
     features = features_of(judge)
     logits_of = None if judge is None else jax.jit(judge.logits)
 
@@ -103,56 +113,60 @@ def drawing(
             return {}
         found: dict[str, Any] = {}
         if wanted is not None:
-            flat = samples.reshape(-1, *config.sample_shape)
+            flat = samples.reshape(-1, *conditions.image_shape)
             logits = in_batches(
                 lambda _, x: logits_of(data.to_unit_range(x)), jax.random.key(0), flat
             )
-            by_class = metrics.agreement(logits, wanted, len(labels))
-            found["agreement"] = {
-                config.label_name(label): {
-                    "rate": float(by_class.rate[label]),
-                    "stderr": float(by_class.stderr[label]),
-                    "count": int(by_class.count[label]),
-                }
-                for label in labels
-            }
+            named = logits.argmax(axis=1).reshape(rows, -1)
+            classes = dict(zip(drawn, conditions.shown_as, strict=True))
+            lost = [classes[c] for c in forgotten if c in classes]
+            own = named == np.asarray(conditions.shown_as)[:, None]
+            found["agreement"] = _shares(conditions, own)
+            if lost:
+                found["named_forgotten"] = _shares(conditions, np.isin(named, lost))
         if real is not None:
-            shown = samples[kept] if labels else samples
-            ours = features(shown.reshape(-1, *config.sample_shape))
+            shown = samples[kept] if drawn else samples
+            ours = features(shown.reshape(-1, *conditions.image_shape))
             theirs = features(real)
             found["kid"] = metrics.kernel_distance(ours, theirs)
             found["fid"] = float(metrics.frechet_distance(ours, theirs))
         return found
 
-    return Drawing(labels, draw, judge_samples)
+    return Drawing(drawn, draw, judge_samples)
+
+
+def _shares(conditions: Conditions, hits: np.ndarray) -> dict[str, dict[str, float]]:
+    """By name: the share of a row's hits [conditions, samples], and its standard error."""
+    return {
+        conditions.names[c]: {
+            "rate": float(row.mean()),
+            "stderr": float(np.sqrt(row.mean() * (1 - row.mean()) / row.size)),
+            "count": int(row.size),
+        }
+        for c, row in zip(conditions.drawn, hits, strict=True)
+    }
 
 
 def sample_grids(
-    pretrained: Pretrained,
-    drawn: Drawing,
+    conditions: Conditions,
     before: np.ndarray | None,
     after: np.ndarray | None,
-    forgotten: Sequence[int],
+    groups: dict[str, Sequence[int]],
 ) -> list[report.Grid]:
-    """Samples before and after, from the same noise: of forgotten and of kept labels."""
+    """Samples before and after, from the same noise, a grid for each group of conditions."""
     if before is None or after is None:
         return []
-    config = pretrained.config
     count = min(8, before.shape[1])
-
-    both = (before, after)
-
-    def rows(labels: Sequence[int], title: str, caption: str) -> report.Grid:
-        where = [drawn.labels.index(label) for label in labels] if labels else [0]
-        shape = (-1, *config.sample_shape)
-        pair = [samples[where][:, :count].reshape(shape) for samples in both]
-        return report.Grid(title, caption, pair[0], pair[1], count)
-
+    shape = (-1, *conditions.image_shape)
     grids = []
-    if forgotten:
-        asked = ", ".join(config.label_name(label) for label in forgotten)
-        grids.append(rows(forgotten, f"Forgotten: {asked}", f"Samples asked for as {asked}."))
-    kept = [label for label in drawn.labels if label not in forgotten]
-    named = ", ".join(config.label_name(label) for label in kept)
-    grids.append(rows(kept, "Retained", f"A row each: {named}." if kept else "Samples."))
+    for title, group in groups.items():
+        places = [conditions.drawn.index(c) for c in group if c in conditions.drawn]
+        if conditions.drawn and not places:
+            continue
+        named = ", ".join(conditions.names[conditions.drawn[place]] for place in places)
+        first, last = (
+            samples[places or [0]][:, :count].reshape(shape) for samples in (before, after)
+        )
+        caption = f"A row each: {named}." if places else "Samples."
+        grids.append(report.Grid(title, caption, first, last, count))
     return grids

@@ -1,0 +1,85 @@
+"""What a model can be conditioned on, by number: labels, or a run's prompts."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jax_unlearn.pretrained import Pretrained
+from jax_unlearn.text_to_image import TextToImage, decode_latents, encode_prompts
+from jax_unlearn.typing import Array, Denoiser, Params
+
+__all__ = ["Conditions", "Numbered", "of_labels", "of_prompts"]
+
+
+class Conditions(NamedTuple):
+    """The conditions of a run, as whole numbers that the denoiser takes.
+
+    Attributes:
+      names: of each, the free branch included.
+      null: the free branch of classifier-free guidance, or None.
+      drawn: those that samples are drawn of; empty for an unconditional model.
+      shown_as: the judge's class for each of `drawn`.
+      decode: what is denoised -> images in [-1, 1].
+      image_shape: (height, width, channels) of these.
+    """
+
+    names: tuple[str, ...]
+    null: int | None
+    drawn: tuple[int, ...]
+    shown_as: tuple[int, ...]
+    decode: Callable[[Array], Array]
+    image_shape: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Numbered:
+    """A denoiser conditioned on row numbers [batch] of a table of conditions, encoded once.
+
+    Attributes:
+      apply: the denoiser that takes the conditions themselves.
+      table: the conditions, a tree of arrays [conditions, ...].
+    """
+
+    apply: Denoiser
+    table: Any
+
+    def __call__(self, params: Params, x_t: Array, t: Array, cond: Any, /) -> Array:
+        """Predicts as `apply` does under the numbered conditions."""
+        return self.apply(params, x_t, t, jax.tree.map(lambda leaf: leaf[cond], self.table))
+
+
+def of_labels(pretrained: Pretrained) -> Conditions:
+    """The labels of a pixel-space model, and its null label."""
+    config = pretrained.config
+    labels = tuple(range(config.num_labels))
+    names = [config.label_name(label) for label in labels]
+    if config.null_label is not None:
+        names.append("null label")
+    return Conditions(
+        tuple(names), config.null_label, labels, labels, lambda x: x, config.sample_shape
+    )
+
+
+def of_prompts(model: TextToImage, prompts: Sequence[str]) -> tuple[Pretrained, Conditions]:
+    """The prompts, in their order, and after them no prompt at all.
+
+    Returns:
+      The model with a denoiser that takes their numbers, and the conditions.
+
+    Raises:
+      ValueError: if a prompt is too long for the text encoder.
+    """
+    table = jax.tree.map(np.asarray, encode_prompts(model, [*prompts, None]))
+    pretrained = model.pretrained
+    numbers = tuple(range(len(prompts)))
+    return pretrained._replace(apply=Numbered(pretrained.apply, table)), Conditions(
+        (*(f"“{prompt}”" for prompt in prompts), "no prompt"),
+        len(prompts),
+        numbers,
+        numbers,
+        lambda latents: decode_latents(model, latents),
+        model.image_shape,
+    )
