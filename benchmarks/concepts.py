@@ -26,7 +26,7 @@ from jax_unlearn.formulations import Separated
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.pretrained import load_pretrained
 from jax_unlearn.primal_dual import primal_dual
-from jax_unlearn.tasks import concepts
+from jax_unlearn.tasks import concept_problem, concepts
 
 FORGET = ("Trouser", "Sneaker")
 COMMON = {"forget": FORGET, "samples": 16, "evaluation_images": 132, "chain_steps": 10}
@@ -79,8 +79,9 @@ def make_esd(problem, options):
     """A function (start, η) -> trained parameters; compiled once for all strengths."""
     apply, reference, schedule, config = problem.pretrained
     optimizer = optimizer_of(options.learning_rate, ESD_STEPS)
-    rows = np.resize(np.asarray(problem.forget, np.int32), ESD_ROWS)
-    batch = Separated(rows, np.full_like(rows, problem.base), rows, np.zeros_like(rows))
+    rows = np.resize(np.asarray(problem.forgotten, np.int32), ESD_ROWS)
+    base = np.full_like(rows, problem.separated[0].base)
+    batch = Separated(rows, base, rows, np.zeros_like(rows))
 
     @jax.jit
     def step(key, params, state, strength):
@@ -107,7 +108,7 @@ def make_esd(problem, options):
 
 
 def row_of(problem, method, setting, measured, thresholds, seconds=None, multipliers=None):
-    names = [problem.name(c) for c in problem.forget]
+    names = [problem.conditions.names[c] for c in problem.forgotten]
     rates = {name: one["rate"] for name, one in measured.metrics["agreement"].items()}
     kl = {name: float(one.value) for name, one in measured.metrics["path_kl"].items()}
     return {
@@ -132,9 +133,9 @@ def study(seed, methods):
     """The rows of one seed, one after another."""
     pretrained, judge = load_pretrained(embedded.model_path()), embedded.judge()
     reverse = ConceptOptions(seed=seed, **COMMON, **REVERSE)
-    problem = concepts.make_problem(pretrained, reverse)
+    problem = concept_problem.make_problem(pretrained, reverse)
     held_out = embedded.load_data().held_out
-    problem = problem._replace(real=held_out.pixels[~np.isin(held_out.labels, problem.forget)])
+    problem = problem._replace(real=held_out.pixels[~np.isin(held_out.labels, problem.forgotten)])
     task = concepts.concept_task(problem, reverse, judge)
     share = reverse.forget_batch_size / (reverse.batch_size + reverse.forget_batch_size)
 

@@ -59,7 +59,7 @@ class Images:
         return torch.from_numpy(drawn.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
 
 
-def train(minutes, optimizer, step, report, every, average=None, decay=0.999, warmup=200):
+def train(minutes, model, average, optimizer, step, report, every, decay, warmup=200):
     """Calls step() until the time is up; the rate is warmed up, then falls as a cosine."""
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

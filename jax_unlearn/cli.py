@@ -32,7 +32,7 @@ _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
 
   demo     forget a class of the embedded model and data; needs no network
   data     forget images that a diffusers checkpoint of yours was trained on
-  concept  forget labels that a diffusers checkpoint is conditioned on; needs no images
+  concept  forget labels or prompts that a diffusers checkpoint is conditioned on; needs no images
   sample   draw a grid of samples from a checkpoint
 
   --help after a command lists its options with their defaults and units.
@@ -104,11 +104,17 @@ def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
     from jax_unlearn import embedded
     from jax_unlearn.models.judge import load_judge
     from jax_unlearn.pretrained import load_pretrained
-    from jax_unlearn.tasks import concepts, images
+    from jax_unlearn.tasks import concept_problem, images
+    from jax_unlearn.text_to_image import is_text_to_image
 
     model = getattr(options, "model", "embedded")
+    if isinstance(options, ConceptOptions) and (
+        model == "embedded-text" or (model != "embedded" and is_text_to_image(model))
+    ):
+        return _load_prompts(options)
     own = model == "embedded"
-    pretrained = load_pretrained(embedded.model_path() if own else model)
+    dtype = getattr(options, "dtype", None)
+    pretrained = load_pretrained(embedded.model_path() if own else model, dtype=dtype)
     judge = embedded.judge() if own else None
     if own:
         config = dataclasses.replace(pretrained.config, source="the embedded model")
@@ -120,11 +126,26 @@ def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
     if isinstance(options, DataOptions):
         return images.from_paths(pretrained, options), options, judge
     assert isinstance(options, ConceptOptions)
-    problem = concepts.make_problem(pretrained, options)
+    problem = concept_problem.make_problem(pretrained, options)
     if own:
-        held_out = embedded.load_data().held_out
-        real = held_out.pixels[~np.isin(held_out.labels, problem.forget)]
+        stored = embedded.load_data().held_out
+        real = stored.pixels[~np.isin(stored.labels, problem.forgotten)]
         problem = problem._replace(real=real)
+    return problem, options, judge
+
+
+def _load_prompts(options: ConceptOptions) -> tuple[Any, RunOptions, Any]:
+    from jax_unlearn import embedded
+    from jax_unlearn.clip import load_clip, zero_shot
+    from jax_unlearn.tasks.concept_problem import make_prompt_problem
+    from jax_unlearn.text_to_image import load_text_to_image
+
+    own = options.model == "embedded-text"
+    path = embedded.text_model_path() if own else options.model
+    model = load_text_to_image(path, dtype=options.dtype)
+    problem = make_prompt_problem(model, options)
+    folder = embedded.clip_path() if own and options.clip is None else options.clip
+    judge = None if folder is None else zero_shot(load_clip(folder), problem.conditions.classes)
     return problem, options, judge
 
 

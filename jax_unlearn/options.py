@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax_unlearn
+from jax_unlearn.subsets import parse_subset
 
 __all__ = [
     "ConceptOptions",
@@ -174,33 +175,61 @@ class DataOptions(ImageOptions):
 
 @dataclasses.dataclass(frozen=True)
 class ConceptOptions(RunOptions):
-    """Forgets concepts of a diffusers checkpoint: labels that it is conditioned on. No images.
+    """Forgets concepts that a diffusers checkpoint is conditioned on: labels or prompts; no images.
 
-    The trained model p is conditioned on each forgotten label c. There it is held to the
-    reference's law of --base, q(·|base), and must not show any of the forgotten concepts; every
-    other label, and the null label, is held to what it was.
+    The trained model p is conditioned on what is forgotten: a label c, or each prompt c that the
+    concept's names make of the templates. There it is held to the reference's law of a base,
+    q(·|base), and must not show any of the forgotten concepts; every other label, and for prompts
+    those of --retain and no prompt at all, is held to what it was.
     """
 
     model: str = "embedded"
-    """Pipeline folder, model folder or name on the hub; "embedded" is the embedded model."""
+    """Pipeline folder, model folder or name on the hub; "embedded" is the embedded model of labels,
+    "embedded-text" that of prompts."""
     forget: tuple[str, ...] = ()
-    """Labels to forget, by name or number, each one constraint."""
+    """Concepts to forget, each one constraint: labels, by name or number; or for prompts a name, or
+    several that mean the same: "sneaker|trainer"."""
+    template: tuple[str, ...] = ("{}",)
+    """Prompts: what names are put into, in place of {}; each template widens every concept.
+    "a photo of a {} => a photo" also says which prompt, without the concept, it is held to."""
     formulation: Literal["reverse-kl", "likelihood"] = "reverse-kl"
     """"reverse-kl": KL(p‖q(·|c)) of at least the threshold, along the model's own trajectories.
     "likelihood": E_p[h_c] of at most the threshold, h_c(x) the probability of c at x by the
-    reference model itself, as a diffusion classifier over its labels."""
+    reference model itself, as a diffusion classifier over its labels or the run's prompts."""
     base: str | None = None
-    """What forgotten labels are held to: a label, or (default) the null label."""
+    """What is held to instead of a concept: a label, or (default) the null label; for prompts a
+    name put into the templates, or (default) no prompt. A template's own base goes first."""
     anchor: str | None = None
-    """Label that "calibrated" thresholds are measured on; default: the mean of the kept labels."""
+    """Label that "calibrated" thresholds are measured on, default the mean of the kept labels; or,
+    for prompts, a name put into the templates, which is then kept too."""
+    retain: tuple[str, ...] = ()
+    """Prompts to keep, or @FILE with one a line; all conditions to keep count the same."""
+    show: tuple[str, ...] = ()
+    """Prompts that are drawn and measured but not trained on, or @FILE; paraphrases, say."""
+    clip: pathlib.Path | None = None
+    """Prompts: folder of a CLIP (transformers' CLIPModel, with its tokenizer), which names what
+    samples show among the forgotten and the kept prompts."""
     threshold: tuple[str, ...] = ("calibrated",)
     """A number (nats; for likelihoods a probability), "1.2x" (that many times the value that --base
     itself has) or "calibrated" (as far from c, or as unlikely to be c, as samples of --anchor; n
     samples do not show a probability below 1/(n + 2))."""
     separate_null: bool = False
-    """Separate the null label from the concepts too: it also generates them."""
+    """Separate the null label, or no prompt, from the concepts too: it also generates them."""
+    start: Literal["edited", "reference"] | None = None
+    """Prompts: start from "edited" keys and values of cross-attention, which see the base in place
+    of what is forgotten, or from the "reference". Default: edited, where --train trains them."""
     estimator: Literal["pathwise", "stop_gradient"] = "pathwise"
     """"reverse-kl": whether gradients go through the sampler; see jax_unlearn.reverse_kl."""
+    train: str = "full"
+    """What trains: full, cross-attention, cross-attention-kv, no-cross-attention (ESD's esd-x,
+    esd-x-strict, esd-u), or lora:RANK, or lora:RANK:SUBSET. Models of labels train in full."""
+    save: Literal["pipeline", "unet", "lora"] = "pipeline"
+    """What OUT/model is: the whole pipeline, the UNet alone, or, of --train lora:RANK, the change
+    that diffusers' load_lora_weights reads."""
+    link: bool = False
+    """Link the files of the pipeline's unchanged parts (hard links) instead of copying them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the denoiser computes in; parameters are float32."""
     steps: int = 60
     """Primal-dual steps."""
     batch_size: int = 24
@@ -231,6 +260,9 @@ class ConceptOptions(RunOptions):
             raise ValueError("--forget is missing: see jax-unlearn concept --help.")
         if repeated := {text for text in self.forget if self.forget.count(text) > 1}:
             raise ValueError(f"--forget {', '.join(sorted(repeated))} is given twice.")
+        rank = parse_subset(self.train).rank
+        if self.save == "lora" and rank is None:
+            raise ValueError("--save lora needs --train lora:RANK.")
         for name in ("chain_steps", "classifier_draws"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')} must be 2 or more.")
@@ -249,6 +281,8 @@ class SampleOptions:
     """Replace an existing picture."""
     labels: tuple[str, ...] = ()
     """Labels to draw, by name or number, a row each; default all of them."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to draw, a row each, where the model is conditioned on prompts."""
     samples: int = 10
     """Samples for each label."""
     steps: int = 50
@@ -348,6 +382,6 @@ def load_run(path: pathlib.Path, command: str, kind: type) -> Any:
     for name, value in fields.items():
         if isinstance(value, list):
             fields[name] = tuple(value)
-        elif isinstance(known[name].default, pathlib.Path) or (name == "judge" and value):
+        elif isinstance(known[name].default, pathlib.Path) or (name in ("judge", "clip") and value):
             fields[name] = pathlib.Path(value)
     return kind(**fields)

@@ -32,6 +32,7 @@ __all__ = [
     "load_pretrained",
     "relabelled",
     "save_pretrained",
+    "save_unet",
 ]
 
 TEXT_TO_IMAGE = {
@@ -285,6 +286,18 @@ def save_pretrained(
             fetch([f"{part}/*{suffix}" for part in unchanged for suffix in _SUFFIXES])
             for part in unchanged:
                 _copy_part(source / part, folder / part, hard_links)
+
+
+def save_unet(
+    path: str | os.PathLike[str], pretrained: Pretrained, *, overwrite: bool = False
+) -> None:
+    """Writes the denoiser alone, a folder that `UNet2DConditionModel.from_pretrained` opens.
+
+    Raises:
+      ValueError: as `save_pretrained`.
+    """
+    with new_folder(path, overwrite=overwrite) as folder:
+        write_network(folder, pretrained.config.unet, pretrained.params)
 
 
 def _copy_part(source: pathlib.Path, target: pathlib.Path, hard_links: bool) -> None:

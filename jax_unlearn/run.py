@@ -19,17 +19,25 @@ from jax_unlearn import outcome, report, sharding
 from jax_unlearn.checkpoint import Checkpoints
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import RunOptions, save_run
-from jax_unlearn.pretrained import save_pretrained
+from jax_unlearn.pretrained import Pretrained, save_pretrained, save_unet
 from jax_unlearn.primal_dual import PrimalDualState, certificate, primal_dual
-from jax_unlearn.tasks import concepts, image_task, images
+from jax_unlearn.subsets import (
+    lora_formulation,
+    lora_init,
+    lora_merge,
+    parse_subset,
+    save_lora,
+    subset_optimizer,
+)
+from jax_unlearn.tasks import concept_problem, concepts, image_task, images
 from jax_unlearn.tasks.base import Task
-from jax_unlearn.typing import Array
+from jax_unlearn.typing import Array, Params
 
 __all__ = ["Interrupted", "NotFinite", "Result", "prepare_folder", "run"]
 
 _TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
     images.Problem: image_task.image_task,
-    concepts.Problem: concepts.concept_task,
+    concept_problem.Problem: concepts.concept_task,
 }
 
 
@@ -126,7 +134,7 @@ def _keep_rows(path: pathlib.Path, steps: int) -> float:
 
 
 def run(
-    problem: images.Problem | concepts.Problem,
+    problem: images.Problem | concept_problem.Problem,
     options: RunOptions,
     *,
     command: str,
@@ -164,7 +172,7 @@ def run(
 
 
 def _run(
-    problem: images.Problem | concepts.Problem,
+    problem: images.Problem | concept_problem.Problem,
     options: RunOptions,
     command: str,
     judge: JudgeFunctions | None,
@@ -190,9 +198,17 @@ def _run(
     rate = optax.warmup_cosine_decay_schedule(
         0.0, options.learning_rate, warmup, max(options.steps, warmup + 1)
     )
-    algorithm = primal_dual(task.formulation, optax.adam(rate, b1=0.9, b2=0.99), task.dual)
+    optimizer = optax.adam(rate, b1=0.9, b2=0.99)
+    part, rank = parse_subset(getattr(options, "train", "full"))
+    formulation, start = task.formulation, task.params
+    if rank is not None:
+        formulation = lora_formulation(formulation)
+        start = lora_init(start, jax.random.key(options.seed), rank=rank, part=part)
+    elif part != "full":
+        optimizer = subset_optimizer(optimizer, part)
+    algorithm = primal_dual(formulation, optimizer, task.dual)
     state = algorithm.init(
-        task.params, thresholds, multipliers=task.multipliers, reference=pretrained.params
+        start, thresholds, multipliers=task.multipliers, reference=pretrained.params
     )
     # A step's key follows from the seed and the state's own count: nothing more to save.
     key = jax.random.key(options.seed)
@@ -228,10 +244,11 @@ def _run(
         timing["train"] = rows[-1]["seconds"]
         say("measuring the unlearned model ...")
         measuring = time.monotonic()
-        params = jax.device_get(state.params)
+        trained = jax.device_get(state.params)
+        params = trained if rank is None else lora_merge(pretrained.params, trained)
         after = task.measure(params)
         timing["unlearned"] = time.monotonic() - measuring
-        save_pretrained(out / "model", pretrained._replace(params=params), overwrite=True)
+        _save(options, pretrained._replace(params=params), trained)
         certified = certificate(
             task.formulation,
             objective=after.objective,
@@ -244,6 +261,18 @@ def _run(
         found = outcome.describe(task, options, command, after, certified, mean_multipliers, timing)
         page = report.write_report(out, found, rows, task.grids(after))
     return Result(found, page)
+
+
+def _save(options: RunOptions, unlearned: Pretrained, trained: Params) -> None:
+    """Writes OUT/model as the options ask: the pipeline, its UNet, or a low-rank change."""
+    folder, kind = options.out / "model", getattr(options, "save", "pipeline")
+    if kind == "lora":
+        save_lora(folder, trained, overwrite=True)
+    elif kind == "unet":
+        save_unet(folder, unlearned, overwrite=True)
+    else:
+        link = getattr(options, "link", False)
+        save_pretrained(folder, unlearned, overwrite=True, hard_links=link)
 
 
 def _train(

@@ -10,51 +10,66 @@ from PIL import Image
 from jax_unlearn import data, embedded, samplers
 from jax_unlearn.options import SampleOptions
 from jax_unlearn.pretrained import load_pretrained
+from jax_unlearn.tasks.conditions import of_labels, of_prompts
+from jax_unlearn.text_to_image import is_text_to_image, load_text_to_image
 from jax_unlearn.typing import Array, Params
 
 __all__ = ["draw_grid"]
 
 
 def draw_grid(options: SampleOptions) -> np.ndarray:
-    """Draws samples, a row for each label, and writes them as one picture.
+    """Draws samples, a row for each label or prompt, and writes them as one picture.
 
-    The noise of column j of a label depends on the seed, the label and j alone, so that two
-    models can be compared sample by sample.
+    The noise of column j of a row depends on the seed, the label (or which prompt it is) and j
+    alone, so that two models can be compared sample by sample.
 
     Returns:
       The samples, uint8 [rows, columns, height, width, channels].
 
     Raises:
-      ValueError: for a model, label or number of steps that cannot be had.
+      ValueError: for a model, label, prompt or number of steps that cannot be had.
     """
-    path = embedded.model_path() if options.model == "embedded" else options.model
-    apply, params, schedule, config = load_pretrained(path)
-    if options.labels and not config.num_labels:
-        raise ValueError(f"--labels: {options.model} is not conditioned on labels.")
-    labels = [config.find_label(text) for text in options.labels] or list(range(config.num_labels))
+    own = {"embedded": embedded.model_path, "embedded-text": embedded.text_model_path}
+    path = own[options.model]() if options.model in own else options.model
+    if is_text_to_image(path):
+        if options.labels or not options.prompts:
+            raise ValueError(f"{options.model} is conditioned on text: give --prompts.")
+        pretrained, conditions = of_prompts(load_text_to_image(path), options.prompts)
+        wanted = list(conditions.drawn)
+    else:
+        if options.prompts:
+            raise ValueError(f"--prompts: {options.model} is not conditioned on text.")
+        pretrained = load_pretrained(path)
+        conditions = of_labels(pretrained)
+        if options.labels and not conditions.drawn:
+            raise ValueError(f"--labels: {options.model} is not conditioned on labels.")
+        find = pretrained.config.find_label
+        wanted = [find(text) for text in options.labels] or list(conditions.drawn)
+    apply, params, schedule, config = pretrained
 
     @partial(jax.jit, donate_argnums=2)
     def draw(params: Params, key: Array, noise: Array, cond: Array | None) -> Array:
         def predict(x_t: Array, t: Array) -> Array:
             return apply(params, x_t, t, cond)
 
-        if cond is not None and config.null_label is not None and options.guidance != 1:
-            free = jnp.full_like(cond, config.null_label)
+        if cond is not None and conditions.null is not None and options.guidance != 1:
+            free = jnp.full_like(cond, conditions.null)
             predict = samplers.guided(
                 apply, params, cond, unconditional=free, scale=options.guidance
             )
-        return samplers.sample(
+        found = samplers.sample(
             predict, schedule, key, noise, steps=options.steps, method=options.method
         ).x_0
+        return conditions.decode(found)
 
     rows = []
-    for row in labels or [0]:
+    for row in wanted or [0]:
         key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), row))
         noise = jax.random.normal(noise_key, (options.samples, *config.sample_shape))
-        cond = jnp.full((options.samples,), row, jnp.int32) if labels else None
+        cond = jnp.full((options.samples,), row, jnp.int32) if wanted else None
         rows.append(data.to_pixels(draw(params, key, noise, cond)))
     grid = np.stack(rows)
-    height, width, channels = config.sample_shape
+    height, width, channels = conditions.image_shape
     scale = max(1, 64 // height)
     picture = grid.transpose(0, 2, 1, 3, 4).reshape(len(rows) * height, -1, channels)
     picture = picture.repeat(scale, axis=0).repeat(scale, axis=1)

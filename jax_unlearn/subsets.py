@@ -192,7 +192,7 @@ def lora_formulation(formulation: Formulation) -> Formulation:
     return formulation._replace(losses=losses)
 
 
-def save_lora(folder: str | os.PathLike[str], lora: Params) -> None:
+def save_lora(folder: str | os.PathLike[str], lora: Params, *, overwrite: bool = False) -> None:
     """Writes a folder that diffusers' `load_lora_weights` opens.
 
     The file names no scale, which diffusers then takes to be 1, as `lora_merge` does.
@@ -200,11 +200,13 @@ def save_lora(folder: str | os.PathLike[str], lora: Params) -> None:
     Args:
       folder: to make; it appears complete or not at all.
       lora: a change of a pipeline's UNet.
+      overwrite: replace a model that is there.
 
     Raises:
-      ValueError: if `folder` exists, or if the change is not finite.
+      ValueError: if `folder` exists and is not to be overwritten, or holds something other than a
+        model, or if the change is not finite.
     """
-    with new_folder(folder) as new:
+    with new_folder(folder, overwrite=overwrite) as new:
         unet = {"unet": lora}
         write_params(new / "pytorch_lora_weights.safetensors", unet, unet)
 

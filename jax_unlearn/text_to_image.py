@@ -21,12 +21,14 @@ from jax_unlearn.models.clip_tokenizer import CLIPTokenizer, load_tokenizer
 from jax_unlearn.networks import Network, load_network
 from jax_unlearn.pretrained import TEXT_TO_IMAGE, Pretrained, load_pretrained
 from jax_unlearn.typing import Array, Condition, Params
+from jax_unlearn.weights import read_json
 
 __all__ = [
     "TextToImage",
     "decode_latents",
     "encode_images",
     "encode_prompts",
+    "is_text_to_image",
     "load_text_to_image",
 ]
 
@@ -52,6 +54,16 @@ class TextToImage(NamedTuple):
         height, width, _ = self.pretrained.config.sample_shape
         config = self.vae.module.config
         return height * config.factor, width * config.factor, config.out_channels
+
+
+def is_text_to_image(path_or_name: str | os.PathLike[str]) -> bool:
+    """Whether a folder or hub name is a pipeline that `load_text_to_image` takes.
+
+    Raises:
+      ValueError: if there is no such model.
+    """
+    index = find_model(path_or_name)[0] / "model_index.json"
+    return index.is_file() and read_json(index).get("_class_name") in TEXT_TO_IMAGE
 
 
 def load_text_to_image(

@@ -76,6 +76,9 @@ def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+_MODEL_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[pathlib.Path]:
     """A folder to fill that takes its place when the block ends without an error.
@@ -90,7 +93,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     if os.path.lexists(target):
         if not overwrite:
             raise ValueError(f"{path} exists: choose another folder, or pass overwrite=True.")
-        if not any((target / name).is_file() for name in ("model_index.json", "config.json")):
+        if not any((target / name).is_file() for name in _MODEL_FILES):
             raise ValueError(f"{path} exists and holds no model: it is not overwritten.")
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     new, old = (target.with_name(f".{target.name}.{state}-{mark}") for state in ("new", "old"))

@@ -14,7 +14,16 @@ import numpy as np
 
 from jax_unlearn.models.judge import JudgeFunctions, load_judge
 
-__all__ = ["EmbeddedData", "LabelledImages", "judge", "load_data", "model_path"]
+__all__ = [
+    "EmbeddedData",
+    "LabelledImages",
+    "clip_path",
+    "judge",
+    "load_data",
+    "model_path",
+    "text_judge",
+    "text_model_path",
+]
 
 
 class LabelledImages(NamedTuple):
@@ -68,6 +77,30 @@ def model_path() -> pathlib.Path:
             f"no diffusion model in {path}: train one with examples/train_embedded_model.py."
         )
     return path
+
+
+def text_model_path() -> pathlib.Path:
+    """The folder of the embedded text-to-image pipeline, of objects in styles (see `captions`).
+
+    Raises:
+      FileNotFoundError: if this installation came without it.
+    """
+    path = _folder() / "text_model"
+    if not (path / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"no text-to-image model in {path}: train one with examples/train_text_model.py."
+        )
+    return path
+
+
+def clip_path() -> pathlib.Path:
+    """The folder of the embedded CLIP, which knows the same images and captions."""
+    return _folder() / "clip"
+
+
+def text_judge() -> JudgeFunctions:
+    """The embedded classifier of images [n, 32, 32, 3] in [−1, 1]: class 4 · object + style."""
+    return load_judge(_folder() / "text_judge.safetensors")
 
 
 def judge() -> JudgeFunctions:

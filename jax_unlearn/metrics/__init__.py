@@ -1,6 +1,6 @@
 """Distances and agreements between samples; feature extractors are arguments."""
 
-from jax_unlearn.metrics.agreement import AgreementByClass, agreement
+from jax_unlearn.metrics.agreement import AgreementByClass, agreement, proportion
 from jax_unlearn.metrics.fid import frechet_distance
 from jax_unlearn.metrics.kid import kernel_distance
 from jax_unlearn.metrics.similarity import cosine_similarity, nearest_neighbours, reconstruct
@@ -12,5 +12,6 @@ __all__ = [
     "frechet_distance",
     "kernel_distance",
     "nearest_neighbours",
+    "proportion",
     "reconstruct",
 ]

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jax_unlearn.typing import Array, ArrayLike
+from jax_unlearn.typing import Array, ArrayLike, Estimate
 
-__all__ = ["AgreementByClass", "agreement"]
+__all__ = ["AgreementByClass", "agreement", "proportion"]
 
 
 class AgreementByClass(NamedTuple):
@@ -26,13 +26,27 @@ class AgreementByClass(NamedTuple):
     confusion: Array
 
 
+def proportion(hits: ArrayLike, count: ArrayLike) -> Estimate:
+    """The share r = hits / count, and the half-width of Wilson's interval at one σ.
+
+    √(r(1−r)/n + 1/(4n²)) / (1 + 1/n) for n = count: unlike the binomial √(r(1−r)/n) it is not 0 at
+    r = 0 or 1, where unlearning wants to end up. The value is the plain share r, not Wilson's
+    centre; both are nan where count is 0.
+
+    References:
+      Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    n = jnp.where(jnp.asarray(count) > 0, count, jnp.nan)
+    rate = jnp.asarray(hits) / n
+    stderr = jnp.sqrt(rate * (1 - rate) / n + 1 / (4 * jnp.square(n))) / (1 + 1 / n)
+    return Estimate(rate, stderr)
+
+
 def agreement(logits: ArrayLike, labels: ArrayLike, num_labels: int) -> AgreementByClass:
     """The confusion of judged samples, and the agreement r = confusion_cc / count_c by label.
 
-    The standard error is the half-width of Wilson's interval at one σ,
-    √(r(1−r)/n + 1/(4n²)) / (1 + 1/n): unlike the binomial √(r(1−r)/n) it is not 0 at r = 0 or 1,
-    where unlearning wants to end up; `rate` itself is the plain share r, not Wilson's centre. The
-    unlearning accuracy of a forgotten label is 1 − r. Labels are checked, so call it outside jit.
+    The standard error is that of `proportion`. The unlearning accuracy of a forgotten label is
+    1 − r. Labels are checked, so call it outside jit.
 
     Args:
       logits: the judge's, [n, num_labels].
@@ -41,9 +55,6 @@ def agreement(logits: ArrayLike, labels: ArrayLike, num_labels: int) -> Agreemen
 
     Raises:
       ValueError: if the shapes do not match, or a label is not an integer in [0, num_labels).
-
-    References:
-      Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
     logits, labels = jnp.asarray(logits), np.asarray(labels)
     if labels.ndim != 1 or logits.shape != (len(labels), num_labels):
@@ -55,7 +66,5 @@ def agreement(logits: ArrayLike, labels: ArrayLike, num_labels: int) -> Agreemen
         raise ValueError(f"labels must be integers in [0, {num_labels}), not {np.unique(labels)}.")
     confusion = jnp.zeros((num_labels, num_labels), int).at[labels, logits.argmax(axis=1)].add(1)
     count = confusion.sum(axis=1)
-    n = jnp.where(count > 0, count, jnp.nan)
-    rate = jnp.diagonal(confusion) / n
-    stderr = jnp.sqrt(rate * (1 - rate) / n + 1 / (4 * jnp.square(n))) / (1 + 1 / n)
+    rate, stderr = proportion(jnp.diagonal(confusion), count)
     return AgreementByClass(rate, stderr, count, confusion)

@@ -23,6 +23,7 @@ _METRICS = (
         "How often a classifier gives each label to generated images.",
         ("agreement",),
     ),
+    ("Forgotten concepts seen", "", ("named_forgotten",)),
     (
         "Image quality",
         "Distances between generated and retained images; lower is closer. "
@@ -286,7 +287,12 @@ def _rates(report: Mapping[str, Any], side: str, forgotten: bool) -> float | Non
     """The mean agreement of the forgotten labels, or of the others."""
     entries = (report.get("metrics") or {}).get("agreement", {}).get(side, {})
     names = {str(f["name"]) for f in report["asked"]["forget"]}
-    rates = [entry["rate"] for name, entry in entries.items() if (name in names) == forgotten]
+    left_out = report["asked"].get("shown", [])
+    rates = [
+        entry["rate"]
+        for name, entry in entries.items()
+        if (name in names) == forgotten and name not in left_out
+    ]
     return sum(rates) / len(rates) if rates else None
 
 
@@ -309,7 +315,7 @@ def render_comparison(
             "cells": pair(lambda report, side: _rates(report, side, True)),
         },
         {
-            "name": "samples of the other labels that the judge names so",
+            "name": "samples of what is kept that the judge names so",
             "cells": pair(lambda report, side: _rates(report, side, False)),
         },
     ]
@@ -318,7 +324,7 @@ def render_comparison(
         def read(report: Mapping[str, Any], side: str, name: str = name) -> Any:
             return _cell(((report.get("metrics") or {}).get(name) or {}).get(side))[0]
 
-        rows.append({"name": f"{_METRIC_NAMES[name]} of the other labels", "cells": pair(read)})
+        rows.append({"name": f"{_METRIC_NAMES[name]} of what is kept", "cells": pair(read)})
     subject = ", ".join(str(f["name"]) for f in columns[0][1]["asked"]["forget"])
     return (
         _environment()

@@ -84,7 +84,7 @@ def make_problem(pretrained: Pretrained, options: ConceptOptions) -> Problem:
         schedule has.
     """
     config, null = pretrained.config, pretrained.config.null_label
-    for name in ("template", "retain", "show", "clip"):
+    for name in ("template", "retain", "show", "clip", "start", "train"):
         if getattr(options, name) != getattr(ConceptOptions, name):
             raise ValueError(f"--{name} is for models that are conditioned on prompts.")
     forget = tuple(config.find_label(text) for text in options.forget)
@@ -110,8 +110,6 @@ def make_problem(pretrained: Pretrained, options: ConceptOptions) -> Problem:
     anchors = labels if options.anchor is None else (config.find_label(options.anchor),)
     if not anchors and "calibrated" in options.threshold:
         raise ValueError("no kept label to calibrate on: give --threshold numbers.")
-    if options.start == "edited":
-        raise ValueError("--start edited is for models that are conditioned on prompts.")
     candidates = tuple(range(config.num_labels))
     return Problem(
         _on_chain(pretrained, options),
@@ -187,8 +185,8 @@ def make_prompt_problem(model: TextToImage, options: ConceptOptions) -> Problem:
             anchors.append((number(template.fill(options.anchor)), against))
     asked = [prompt for text in options.retain for prompt in _lines(text)]
     bases = {number(base) for _, base, _ in rows if base is not None}
-    kept = [number(prompt) for prompt in asked]
-    kept += [c for c in (*(c for c, _ in anchors), *sorted(bases)) if c not in kept]
+    named = [*(number(prompt) for prompt in asked), *(c for c, _ in anchors)]
+    kept = list(dict.fromkeys((*named, *sorted(bases))))
     if both := sorted(forgotten & set(kept)):
         listed = ", ".join(repr(list(numbers)[c]) for c in both)
         raise ValueError(f"both to be forgotten and kept (or a base, or anchor): {listed}.")
@@ -216,12 +214,13 @@ def make_prompt_problem(model: TextToImage, options: ConceptOptions) -> Problem:
     candidates = (*distinct, *(c for c in dict.fromkeys(kept) if c != null))
     if len(candidates) == len(distinct):
         candidates = (*candidates, null)
-    classes = dict(zip(conditions.drawn, conditions.shown_as, strict=True))
+    # What a judge tells apart: the concepts' first names, what was asked to be kept, the anchors.
+    told_apart = list(dict.fromkeys((*distinct, *named)))
+    shown_as = {c: place for place, c in enumerate(told_apart)}
     for many in names:
         for template in templates:
-            classes |= {
-                number(template.fill(name)): number(template.fill(many[0])) for name in many
-            }
+            place = shown_as[number(template.fill(many[0]))]
+            shown_as |= {number(template.fill(name)): place for name in many}
     notes = []
     if not asked:
         notes.append(
@@ -232,10 +231,13 @@ def make_prompt_problem(model: TextToImage, options: ConceptOptions) -> Problem:
     start = _start(model, options, conditions, separated, kept, pretrained)
     return Problem(
         _on_chain(pretrained, options),
-        conditions._replace(shown_as=tuple(classes[c] for c in conditions.drawn)),
+        conditions._replace(
+            classes=tuple(prompts[c] for c in told_apart),
+            shown_as=tuple(shown_as.get(c, -1) for c in conditions.drawn),
+        ),
         tuple(many[0] for many in names),
         tuple(separated),
-        tuple(dict.fromkeys(kept)),
+        tuple(kept),
         tuple(anchors),
         shown,
         candidates,

@@ -1,16 +1,16 @@
-"""Forgetting concepts, labels of a conditional model, by reverse-KL or likelihood constraints.
+"""Forgetting concepts of a conditional model by reverse-KL or likelihood constraints.
 
 The model is a family p(·|c), and the problem one over condition and image jointly:
 
   min Σ_c π(c) KL(p(·|c) ‖ q(·|base_c))   subject to every concept i, mean over forgotten c,
-      KL(p(·|c) ‖ q(·|i)) ≥ b_i    or    E_{p(·|c)}[h_i] ≤ ε_i.
+      KL(p(·|c) ‖ q(·|i_c)) ≥ b_i    or    E_{p(·|c)}[h_i] ≤ ε_i.
 
-base_c is c itself for kept conditions. All concepts constrain every forgotten condition, so that no
-forgotten label may show another. π(c) is the frequency of c in the batches: the kept conditions
-have equal shares of `batch_size` of all rows, the forgotten ones of `forget_batch_size`.
+base_c is c itself for kept conditions. The concept i is a label; or a name, which makes i_c the
+prompt that has the name in the template of c. All concepts constrain every forgotten condition, so
+that none may show another. π(c) is the frequency of c in the batches: the kept conditions have
+equal shares of `batch_size` of all rows, the forgotten ones of `forget_batch_size`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_unlearn import data, dual_first, likelihoods, losses, multipliers, samplers, schedules
+from jax_unlearn import data, dual_first, likelihoods, losses, multipliers, samplers
 from jax_unlearn.formulations import (
     ConditionBatch,
     Examples,
@@ -30,92 +30,18 @@ from jax_unlearn.formulations import (
     Samples,
     Separated,
     likelihood,
-    on_policy,
     reverse_kl,
 )
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ConceptOptions, parse_threshold
-from jax_unlearn.pretrained import Pretrained, relabelled
 from jax_unlearn.tasks.base import Measured, Task, estimate, in_batches
+from jax_unlearn.tasks.concept_problem import Problem
 from jax_unlearn.tasks.drawing import CAPTIONS, drawing, sample_grids
 from jax_unlearn.typing import Array, Estimate, Params
 
-__all__ = ["Problem", "concept_task", "make_problem"]
+__all__ = ["concept_task"]
 
 LEAST_ROWS = 8
-
-
-class Problem(NamedTuple):
-    """Conditions, checked and by number.
-
-    Attributes:
-      pretrained: the model; its schedule's variance is "fixed_geometric". Path KLs are those of
-        that chain: on ten steps of the embedded model they are within a factor of about two of
-        the limit of many steps, those of "fixed_small" forty times as large.
-      forget: the concepts, labels.
-      base: what forgotten conditions are held to.
-      separated: conditions that must not show the concepts: `forget`, and the null label if
-        asked for.
-      kept: conditions held to what they were.
-      anchors: kept labels that calibrated thresholds are measured on.
-      real: images that samples are compared with, uint8; None for samples of the reference.
-      notes: what the owner should know.
-    """
-
-    pretrained: Pretrained
-    forget: tuple[int, ...]
-    base: int
-    separated: tuple[int, ...]
-    kept: tuple[int, ...]
-    anchors: tuple[int, ...]
-    real: np.ndarray | None
-    notes: tuple[str, ...] = ()
-
-    def name(self, condition: int) -> str:
-        """Of a condition, the null label included."""
-        config = self.pretrained.config
-        return "null label" if condition == config.null_label else config.label_name(condition)
-
-
-def make_problem(
-    pretrained: Pretrained, options: ConceptOptions, real: np.ndarray | None = None
-) -> Problem:
-    """Checks the options against the model, before any expensive work.
-
-    Raises:
-      ValueError: for a model without labels, a label that it does not have, a base or anchor
-        that is to be forgotten, nothing left to keep, or more steps than the schedule has.
-    """
-    config, null = pretrained.config, pretrained.config.null_label
-    forget = tuple(config.find_label(text) for text in options.forget)
-    if len(set(forget)) < len(forget):
-        raise ValueError(f"--forget names a label twice: {', '.join(options.forget)}.")
-    if options.base is None and null is None:
-        raise ValueError("the model has no null label to hold what is forgotten to: give --base.")
-    base = null if options.base is None else config.find_label(options.base)
-    assert base is not None
-    for flag, text in (("base", options.base), ("anchor", options.anchor)):
-        if text is not None and config.find_label(text) in forget:
-            raise ValueError(f"--{flag} {text} is also to be forgotten.")
-    separated, kept = forget, tuple(c for c in range(config.num_labels) if c not in forget)
-    if options.separate_null:
-        if null is None or base != null:
-            raise ValueError("--separate-null needs a null label, and it as --base.")
-        separated = (*separated, null)
-    elif null is not None:
-        kept = (*kept, null)
-    if not kept:
-        raise ValueError("nothing is left to keep: every label is to be forgotten.")
-    labels = tuple(c for c in kept if c != null)
-    anchors = labels if options.anchor is None else (config.find_label(options.anchor),)
-    if not anchors and "calibrated" in options.threshold:
-        raise ValueError("no kept label to calibrate on: give --threshold numbers.")
-    schedule = dataclasses.replace(pretrained.schedule, variance_type="fixed_geometric")
-    schedules.timesteps(schedule, options.sampling_steps)
-    on_policy.chain(schedule, config.sample_shape, options.chain_steps)
-    return Problem(
-        pretrained._replace(schedule=schedule), forget, base, separated, kept, anchors, real
-    )
 
 
 class Raw(NamedTuple):
@@ -128,21 +54,22 @@ class Raw(NamedTuple):
 
 def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunctions | None) -> Task:
     """Measures the reference model and sets up the problem."""
-    pretrained = problem.pretrained
+    pretrained, conditions = problem.pretrained, problem.conditions
     reverse = options.formulation == "reverse-kl"
     h = None if reverse else _classifier(problem, options)
     evaluate = _evaluator(problem, options, h)
     raw = evaluate(pretrained.params)
-    drawn = drawing(pretrained, options, judge, problem.forget)
+    drawn = drawing(pretrained, conditions, options, judge, problem.forgotten, problem.shown)
     real = problem.real
     if real is None and judge is not None and options.samples:
-        # KID and FID are then of samples of the kept labels from other noise.
+        # KID and FID are then of samples of what is kept from other noise.
         other = drawn.draw(pretrained.params, 1)
-        kept = [label for label in drawn.labels if label not in problem.forget]
-        real = None if other is None else other[kept].reshape(-1, *pretrained.config.sample_shape)
+        kept = [place for place, c in enumerate(drawn.drawn) if c in problem.kept]
+        real = None if other is None else other[kept].reshape(-1, *conditions.image_shape)
     pool = None if h is None else _stored(problem, options, h)
-    at_base = raw.values[raw.cond == problem.base] if pool is None else pool.values
-    at_anchor = raw.values[np.isin(raw.cond, problem.anchors)]
+    bases = {one.base for one in problem.separated}
+    at_base = raw.values[np.isin(raw.cond, list(bases))] if pool is None else pool.values
+    at_anchor = raw.values[np.isin(raw.cond, [c for c, _ in problem.anchors])]
     anchored = at_anchor.mean(axis=0)
     if pool is not None:
         # Laplace's rule of succession: n samples do not show a probability below about 1/n.
@@ -156,31 +83,32 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
     else:
         formulation, dual, start, note = _likelihood(problem, options, pool, thresholds, share)
         batch, notes = partial(_samples, problem, options, pool), (*problem.notes, note)
+    separated = [one.cond for one in problem.separated]
     shares = dict.fromkeys(problem.kept, (1 - share) / len(problem.kept))
-    shares |= dict.fromkeys(problem.separated, share / len(problem.separated))
+    shares |= dict.fromkeys(separated, share / len(separated))
 
     def measured(raw: Raw, params: Params) -> Measured:
         found: dict[str, Any] = {
             "path_kl": {
-                problem.name(c): estimate(raw.path_kl[raw.cond == c])
-                for c in (*problem.separated, *problem.kept)
+                conditions.names[c]: estimate(raw.path_kl[raw.cond == c])
+                for c in (*separated, *problem.kept, *problem.shown)
             },
             "violation": {
-                problem.name(c): {
-                    problem.name(concept): estimate(
+                conditions.names[c]: {
+                    concept: estimate(
                         formulation.sign * (thresholds[i] - raw.values[raw.cond == c, i])
                     )
-                    for i, concept in enumerate(problem.forget)
+                    for i, concept in enumerate(problem.concepts)
                 }
-                for c in problem.separated
+                for c in separated
             },
         }
         samples = drawn.draw(params)
         if samples is not None:
             found |= drawn.judge(samples, real)
         each = [
-            _average(raw.values[:, i], raw.cond, dict.fromkeys(problem.separated, 1.0))
-            for i in range(len(problem.forget))
+            _average(raw.values[:, i], raw.cond, dict.fromkeys(separated, 1.0))
+            for i in range(len(problem.concepts))
         ]
         return Measured(
             objective=_average(raw.path_kl, raw.cond, shares),
@@ -194,10 +122,11 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
         )
 
     before = measured(raw, pretrained.params)
+    held_to = _held_to(problem)
     return Task(
         pretrained=pretrained,
-        params=relabelled(pretrained.params, problem.forget, problem.base),
-        names=tuple(problem.name(concept) for concept in problem.forget),
+        params=problem.start,
+        names=problem.concepts,
         formulation=formulation,
         dual=dual,
         thresholds=thresholds,
@@ -209,14 +138,15 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
         measure=lambda params: measured(evaluate(params), params),
         asked={
             "forget": [
-                {"name": problem.name(c), "label": c, "images": None, "source": "label"}
-                for c in problem.forget
+                {"name": conditions.names[c], "images": None, "source": "condition"}
+                for c in problem.forgotten
             ],
             "retain": [
-                {"name": problem.name(c), "label": c, "images": None, "source": "condition"}
+                {"name": conditions.names[c], "images": None, "source": "condition"}
                 for c in problem.kept
             ],
-            "notes": [*notes, _prompt_law(problem, options)],
+            "shown": [conditions.names[c] for c in problem.shown],
+            "notes": [*notes, _law(problem, options, held_to)],
         },
         units=("nats", "nats" if reverse else "mean probability"),
         objective="path KL from the unlearned model to what each condition is held to, over its "
@@ -227,7 +157,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             "path_kl": {
                 "unit": "nats",
                 "description": "Of p(·|condition) from the reference at what the condition is held "
-                f"to: {problem.name(problem.base)} for what is forgotten, itself for the others.",
+                f"to: {held_to} for what is forgotten, itself for the others.",
             },
             "violation": {
                 "unit": "nats" if reverse else "mean probability",
@@ -236,17 +166,29 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             },
         },
         grids=lambda after: sample_grids(
-            pretrained, drawn, before.samples, after.samples, problem.forget
+            conditions,
+            before.samples,
+            after.samples,
+            {
+                "Forgotten": problem.forgotten,
+                "Retained": problem.kept,
+                "Shown, not trained on": problem.shown,
+            },
         ),
     )
 
 
-def _prompt_law(problem: Problem, options: ConceptOptions) -> str:
+def _held_to(problem: Problem) -> str:
+    bases = dict.fromkeys(problem.conditions.names[one.base] for one in problem.separated)
+    return " or ".join(bases)
+
+
+def _law(problem: Problem, options: ConceptOptions, held_to: str) -> str:
     total = options.batch_size + options.forget_batch_size
     return (
-        f"What is forgotten is held to {problem.name(problem.base)}. Of the objective, "
-        f"{options.forget_batch_size} parts of {total} are the forgotten conditions' and the "
-        f"rest that of the {len(problem.kept)} kept ones, in equal shares."
+        f"What is forgotten is held to {held_to}. Of the objective, "
+        f"{options.forget_batch_size} parts of {total} are the {len(problem.separated)} forgotten "
+        f"conditions' and the rest that of the {len(problem.kept)} kept ones, in equal shares."
     )
 
 
@@ -270,9 +212,9 @@ def _thresholds(options: ConceptOptions, at_base: np.ndarray, at_anchor: np.ndar
 
 
 def _classifier(problem: Problem, options: ConceptOptions) -> Callable[[Array], Array]:
-    """x_0 -> h [n, concepts], the reference's own posterior of each concept among its labels."""
-    apply, reference, schedule, config = problem.pretrained
-    places = jnp.asarray(problem.forget)
+    """x_0 -> h [n, concepts], the reference's own posterior of each concept."""
+    apply, reference, schedule, _ = problem.pretrained
+    members = jnp.asarray(problem.members, jnp.float32)
 
     def h(x_0: Array) -> Array:
         posterior = likelihoods.diffusion_classifier(
@@ -281,10 +223,10 @@ def _classifier(problem: Problem, options: ConceptOptions) -> Callable[[Array], 
             schedule,
             jax.random.key(options.seed),
             x_0=x_0,
-            concepts=jnp.arange(config.num_labels),
+            concepts=jnp.asarray(problem.candidates),
             draws=options.classifier_draws,
         )
-        return jnp.exp(posterior.value[:, places])
+        return jnp.matmul(jnp.exp(posterior.value), members.T, precision="highest")
 
     return h
 
@@ -294,7 +236,7 @@ def _evaluator(
 ) -> Callable[[Params], Raw]:
     """Trajectories, and for likelihoods samples, of every condition; the same noise every time."""
     apply, reference, schedule, config = problem.pretrained
-    count = len(problem.forget)
+    count = len(problem.concepts)
     formulation = reverse_kl(
         apply,
         schedule,
@@ -304,30 +246,31 @@ def _evaluator(
     )
 
     @jax.jit
-    def along(params: Params, key: Array, cond: Array, base: Array) -> tuple[Array, Array]:
-        shape = (cond.shape[0], count)
+    def along(
+        params: Params, key: Array, cond: Array, base: Array, target: Array
+    ) -> tuple[Array, Array]:
         rows = Separated(
-            cond,
-            base,
-            jnp.broadcast_to(jnp.asarray(problem.forget), shape),
-            jnp.broadcast_to(jnp.arange(count), shape),
+            cond, base, target, jnp.broadcast_to(jnp.arange(count), (cond.shape[0], count))
         )
         found = formulation.losses(
             params, reference, key, ConditionBatch(None, rows), None, jnp.zeros(count)
         )
         if h is None:
-            return found.objective, found.constraint.reshape(shape)
+            return found.objective, found.constraint.reshape(cond.shape[0], count)
         return found.objective, h(_draw(problem, options, params, key, cond))
 
-    conditions = np.array([*problem.separated, *problem.kept], np.int32)
-    each = max(options.evaluation_images // len(conditions), LEAST_ROWS)
+    rows = {c: (c, problem.separated[0].targets) for c in (*problem.kept, *problem.shown)}
+    rows |= {c: (c, targets) for c, targets in problem.anchors}
+    rows = {one.cond: (one.base, one.targets) for one in problem.separated} | rows
+    each = max(options.evaluation_images // len(rows), LEAST_ROWS)
     # Rows of all conditions in every batch, which also share its noise.
-    cond = np.tile(conditions, each)
-    base = np.where(np.isin(cond, problem.separated), np.int32(problem.base), cond)
+    cond = np.tile(np.array(list(rows), np.int32), each)
+    base = np.tile(np.array([base for base, _ in rows.values()], np.int32), each)
+    target = np.tile(np.array([targets for _, targets in rows.values()], np.int32), (each, 1))
     key = jax.random.key(options.seed + 1)
 
     def evaluate(params: Params) -> Raw:
-        return Raw(cond, *in_batches(partial(along, params), key, cond, base))
+        return Raw(cond, *in_batches(partial(along, params), key, cond, base, target))
 
     return evaluate
 
@@ -357,31 +300,35 @@ def _reverse_kl(
 def _conditions(problem: Problem, options: ConceptOptions, step: int) -> ConditionBatch:
     """The conditions of a step: each as often as any other, give or take one."""
     kept, separated = (
-        np.asarray(conditions, np.int32)[
-            data.batch_indices(seed=options.seed, step=step, size=size, count=len(conditions))
-        ]
+        data.batch_indices(seed=options.seed, step=step, size=size, count=len(conditions))
         for conditions, size in (
             (problem.kept, options.batch_size),
             (problem.separated, options.forget_batch_size),
         )
     )
-    shape = (len(separated), len(problem.forget))
-    return ConditionBatch(
-        Held(kept, kept),
-        Separated(
-            separated,
-            np.full_like(separated, problem.base),
-            np.broadcast_to(np.asarray(problem.forget, np.int32), shape),
-            np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        ),
+    held = np.asarray(problem.kept, np.int32)[kept]
+    cond, base, targets = _rows(problem, separated)
+    constraint = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
+    return ConditionBatch(Held(held, held), Separated(cond, base, targets, constraint))
+
+
+def _rows(problem: Problem, which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Condition [n], base [n] and targets [n, concepts] of separated conditions."""
+    cond, base, targets = (
+        np.asarray(part, np.int32) for part in zip(*problem.separated, strict=True)
     )
+    return cond[which], base[which], targets[which]
 
 
 class Pool(NamedTuple):
-    """Stored samples of the reference: of the base, with h [n, m], and of the kept conditions."""
+    """Stored samples of the reference: of the bases, with h [n, m], and of the kept conditions.
+
+    `separated` says whose base each of the first was drawn from, `cond` what the others show.
+    """
 
     base: np.ndarray
     values: np.ndarray
+    separated: np.ndarray
     kept: np.ndarray
     cond: np.ndarray
 
@@ -407,9 +354,11 @@ def _stored(problem: Problem, options: ConceptOptions, h: Callable[[Array], Arra
     draw = jax.jit(partial(_draw, problem, options, problem.pretrained.params))
     base_key, kept_key = jax.random.split(jax.random.key(options.seed + 2))
     cond = np.resize(np.asarray(problem.kept, np.int32), options.stored_samples)
-    base = in_batches(draw, base_key, np.full(options.stored_samples, problem.base, np.int32))
-    values = in_batches(lambda _, x: jax.jit(h)(x), base_key, base)
-    return Pool(base, values, in_batches(draw, kept_key, cond), cond)
+    separated = np.resize(np.arange(len(problem.separated)), options.stored_samples)
+    base = in_batches(draw, base_key, _rows(problem, separated)[1])
+    judged = jax.jit(h)
+    values = in_batches(lambda _, x: judged(x), base_key, base)
+    return Pool(base, values, separated, in_batches(draw, kept_key, cond), cond)
 
 
 def _likelihood(
@@ -432,9 +381,9 @@ def _likelihood(
         )
     assert first.interval is not None
     shown = "; ".join(
-        f"{problem.name(concept)} {value:.3g} ({low:.3g} to {high:.3g})"
+        f"{concept} {value:.3g} ({low:.3g} to {high:.3g})"
         for concept, value, low, high in zip(
-            problem.forget, first.multipliers, *first.interval, strict=True
+            problem.concepts, first.multipliers, *first.interval, strict=True
         )
     )
     note = (
@@ -464,14 +413,16 @@ def _samples(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -
             (options.forget_batch_size, len(problem.separated)),
         )
     )
-    cond = np.asarray(problem.separated, np.int32)[which]
+    if len({one.base for one in problem.separated}) > 1:
+        which = pool.separated[chosen]
+    cond, base, _ = _rows(problem, which)
     values = pool.values[chosen]
     return SampleBatch(
         Examples(pool.kept[kept], pool.cond[kept]),
         Samples(
             pool.base[chosen],
             cond,
-            np.full_like(cond, problem.base),
+            base,
             values,
             np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape),
         ),

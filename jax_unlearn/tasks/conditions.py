@@ -21,7 +21,8 @@ class Conditions(NamedTuple):
       names: of each, the free branch included.
       null: the free branch of classifier-free guidance, or None.
       drawn: those that samples are drawn of; empty for an unconditional model.
-      shown_as: the judge's class for each of `drawn`.
+      classes: what a judge tells apart.
+      shown_as: the class of each of `drawn`; −1 for none.
       decode: what is denoised -> images in [-1, 1].
       image_shape: (height, width, channels) of these.
     """
@@ -29,6 +30,7 @@ class Conditions(NamedTuple):
     names: tuple[str, ...]
     null: int | None
     drawn: tuple[int, ...]
+    classes: tuple[str, ...]
     shown_as: tuple[int, ...]
     decode: Callable[[Array], Array]
     image_shape: tuple[int, int, int]
@@ -59,7 +61,13 @@ def of_labels(pretrained: Pretrained) -> Conditions:
     if config.null_label is not None:
         names.append("null label")
     return Conditions(
-        tuple(names), config.null_label, labels, labels, lambda x: x, config.sample_shape
+        tuple(names),
+        config.null_label,
+        labels,
+        tuple(names[: len(labels)]),
+        labels,
+        lambda x: x,
+        config.sample_shape,
     )
 
 
@@ -79,6 +87,7 @@ def of_prompts(model: TextToImage, prompts: Sequence[str]) -> tuple[Pretrained, 
         (*(f"“{prompt}”" for prompt in prompts), "no prompt"),
         len(prompts),
         numbers,
+        tuple(prompts),
         numbers,
         lambda latents: decode_latents(model, latents),
         model.image_shape,

@@ -121,9 +121,9 @@ def drawing(
             classes = dict(zip(drawn, conditions.shown_as, strict=True))
             lost = [classes[c] for c in forgotten if c in classes]
             own = named == np.asarray(conditions.shown_as)[:, None]
-            found["agreement"] = _shares(conditions, own)
+            found["agreement"] = _shares(conditions, own, [c for c in drawn if classes[c] >= 0])
             if lost:
-                found["named_forgotten"] = _shares(conditions, np.isin(named, lost))
+                found["named_forgotten"] = _shares(conditions, np.isin(named, lost), drawn)
         if real is not None:
             shown = samples[kept] if drawn else samples
             ours = features(shown.reshape(-1, *conditions.image_shape))
@@ -135,15 +135,16 @@ def drawing(
     return Drawing(drawn, draw, judge_samples)
 
 
-def _shares(conditions: Conditions, hits: np.ndarray) -> dict[str, dict[str, float]]:
+def _shares(
+    conditions: Conditions, hits: np.ndarray, wanted: Sequence[int]
+) -> dict[str, dict[str, float]]:
     """By name: the share of a row's hits [conditions, samples], and its standard error."""
+    count = hits.shape[1]
+    found = metrics.proportion(hits.sum(axis=1), count)
     return {
-        conditions.names[c]: {
-            "rate": float(row.mean()),
-            "stderr": float(np.sqrt(row.mean() * (1 - row.mean()) / row.size)),
-            "count": int(row.size),
-        }
-        for c, row in zip(conditions.drawn, hits, strict=True)
+        conditions.names[c]: {"rate": float(rate), "stderr": float(stderr), "count": count}
+        for c, rate, stderr in zip(conditions.drawn, *found, strict=True)
+        if c in wanted
     }
 
 

@@ -11,6 +11,7 @@ from jax_unlearn import data, divergences, losses, metrics, schedules
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ImageOptions
 from jax_unlearn.tasks.base import Measured, estimate, in_batches, spread
+from jax_unlearn.tasks.conditions import of_labels
 from jax_unlearn.tasks.drawing import Drawing, drawing, features_of
 from jax_unlearn.tasks.images import Problem, under_null
 from jax_unlearn.typing import Array, Estimate, Params
@@ -180,7 +181,8 @@ def evaluator(
         problem.forget,
         spread(len(problem.forget.pixels), min(RECONSTRUCTED, len(problem.forget.pixels)), rng),
     )
-    drawn = drawing(problem.pretrained, options, judge, problem.forgotten_labels)
+    conditions = of_labels(problem.pretrained)
+    drawn = drawing(problem.pretrained, conditions, options, judge, problem.forgotten_labels)
     features = features_of(judge)
 
     def measure(params: Params) -> tuple[Measured, Estimate]:

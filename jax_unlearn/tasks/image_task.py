@@ -1,5 +1,6 @@
 """Forgetting images by forward KL, as a task: thresholds, formulation, batches, pictures."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ImageOptions, parse_threshold
 from jax_unlearn.tasks import images
 from jax_unlearn.tasks.base import Measured, Task
+from jax_unlearn.tasks.conditions import of_labels
 from jax_unlearn.tasks.drawing import CAPTIONS, sample_grids
 from jax_unlearn.tasks.evaluation import Evaluation, evaluator, make_weighting
 from jax_unlearn.tasks.images import Problem
@@ -81,11 +83,10 @@ def _grids(
     assert last is not None
     return [
         *sample_grids(
-            problem.pretrained,
-            evaluation.drawing,
+            of_labels(problem.pretrained),
             before.samples,
             after.samples,
-            problem.forgotten_labels,
+            _groups(problem),
         ),
         report.Grid(
             "Forgotten images, noised and denoised",
@@ -96,6 +97,14 @@ def _grids(
             min(8, len(first)),
         ),
     ]
+
+
+def _groups(problem: Problem) -> dict[str, Sequence[int]]:
+    labels = range(problem.pretrained.config.num_labels)
+    forgotten = problem.forgotten_labels
+    kept = [label for label in labels if label not in forgotten]
+    groups: dict[str, Sequence[int]] = {"Forgotten": forgotten} if forgotten else {}
+    return groups | {"Retained": kept}
 
 
 def _thresholds(problem: Problem, before: Measured, calibration: Estimate) -> np.ndarray:

@@ -14,7 +14,7 @@ from jax_unlearn import cli, report
 from jax_unlearn import run as running
 from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
 from jax_unlearn.pretrained import load_pretrained, relabelled
-from jax_unlearn.tasks import concepts
+from jax_unlearn.tasks import concept_problem, concepts
 
 SMALL = {
     "steps": 4, "batch_size": 16, "forget_batch_size": 8, "samples": 2, "sampling_steps": 4,
@@ -85,7 +85,7 @@ def test_runs_of_several_formulations_stand_side_by_side(finished):
 
 def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path):
     options = options_of(tiny_model, tmp_path / "stopped")
-    problem = concepts.make_problem(load_pretrained(tiny_model), options)
+    problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
 
     def stop(step):
         if step == 3:
@@ -111,8 +111,8 @@ def test_forgotten_labels_start_as_the_base(tiny_model):
 
 def test_batches_hold_each_condition_as_often(tiny_model, tmp_path):
     options = options_of(tiny_model, tmp_path, forget=("dog", "cat"), separate_null=True)
-    problem = concepts.make_problem(load_pretrained(tiny_model), options)
-    assert problem.separated == (1, 0, 3)
+    problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
+    assert [one.cond for one in problem.separated] == [1, 0, 3]
     assert problem.kept == (2,)
     batches = [concepts._conditions(problem, options, step) for step in range(3)]
     shown = np.concatenate([batch.forget.cond for batch in batches])
@@ -126,7 +126,7 @@ def test_batches_hold_each_condition_as_often(tiny_model, tmp_path):
 
 def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_model, tmp_path):
     options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=("0.9x",))
-    problem = concepts.make_problem(load_pretrained(tiny_model), options)
+    problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
     task = concepts.concept_task(problem, options, None)
     batches = [task.batch(step).forget for step in range(8)]  # every stored sample once
     h = np.concatenate([np.asarray(batch.values, np.float64) for batch in batches])[:, 0]
