@@ -1,7 +1,5 @@
 """A grid of samples from a checkpoint."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +45,7 @@ def draw_grid(options: SampleOptions) -> np.ndarray:
         wanted = [find(text) for text in options.labels] or list(conditions.drawn)
     apply, params, schedule, config = pretrained
 
-    @partial(jax.jit, donate_argnums=2)
+    @jax.jit
     def draw(params: Params, key: Array, noise: Array, cond: Array | None) -> Array:
         def predict(x_t: Array, t: Array) -> Array:
             return apply(params, x_t, t, cond)

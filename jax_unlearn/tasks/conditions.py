@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_unlearn.pretrained import Pretrained
@@ -50,7 +51,7 @@ class Numbered:
 
     def __call__(self, params: Params, x_t: Array, t: Array, cond: Any, /) -> Array:
         """Predicts as `apply` does under the numbered conditions."""
-        return self.apply(params, x_t, t, jax.tree.map(lambda leaf: leaf[cond], self.table))
+        return self.apply(params, x_t, t, jax.tree.map(lambda leaf: jnp.asarray(leaf)[cond], self.table))
 
 
 def of_labels(pretrained: Pretrained) -> Conditions:
