@@ -2,6 +2,14 @@
 
 __version__ = "0.1.0"
 
+from jax_unlearn.clip import (
+    CLIP,
+    clip_score,
+    embed_images,
+    embed_texts,
+    load_clip,
+    zero_shot,
+)
 from jax_unlearn.formulations import (
     Batch,
     ConditionBatch,
@@ -35,6 +43,7 @@ from jax_unlearn.text_to_image import (
 )
 
 __all__ = [
+    "CLIP",
     "Batch",
     "ConditionBatch",
     "Examples",
@@ -51,15 +60,20 @@ __all__ = [
     "Separated",
     "TextToImage",
     "certificate",
+    "clip_score",
     "decode_latents",
+    "embed_images",
+    "embed_texts",
     "encode_images",
     "encode_prompts",
     "forward_kl",
     "likelihood",
+    "load_clip",
     "load_pretrained",
     "load_text_to_image",
     "mixed",
     "primal_dual",
     "reverse_kl",
     "save_pretrained",
+    "zero_shot",
 ]

@@ -8,9 +8,16 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jax_unlearn.models import autoencoder_kl, clip_text, unet_2d, unet_2d_condition
+from jax_unlearn.models import (
+    autoencoder_kl,
+    clip_text,
+    clip_vision,
+    unet_2d,
+    unet_2d_condition,
+)
 from jax_unlearn.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jax_unlearn.models.clip_text import CLIPTextConfig, CLIPTextModel
+from jax_unlearn.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel
 from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jax_unlearn.typing import Params
@@ -78,6 +85,16 @@ _KINDS = {
             )
             for name in ("CLIPTextModel", "CLIPTextModelWithProjection")
         ),
+        *(
+            _Kind(
+                f"transformers.{name}",
+                CLIPVisionModel,
+                CLIPVisionConfig.from_transformers,
+                clip_vision.param_shapes,
+                stem="model",
+            )
+            for name in ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+        ),
     )
 }
 
@@ -87,8 +104,8 @@ def load_network(
 ) -> Network:
     """Loads a network from the folder of its `config.json`.
 
-    Classes: `UNet2DModel`, `UNet2DConditionModel`, `AutoencoderKL`, `CLIPTextModel` and
-    `CLIPTextModelWithProjection`.
+    Classes: `UNet2DModel`, `UNet2DConditionModel`, `AutoencoderKL`, `CLIPTextModel`,
+    `CLIPVisionModel`, and the last two with their projection, `...WithProjection`.
 
     Args:
       folder: of `config.json` beside safetensors: a file, or shards with their index.

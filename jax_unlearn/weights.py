@@ -40,8 +40,11 @@ _LISTS = re.compile(
     r"|net|layers)_(\d+)"
 )
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-# Old text encoders store the numbers 0, 1, 2, ... beside their parameters.
-_NO_PARAMETER = re.compile(r"(text_model\.)?embeddings\.position_ids")
+# Old encoders of CLIP store the numbers 0, 1, 2, ... beside their parameters.
+_NO_PARAMETER = re.compile(r"((text|vision)_model\.)?embeddings\.position_ids")
+_TOWERS = ("text_model.", "vision_model.")
+# Parameters that torch has not as the weight of a module, but by a name of their own.
+_OWN_NAMES = ("bias", "class_embedding", "logit_scale")
 
 
 def diffusers_key(path: tuple[str, ...]) -> str:
@@ -55,7 +58,7 @@ def diffusers_key(path: tuple[str, ...]) -> str:
         f"{match[1]}.{match[2]}" if (match := _LISTS.fullmatch(name)) else name
         for name in path[:-1]
     ]
-    return ".".join([*modules, "bias" if path[-1] == "bias" else "weight"])
+    return ".".join([*modules, path[-1] if path[-1] in _OWN_NAMES else "weight"])
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -206,7 +209,7 @@ def read_params(shapes: Params, files: list[pathlib.Path]) -> Params:
         values = values.astype(np.float32)
         if not np.isfinite(values).all():
             raise ValueError(f"tensor {name} holds values that are not finite.")
-        params[key] = jnp.asarray(np.ascontiguousarray(_from_torch(path, values)))
+        params[key] = jnp.asarray(np.asarray(_from_torch(path, values), order="C"))
     problems = {
         "missing": [key for key in leaves if key not in params and key not in misshapen],
         "of no parameter": sorted(extra),
@@ -245,9 +248,7 @@ def write_params(path: pathlib.Path, shapes: Params, params: Params) -> None:
     }
     if any(problems.values()):
         raise ValueError(f"these parameters cannot be saved: {_describe(problems)}.")
-    tensors = {
-        key: np.ascontiguousarray(_to_torch(*given[key]).astype(np.float32)) for key in expected
-    }
+    tensors = {key: _to_torch(*given[key]).astype(np.float32, order="C") for key in expected}
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
     # safetensors makes it readable to its owner only.
     path.chmod(path.parent.stat().st_mode & 0o666)
@@ -278,8 +279,9 @@ def _from_torch(path: tuple[str, ...], values: np.ndarray) -> np.ndarray:
 
 def _other_names(key: str) -> list[str]:
     """Names that other versions of diffusers and transformers give the same parameter."""
-    if key.startswith("text_model."):
-        return [key.removeprefix("text_model.")]
+    for tower in _TOWERS:
+        if key.startswith(tower):
+            return [key.removeprefix(tower)]
     return [
         key.replace(f".{new}.", f".{old}.")
         for new, old in _OLD_ATTENTION.items()

@@ -2,103 +2,44 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jax_unlearn.models import blocks
-from jax_unlearn.models.config import is_count, is_number, read_options, require, require_choices
+from jax_unlearn.models.clip_encoder import CLIPEncoder, CLIPTowerConfig
+from jax_unlearn.models.config import is_count, require
 from jax_unlearn.typing import Array, Params
 
 __all__ = ["CLIPTextConfig", "CLIPTextModel", "TextEncoding", "param_shapes"]
 
 
-def _quick_gelu(x: Array) -> Array:
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "quick_gelu": _quick_gelu,
-    "gelu": blocks.ACTIVATIONS["gelu"],
-}
-# Keys of a config.json that say where it comes from or how to train.
-_NEUTRAL = (
-    "architectures",
-    "model_type",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "dropout",
-    "attention_dropout",
-    "initializer_factor",
-    "initializer_range",
-    "bos_token_id",
-    "pad_token_id",
-)
-
-
 @dataclasses.dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(CLIPTowerConfig):
     """The options of transformers' `CLIPTextModel` that the output depends on, and its defaults.
 
-    Attributes:
-      hidden_act: "quick_gelu", which is x·sigmoid(1.702 x), or "gelu", which is exact.
+    Attributes, beside those of `CLIPTowerConfig`:
       eos_token_id: of the token whose hidden state is pooled. 2 is what all released before July
         2023 say, and mean the highest token of each prompt.
-      with_projection: whether the pooled state is projected to `projection_dim`, which the class
-        `CLIPTextModelWithProjection` says and no key of its own.
     """
 
+    network: ClassVar[str] = "CLIPTextModel"
+
     vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
-    with_projection: bool = False
-
-    @classmethod
-    def from_transformers(cls, config: Mapping[str, Any]) -> "CLIPTextConfig":
-        """Reads a `config.json`: missing keys take transformers' defaults.
-
-        Raises:
-          ValueError: for an unknown key, except those that start with `_` or hold null, and for
-            a value that is malformed or not supported.
-        """
-        values = read_options(cls, config, name="CLIPTextModel", neutral=_NEUTRAL)
-        architecture = (config.get("architectures") or ["CLIPTextModel"])[0]
-        return cls(**values | {"with_projection": architecture == "CLIPTextModelWithProjection"})
 
     def __post_init__(self) -> None:
         """Checks every value: what is malformed here would fail late or not at all."""
-        counts = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "projection_dim",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        )
-        checks = {name: is_count(getattr(self, name)) for name in counts}
-        checks |= {
-            "layer_norm_eps": is_number(self.layer_norm_eps) and self.layer_norm_eps >= 0,
+        checks = {
+            "vocab_size": is_count(self.vocab_size),
+            "max_position_embeddings": is_count(self.max_position_embeddings),
             "eos_token_id": is_count(self.eos_token_id, least=0),
         }
-        require(self, checks, name="CLIPTextModel")
-        require_choices(self, {"hidden_act": tuple(_ACTIVATIONS)})
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} does not divide hidden_size "
-                f"{self.hidden_size}."
-            )
+        require(self, checks, name=self.network)
+        super().__post_init__()
 
 
 class TextEncoding(NamedTuple):
@@ -112,59 +53,6 @@ class TextEncoding(NamedTuple):
 
     hidden_states: Array
     pooled: Array
-
-
-class CLIPAttention(nn.Module):
-    """Multi-head attention of each token to itself and those before it."""
-
-    heads: int
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, N, C] → [B, N, C]."""
-
-        def project(name: str, values: Array) -> Array:
-            return nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(values)
-
-        queries, keys, values = (
-            project(name, x).reshape(*x.shape[:2], self.heads, -1)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        mixed = jax.nn.dot_product_attention(queries, keys, values, is_causal=True)
-        return project("out_proj", mixed.reshape(x.shape))
-
-
-class CLIPMLP(nn.Module):
-    """W_2 act(W_1 x + b_1) + b_2."""
-
-    features: int
-    hidden_act: str
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[..., C] → [..., C]."""
-        hidden = nn.Dense(self.features, dtype=self.dtype, name="fc1")(x)
-        hidden = _ACTIVATIONS[self.hidden_act](hidden)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
-
-
-class CLIPEncoderLayer(nn.Module):
-    """x + attention, then + a two-layer perceptron, each of the normed input."""
-
-    config: CLIPTextConfig
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, N, C] → [B, N, C]."""
-        config = self.config
-        norm = functools.partial(blocks.LayerNorm, config.layer_norm_eps)
-        attention = CLIPAttention(config.num_attention_heads, dtype=self.dtype, name="self_attn")
-        mlp = CLIPMLP(config.intermediate_size, config.hidden_act, dtype=self.dtype, name="mlp")
-        x = x + attention(norm(name="layer_norm1")(x))
-        return x + mlp(norm(name="layer_norm2")(x))
 
 
 class CLIPTextEmbeddings(nn.Module):
@@ -185,22 +73,6 @@ class CLIPTextEmbeddings(nn.Module):
         return x + table(config.max_position_embeddings, name="position_embedding")(positions)
 
 
-class CLIPEncoder(nn.Module):
-    """A stack of layers."""
-
-    config: CLIPTextConfig
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> list[Array]:
-        """[B, N, C] → the input and every layer's output, each [B, N, C]."""
-        states = [x]
-        for i in range(self.config.num_hidden_layers):
-            layer = CLIPEncoderLayer(self.config, self.dtype, name=f"layers_{i}")
-            states.append(layer(states[-1]))
-        return states
-
-
 class CLIPTextTransformer(nn.Module):
     """The encoder without a projection."""
 
@@ -212,7 +84,7 @@ class CLIPTextTransformer(nn.Module):
         """As `CLIPTextModel`."""
         config = self.config
         x = CLIPTextEmbeddings(config, self.dtype, name="embeddings")(tokens)
-        states = CLIPEncoder(config, self.dtype, name="encoder")(x)
+        states = CLIPEncoder(config, causal=True, dtype=self.dtype, name="encoder")(x)
         norm = blocks.LayerNorm(config.layer_norm_eps, name="final_layer_norm")
         is_end = tokens if config.eos_token_id == 2 else tokens == config.eos_token_id
         pooled = norm(states[-1][jnp.arange(len(tokens)), jnp.argmax(is_end, axis=-1)])
