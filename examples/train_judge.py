@@ -4,6 +4,9 @@ The held-out images are those of train_embedded_model.py: neither the diffusion 
 judge has seen them.
 
     python examples/train_judge.py --data FOLDER_OF_IDX_FILES --out judge.safetensors
+
+With --captioned the images are those of the embedded text-to-image model, in one style or another,
+and the classes are pairs: 4 · object + style.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jax_unlearn.embedded.captions import STYLES, render
 from jax_unlearn.models.judge import Judge, save_judge
 
 HELD_OUT = 5_000
@@ -52,13 +56,22 @@ def augmented(padded: np.ndarray, indices: np.ndarray, rng: np.random.Generator)
     mirrored = rng.random(len(indices)) < 0.5
     columns[mirrored] = columns[mirrored, ::-1]
     pixels = padded[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return pixels[..., None].astype(np.float32) / 127.5 - 1.0
+    return pixels[..., None]
+
+
+def in_styles(pixels: np.ndarray, styles: np.ndarray) -> np.ndarray:
+    """Grey images [n, 28, 28, 1] in the styles of these numbers, [n, 32, 32, 3]."""
+    drawn = np.empty((len(pixels), 32, 32, 3), np.uint8)
+    for number, style in enumerate(STYLES):
+        drawn[styles == number] = render(pixels[styles == number], style)
+    return drawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--captioned", action="store_true")
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -72,8 +85,10 @@ def main() -> None:
     padded = np.pad(pixels, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)))
     rng = np.random.default_rng(arguments.seed)
 
-    module = Judge(num_labels=10)
-    params = module.init(jax.random.key(arguments.seed), jnp.zeros((1, 28, 28, 1)))["params"]
+    count = 10 * len(STYLES) if arguments.captioned else 10
+    shape = (32, 32, 3) if arguments.captioned else (28, 28, 1)
+    module = Judge(num_labels=count)
+    params = module.init(jax.random.key(arguments.seed), jnp.zeros((1, *shape)))["params"]
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(params))} parameters", flush=True)
     steps = arguments.epochs * (len(train) // arguments.batch_size)
     rate = optax.warmup_cosine_decay_schedule(0.0, arguments.learning_rate, 200, steps)
@@ -83,7 +98,7 @@ def main() -> None:
     def step(params, average, state, images, classes):
         def loss(params):
             logits = module.apply({"params": params}, images).logits
-            targets = optax.smooth_labels(jax.nn.one_hot(classes, 10), 0.02)
+            targets = optax.smooth_labels(jax.nn.one_hot(classes, count), 0.02)
             return optax.softmax_cross_entropy(logits, targets).mean()
 
         value, gradient = jax.value_and_grad(loss)(params)
@@ -95,13 +110,20 @@ def main() -> None:
     def logits_of(params, images):
         return module.apply({"params": params}, images).logits
 
+    def shown(grey, classes, rng):
+        """Images as floats, and their classes."""
+        if arguments.captioned:
+            styles = rng.integers(len(STYLES), size=len(grey))
+            grey, classes = in_styles(grey, styles), len(STYLES) * classes + styles
+        return grey.astype(np.float32) / 127.5 - 1, classes
+
     def correct(params, indices):
         """Whether each image is classified rightly, [n]."""
-        found = [
-            np.asarray(logits_of(params, pixels[part, ..., None] / np.float32(127.5) - 1)).argmax(1)
-            for part in np.array_split(indices, len(indices) // 250)
-        ]
-        return np.concatenate(found) == labels[indices]
+        fixed, found = np.random.default_rng(1), []
+        for part in np.array_split(indices, len(indices) // 250):
+            images, classes = shown(pixels[part, ..., None], labels[part], fixed)
+            found.append(np.asarray(logits_of(params, images)).argmax(1) == classes)
+        return np.concatenate(found)
 
     average, state, start = params, optimizer.init(params), time.time()
     for epoch in range(arguments.epochs):
@@ -109,9 +131,8 @@ def main() -> None:
         order = rng.permutation(train)
         for begin in range(0, len(order) - arguments.batch_size + 1, arguments.batch_size):
             part = order[begin : begin + arguments.batch_size]
-            params, average, state, loss = step(
-                params, average, state, augmented(padded, part, rng), labels[part]
-            )
+            images, classes = shown(augmented(padded, part, rng), labels[part], rng)
+            params, average, state, loss = step(params, average, state, images, classes)
             losses.append(loss)
         print(
             f"epoch {epoch + 1} minutes {(time.time() - start) / 60:.1f} "
@@ -128,9 +149,9 @@ def main() -> None:
         arguments.out,
         module,
         average,
-        image_shape=(28, 28, 1),
+        image_shape=shape,
         about={
-            "data": "Fashion-MNIST, 55,000 images",
+            "data": "Fashion-MNIST, 55,000 images" + ", in four styles" * arguments.captioned,
             "held_out_accuracy": round(float(right.mean()), 4),
             "held_out_accuracy_by_label": by_label,
         },

@@ -187,8 +187,13 @@ def train_clip(options, rng) -> None:
     model = CLIPModel(
         CLIPConfig(text_config=tower | text | ends, vision_config=tower | vision, projection_dim=64)
     ).train()
+    if options.vision:
+        model = CLIPModel.from_pretrained(options.out / "clip").train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-2)
+    trained = model.parameters()
+    if options.vision:
+        trained = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-2)
     pairs = [(o, s) for o in range(len(OBJECTS)) for s in range(len(STYLES))]
     by_object = [np.nonzero(images.labels == o)[0] for o in range(len(OBJECTS))]
 
@@ -356,6 +361,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--decoder", action="store_true", help="train the VAE's decoder further")
+    parser.add_argument("--vision", action="store_true", help="train CLIP's vision tower further")
     parser.add_argument("--start", type=pathlib.Path, help="go on from this denoiser's weights")
     options = parser.parse_args()
     torch.manual_seed(options.seed)

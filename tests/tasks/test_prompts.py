@@ -1,0 +1,274 @@
+"""Whole runs of the concept command on a tiny pipeline, conditioned on prompts."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clip_vocabulary import write_tokenizer
+from pipelines import write_pipeline
+
+from jax_unlearn import cli
+from jax_unlearn.options import ConceptOptions
+from jax_unlearn.pretrained import load_pretrained
+from jax_unlearn.subsets import subset_labels
+from jax_unlearn.tasks import concepts
+from jax_unlearn.tasks.concept_problem import make_prompt_problem
+from jax_unlearn.text_to_image import encode_prompts, load_text_to_image
+
+CLIP = pathlib.Path(__file__).parent.parent / "fixtures" / "clip"
+SMALL = {
+    "steps": 3, "batch_size": 8, "forget_batch_size": 8, "samples": 2, "sampling_steps": 3,
+    "evaluation_images": 16, "checkpoint_every": 2, "chain_steps": 2, "stored_samples": 16,
+    "classifier_draws": 2,
+}  # fmt: skip
+WIDENED = {
+    "forget": ("cat|kitty", "dog"),
+    "template": ("a {}", "{} in oil => oil"),
+    "anchor": "cow",
+    "retain": ("a hen", "a  hen in oil"),
+    "show": ("one cat", "a hen"),
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(pipeline):
+    return load_text_to_image(pipeline)
+
+
+def flags(values):
+    return [
+        text
+        for name, value in values.items()
+        for one in (value if isinstance(value, tuple) else (value,))
+        for text in ("--" + name.replace("_", "-"), str(one))
+    ]
+
+
+def arguments(model, out, *more):
+    return ["concept", "--model", str(model), "--out", str(out), *flags(SMALL), *more]
+
+
+def options_of(**more):
+    return ConceptOptions(**{**SMALL, **WIDENED, **more})
+
+
+def test_a_concept_is_its_names_in_the_templates(model):
+    problem = make_prompt_problem(model, options_of())
+    names = problem.conditions.names
+
+    def prompt(condition):
+        return names[condition].strip("“”")
+
+    assert problem.concepts == ("cat", "dog")
+    assert [
+        (prompt(c), prompt(base), [prompt(target) for target in targets])
+        for c, base, targets in problem.separated
+    ] == [
+        ("a cat", "no prompt", ["a cat", "a dog"]),
+        ("cat in oil", "oil", ["cat in oil", "dog in oil"]),
+        ("a kitty", "no prompt", ["a cat", "a dog"]),
+        ("kitty in oil", "oil", ["cat in oil", "dog in oil"]),
+        ("a dog", "no prompt", ["a cat", "a dog"]),
+        ("dog in oil", "oil", ["cat in oil", "dog in oil"]),
+    ]
+    assert [prompt(c) for c in problem.kept] == [
+        "a hen", "a hen in oil", "a cow", "cow in oil", "oil", "no prompt",
+    ]  # fmt: skip
+    assert [prompt(c) for c, _ in problem.anchors] == ["a cow", "cow in oil"]
+    assert [prompt(c) for c in problem.shown] == ["one cat"]
+    shown_as = dict(zip(names, problem.conditions.shown_as, strict=False))
+    classes = problem.conditions.classes
+    assert classes[shown_as["“a kitty”"]] == "a cat"
+    assert classes[shown_as["“a hen”"]] == "a hen"
+    assert shown_as["“oil”"] == shown_as["“one cat”"] == -1
+    members = [
+        {prompt(c) for c, member in zip(problem.candidates, row, strict=True) if member}
+        for row in problem.members
+    ]
+    assert members == [{"a cat", "cat in oil"}, {"a dog", "dog in oil"}]
+    assert "no prompt" not in {prompt(c) for c in problem.candidates}
+
+
+def test_numbers_stand_for_the_encoded_prompts(model):
+    problem = make_prompt_problem(model, options_of())
+    apply, params, *_ = problem.pretrained
+    x, t = jax.random.normal(jax.random.key(0), (3, 8, 8, 4)), jnp.array([1, 500, 999])
+    chosen = ["“kitty in oil”", "no prompt", "“a hen”"]
+    numbers = jnp.array([problem.conditions.names.index(name) for name in chosen])
+    encoded = encode_prompts(model, ["kitty in oil", None, "a hen"])
+    expected = model.pretrained.apply(params, x, t, encoded)
+    np.testing.assert_allclose(apply(params, x, t, numbers), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_probability_of_a_concept_is_that_of_its_prompts_together(model):
+    options = options_of(formulation="likelihood")
+    problem = make_prompt_problem(model, options)
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 4))
+    together = concepts._classifier(problem, options)(x)
+    each = concepts._classifier(
+        problem._replace(members=np.eye(len(problem.candidates), dtype=bool)), options
+    )(x)
+    np.testing.assert_allclose(each.sum(axis=1), 1, atol=1e-5)
+    for i, row in enumerate(problem.members):
+        np.testing.assert_allclose(together[:, i], each[:, row].sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("formulation", ["reverse-kl", "likelihood"])
+def test_rows_follow_their_own_base(model, formulation):
+    options = options_of(formulation=formulation, threshold=("0.9x",))
+    problem = make_prompt_problem(model, options)
+    task = concepts.concept_task(problem, options, None)
+    expected = {one.cond: one.base for one in problem.separated}
+    seen = set()
+    for step in range(4):
+        forget = task.batch(step).forget
+        assert all(
+            expected[c] == b
+            for c, b in zip(forget.cond.tolist(), forget.base.tolist(), strict=True)
+        )
+        seen |= set(forget.cond.tolist())
+    assert seen == set(expected)
+
+
+@pytest.fixture(scope="module")
+def finished(pipeline, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "out"
+    clip = tmp_path_factory.mktemp("clip")
+    for file in CLIP.iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            (clip / file.name).write_bytes(file.read_bytes())
+    write_tokenizer(clip)
+    assert cli.main(arguments(pipeline, out, *flags(WIDENED), "--clip", str(clip))) == 0
+    return out
+
+
+def test_a_run_leaves_a_pipeline_and_what_it_says(finished, pipeline):
+    found = json.loads((finished / "report.json").read_text())
+    assert [one["name"] for one in found["constraints"]] == ["cat", "dog"]
+    metrics = found["metrics"]
+    assert metrics["path_kl"]["before"]["“a hen”"]["value"] < 1e-6
+    assert set(metrics["violation"]["after"]) == {
+        f"“{p}”" for p in ("a cat", "cat in oil", "a kitty", "kitty in oil", "a dog", "dog in oil")
+    }
+    assert "“one cat”" in metrics["named_forgotten"]["after"]
+    assert "“one cat”" not in metrics["agreement"]["after"]
+    assert {"kid", "fid"} <= set(metrics)
+    page = (finished / "report.html").read_text()
+    assert "no prompt or “oil”" in page
+    assert "Shown, not trained on" in page
+    trained, reference = load_text_to_image(finished / "model"), load_text_to_image(pipeline)
+    for ours, theirs in zip(
+        jax.tree.leaves((trained.vae.params, trained.text_encoders[0].params)),
+        jax.tree.leaves((reference.vae.params, reference.text_encoders[0].params)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_subset_trains_alone_and_resumes_bit_for_bit(pipeline, tmp_path):
+    given = ["--forget", "cat", "--threshold", "1.1x", "--train", "esd-x", "--save", "unet"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli.main(arguments(pipeline, whole, *given)) == 0
+    assert cli.main(arguments(pipeline, parts, *given)) == 0
+    (parts / "report.json").unlink()
+    rows = (parts / "metrics.jsonl").read_text().splitlines()
+    for folder in (parts / "checkpoints").glob("3"):
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        folder.rmdir()
+    assert cli.main(["concept", "--out", str(parts), "--resume"]) == 0
+    assert len(rows) == len((parts / "metrics.jsonl").read_text().splitlines())
+    trained, again = (
+        (folder / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
+        for folder in (whole, parts)
+    )
+    assert trained == again
+    (tmp_path / "pipeline").mkdir()
+    for name in ("model_index.json", "scheduler", "tokenizer", "text_encoder", "vae"):
+        (tmp_path / "pipeline" / name).symlink_to(pipeline / name)
+    (tmp_path / "pipeline" / "unet").symlink_to(whole / "model")
+    before, after = (load_pretrained(folder).params for folder in (pipeline, tmp_path / "pipeline"))
+    labels = jax.tree.leaves(subset_labels(before, "cross-attention"))
+    for label, first, last in zip(
+        labels, jax.tree.leaves(before), jax.tree.leaves(after), strict=True
+    ):
+        assert np.array_equal(first, last) == (label == "frozen")
+
+
+def test_a_low_rank_change_is_written_alone(pipeline, tmp_path):
+    given = ["--forget", "cat", "--threshold", "1.1x", "--train", "lora:2", "--save", "lora"]
+    assert cli.main(arguments(pipeline, tmp_path / "out", *given)) == 0
+    files = [path.name for path in (tmp_path / "out" / "model").iterdir()]
+    assert files == ["pytorch_lora_weights.safetensors"]
+
+
+def test_prompts_are_read_from_a_file(model, tmp_path):
+    (tmp_path / "kept.txt").write_text("a hen\n\n a duck \n")
+    problem = make_prompt_problem(model, options_of(retain=(f"@{tmp_path / 'kept.txt'}",)))
+    assert {"“a hen”", "“a duck”"} <= {problem.conditions.names[c] for c in problem.kept}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--forget", "cat"], "--anchor"),
+        (["--forget", "cat", "--anchor", "cat"], "also to be forgotten"),
+        (["--forget", "cat", "--base", "cat", "--anchor", "cow"], "also to be forgotten"),
+        (
+            ["--forget", "cat", "--anchor", "cow", "--retain", "cat"],
+            "both to be forgotten and kept",
+        ),
+        (["--forget", " ", "--anchor", "cow"], "no tokens"),
+        (["--forget", "cat|cat", "--anchor", "cow"], "the same"),
+        (["--forget", "cat", "--anchor", "cow", "--template", "a photo"], "place of"),
+        (["--forget", "cat", "--anchor", "cow", "--retain", "@nowhere.txt"], "nowhere.txt"),
+        (["--forget", "x" * 90, "--anchor", "cow"], "77"),
+        (["--forget", "cat", "--anchor", "cow", "--judge", "j.safetensors"], "--clip"),
+        (["--forget", "cat", "--anchor", "cow", "--clip", "nowhere"], "nowhere"),
+        (["--forget", "cat", "--anchor", "cow", "--train", "esd-y"], "esd-x"),
+        (["--forget", "cat", "--anchor", "cow", "--save", "lora"], "--train lora"),
+        (
+            ["--forget", "cat", "--anchor", "cow", "--train", "esd-u", "--start", "edited"],
+            "--start edited",
+        ),
+    ],
+)
+def test_mistakes_are_one_clear_line(pipeline, tmp_path, capsys, given, message):
+    assert cli.main(arguments(pipeline, tmp_path / "out", *given)) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_prompts_are_refused_for_labels(tiny_model, tmp_path, capsys):
+    given = ["concept", "--model", str(tiny_model), "--out", str(tmp_path / "out"), *flags(SMALL)]
+    assert cli.main([*given, "--forget", "dog", "--retain", "a cat"]) == 2
+    assert "--retain is for models that are conditioned on prompts" in capsys.readouterr().err
+
+
+def test_samples_of_prompts_make_a_grid(pipeline, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    given = [
+        "sample",
+        "--model",
+        str(pipeline),
+        "--out",
+        str(out),
+        "--steps",
+        "2",
+        "--samples",
+        "2",
+    ]
+    assert cli.main(given) == 2
+    assert "--prompts" in capsys.readouterr().err
+    assert cli.main([*given, "--prompts", "a cat", "--prompts", "a dog"]) == 0
+    assert out.stat().st_size > 100
