@@ -72,7 +72,8 @@ class PrimalDual(NamedTuple):
     """An algorithm as two pure functions.
 
     Attributes:
-      init: (params, thresholds, *, multipliers=None, reference=None) -> PrimalDualState.
+      init: (params, thresholds, *, multipliers=None, reference=None, copy=True) ->
+        PrimalDualState.
       step: (key, state, batch, dual_batch=None) -> (PrimalDualState, PrimalDualInfo).
     """
 
@@ -105,6 +106,11 @@ def primal_dual(
     by `sharding`. To differentiate through several steps with Adam give it an `eps_root`: its √v
     has no derivative where a parameter's gradient is zero.
 
+    `init` copies the parameters and the reference, since who donates the state gives away what is
+    in it. For a model too large for that, `init(params, ..., reference=reference, copy=False)`
+    takes both as they are: `params` are then the state's, and gone after a donated step, while
+    the reference stays the caller's under `sharding.jit_step`, which donates all but it.
+
     Args:
       formulation: losses, sign and dual domain.
       optimizer: for the parameters.
@@ -117,7 +123,8 @@ def primal_dual(
       The functions `init` and `step`. A `dual_batch` given to `step` takes the place of
       `batch` in the violations that move the multipliers, at the price of one more forward
       pass. A step whose losses or gradient are not finite leaves the state as it was, but for
-      the count, and says so in `info.finite`.
+      the count, and says so in `info.finite`. `init` raises ValueError if it is not to copy, and
+      parameters and reference share an array.
     """
 
     def total(values: Array) -> Array:
@@ -145,20 +152,30 @@ def primal_dual(
         *,
         multipliers: ArrayLike | None = None,
         reference: Params | None = None,
+        copy: bool = True,
     ) -> PrimalDualState:
+        reference = params if reference is None else reference
+        if not copy:
+            frozen = {id(leaf) for leaf in jax.tree.leaves(reference)}
+            shared = sum(id(leaf) in frozen for leaf in jax.tree.leaves(params))
+            if shared:
+                raise ValueError(
+                    f"copy=False: {shared} arrays of params are the reference's own, and would be "
+                    "donated with the state. Give params of their own, or copy=True."
+                )
         thresholds = jnp.atleast_1d(jnp.asarray(thresholds, dtype=float))
         if multipliers is None:
             multipliers = jnp.zeros_like(thresholds)
         multipliers = jnp.broadcast_to(jnp.asarray(multipliers, thresholds.dtype), thresholds.shape)
-        reference = params if reference is None else reference
+        # The state may be donated, and the caller keeps the originals.
+        taken = jnp.copy if copy else jnp.asarray
         return PrimalDualState(
-            # A copy: the state may be donated, and the caller keeps the original.
-            params=jax.tree.map(jnp.copy, params),
+            params=jax.tree.map(taken, params),
             opt_state=optimizer.init(params),
             multipliers=formulation.project(multipliers),
             dual_state=dual_optimizer.init(multipliers),
             thresholds=jnp.copy(thresholds),
-            reference=jax.tree.map(jnp.copy, reference),
+            reference=jax.tree.map(taken, reference),
             step=jnp.zeros((), jnp.int32),
         )
 

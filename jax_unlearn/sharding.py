@@ -43,23 +43,35 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
-    """A step (key, state, batch) -> (state, info), compiled, its state donated.
+    """A step (key, state, batch) -> (state, info), compiled, its state donated but the reference.
 
     On a mesh the state is replicated and the batch split over "data"; the compiler inserts
     the reductions. The step is that of `primal_dual` built without an axis_name, or a
     function around it: for a dual batch, `lambda key, state, both: algorithm.step(key, state,
     *both)`, given `shard_batch((batch, dual_batch), mesh)`. So too for `pmap_step`.
     """
+
+    def apart(key: Any, moving: Any, reference: Any, batch: Any) -> tuple[Any, Any]:
+        state, info = step(key, moving._replace(reference=reference), batch)
+        return state._replace(reference=None), info
+
     if mesh is None:
-        return jax.jit(step, donate_argnums=1)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec(AXIS))
-    return jax.jit(
-        step,
-        in_shardings=(replicated, replicated, split),
-        out_shardings=replicated,
-        donate_argnums=1,
-    )
+        compiled = jax.jit(apart, donate_argnums=1)
+    else:
+        replicated = NamedSharding(mesh, PartitionSpec())
+        split = NamedSharding(mesh, PartitionSpec(AXIS))
+        compiled = jax.jit(
+            apart,
+            in_shardings=(replicated, replicated, replicated, split),
+            out_shardings=replicated,
+            donate_argnums=1,
+        )
+
+    def call(key: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        moved, info = compiled(key, state._replace(reference=None), state.reference, batch)
+        return moved._replace(reference=state.reference), info
+
+    return call
 
 
 def pmap_step(step: Callable[..., Any], devices: Sequence[jax.Device] | None = None) -> Any:

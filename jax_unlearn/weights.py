@@ -6,20 +6,20 @@ a path of parameters maps to a tensor by rule. Every tensor is used and every pa
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # Also names bfloat16 for NumPy, without which safetensors cannot return it.
+import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from jax_unlearn.typing import Array, Params
 
@@ -34,7 +34,12 @@ __all__ = [
 ]
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_FLOATS = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_INTEGERS = {
+    f"{kind}{bits}": f"{name}{bits}"
+    for kind, name in (("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+}
 _LISTS = re.compile(
     r"(down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|transformer_blocks|to_out"
     r"|net|layers)_(\d+)"
@@ -175,6 +180,9 @@ def weight_files(
 def read_params(shapes: Params, files: list[pathlib.Path]) -> Params:
     """Fills every parameter with a tensor, and uses every tensor.
 
+    Headers are checked before any tensor is read, and tensors are read one at a time: beside the
+    parameters no more than a few copies of the largest one are held.
+
     Args:
       shapes: a pytree of `jax.ShapeDtypeStruct`, as from a network's `param_shapes`.
       files: the safetensors; old names of attention and of text encoders are understood.
@@ -188,43 +196,50 @@ def read_params(shapes: Params, files: list[pathlib.Path]) -> Params:
     """
     leaves = _leaves(shapes)
     renamed = {other: key for key in leaves for other in _other_names(key)}
-    params: dict[str, Array] = {}
-    extra, misshapen, doubled = [], {}, []
-    for name, values in _read_tensors(files):
+    found: dict[str, tuple[str, _Stored]] = {}
+    extra, misshapen, doubled = [], [], []
+    for name, stored in ((n, t) for file in files for n, t in _read_header(file).items()):
         key = renamed.get(name, name)
         if key not in leaves:
             if not _NO_PARAMETER.fullmatch(name):
                 extra.append(name)
             continue
-        if key in params:
+        if key in found:
             doubled.append(name)
             continue
-        path, leaf = leaves[key]
-        if values.dtype not in _FLOATS:
-            raise ValueError(f"tensor {name} is of dtype {values.dtype}: expected a float.")
-        wanted = _to_torch(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
-        if values.shape != wanted:
-            misshapen[key] = f"{name} {list(values.shape)} instead of {list(wanted)}"
-            continue
-        values = values.astype(np.float32)
-        if not np.isfinite(values).all():
-            raise ValueError(f"tensor {name} holds values that are not finite.")
-        params[key] = jnp.asarray(np.asarray(_from_torch(path, values), order="C"))
+        if stored.dtype not in _FLOATS:
+            dtype = _INTEGERS.get(stored.dtype, stored.dtype)
+            raise ValueError(f"tensor {name} is of dtype {dtype}: expected a float.")
+        wanted = _torch_shape(*leaves[key])
+        if stored.shape != wanted:
+            misshapen.append(f"{name} {list(stored.shape)} instead of {list(wanted)}")
+        found[key] = name, stored
     problems = {
-        "missing": [key for key in leaves if key not in params and key not in misshapen],
+        "missing": [key for key in leaves if key not in found],
         "of no parameter": sorted(extra),
-        "misshapen": list(misshapen.values()),
+        "misshapen": misshapen,
         "given twice": doubled,
     }
     if any(problems.values()):
         raise ValueError(
             f"tensors in {files[0].parent} do not fit its config.json: {_describe(problems)}."
         )
+    params: dict[str, Array] = {}
+    for key, (name, stored) in found.items():
+        values = _read(stored).astype(np.float32, copy=False)
+        if not np.isfinite(values).all():
+            raise ValueError(f"tensor {name} holds values that are not finite.")
+        values = np.asarray(_from_torch(leaves[key][0], values), order="C")
+        # Otherwise copies to the device wait in a queue, each with its array here.
+        params[key] = jax.block_until_ready(jnp.asarray(values))
     return jax.tree.unflatten(jax.tree.structure(shapes), [params[key] for key in leaves])
 
 
 def write_params(path: pathlib.Path, shapes: Params, params: Params) -> None:
-    """Writes float32 safetensors.
+    """Writes float32 safetensors, byte for byte as the library of that name does.
+
+    Everything is checked before the file is made, and written one tensor at a time: beside the
+    parameters no more than a few copies of the largest one are held.
 
     Args:
       path: the file.
@@ -234,24 +249,35 @@ def write_params(path: pathlib.Path, shapes: Params, params: Params) -> None:
     Raises:
       ValueError: if the parameters have other names or shapes, or are not finite.
     """
-    expected = _leaves(shapes)
-    given = {key: (path, np.asarray(leaf)) for key, (path, leaf) in _leaves(params).items()}
+    expected, given = _leaves(shapes), _leaves(params)
     problems = {
         "missing": [key for key in expected if key not in given],
         "not of this network": [key for key in given if key not in expected],
         "misshapen": [
-            f"{key} {list(given[key][1].shape)} instead of {list(leaf.shape)}"
+            f"{key} {list(np.shape(given[key][1]))} instead of {list(leaf.shape)}"
             for key, (_, leaf) in expected.items()
-            if key in given and given[key][1].shape != leaf.shape
+            if key in given and np.shape(given[key][1]) != leaf.shape
         ],
-        "not finite": [key for key, (_, values) in given.items() if not np.isfinite(values).all()],
+        "not finite": [
+            key for key, (_, leaf) in given.items() if not np.isfinite(_on_host(leaf)).all()
+        ],
     }
     if any(problems.values()):
         raise ValueError(f"these parameters cannot be saved: {_describe(problems)}.")
-    tensors = {key: _to_torch(*given[key]).astype(np.float32, order="C") for key in expected}
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    # safetensors makes it readable to its owner only.
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in sorted(expected):
+        shape = _torch_shape(*expected[key])
+        start, end = end, end + 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in sorted(expected):
+            names, leaf = given[key]
+            values = np.asarray(_to_torch(names, _on_host(leaf)), "<f4", order="C")
+            file.write(values.reshape(-1).data)
 
 
 def _leaves(params: Params) -> dict[str, tuple[tuple[str, ...], Any]]:
@@ -268,6 +294,10 @@ def _to_torch(path: tuple[str, ...], values: np.ndarray) -> np.ndarray:
     if path[-1] != "kernel":
         return values
     return values.transpose(3, 2, 0, 1) if values.ndim == 4 else values.T
+
+
+def _torch_shape(path: tuple[str, ...], leaf: Any) -> tuple[int, ...]:
+    return _to_torch(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
 
 
 def _from_torch(path: tuple[str, ...], values: np.ndarray) -> np.ndarray:
@@ -298,12 +328,43 @@ def _describe(problems: Mapping[str, list[str]]) -> str:
     )
 
 
-def _read_tensors(files: list[pathlib.Path]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the files, one in memory at a time."""
-    for path in files:
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                for key in file.keys():
-                    yield key, file.get_tensor(key)
-        except (safetensors.SafetensorError, OSError, TypeError) as error:
-            raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+class _Stored(NamedTuple):
+    """Where a tensor lies: its bytes in the file, and what they are."""
+
+    path: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+def _read_header(path: pathlib.Path) -> dict[str, _Stored]:
+    """The tensors of a file, by name."""
+    try:
+        # This checks that the header is sound and that its tensors fill the file.
+        with safetensors.safe_open(path, framework="numpy"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (safetensors.SafetensorError, OSError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+        for name, entry in header.items()
+        for start, end in [entry["data_offsets"]]
+    }
+
+
+def _read(stored: _Stored) -> np.ndarray:
+    """The tensor; read and not mapped, since pages of a mapping stay until the last is read."""
+    values = np.fromfile(stored.path, np.uint8, stored.size, offset=stored.offset)
+    return values.view(_FLOATS[stored.dtype]).reshape(stored.shape)
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """The values of an array."""
+    if isinstance(leaf, jax.Array):
+        # An array keeps what it once fetched from its devices: another one of the same buffers.
+        shards = [shard.data for shard in leaf.addressable_shards]
+        leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+    return np.asarray(leaf)

@@ -1,13 +1,17 @@
 import json
 import pathlib
+import tracemalloc
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from jax_unlearn import sharding
 from jax_unlearn.networks import load_network, save_network
+from jax_unlearn.weights import write_params
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures" / "stable_diffusion"
 FOLDERS = {
@@ -56,6 +60,58 @@ def test_save_then_load_changes_nothing(network, folder):
     save_network(folder, doubled, overwrite=True)
     assert_same(doubled.params, load_network(folder).params)
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_saved_weights_are_those_of_the_safetensors_library(network, folder, tmp_path):
+    stored = safetensors.numpy.load_file(weights(folder))
+    theirs = tmp_path / "theirs.safetensors"
+    safetensors.numpy.save_file(stored, theirs, metadata={"format": "pt"})
+    assert weights(folder).read_bytes() == theirs.read_bytes()
+    assert weights(folder).stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+def test_parameters_on_several_devices_are_saved(network, folder, tmp_path):
+    mesh = sharding.data_mesh()
+    assert mesh.size > 1
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    replicated = sharding.replicate(network.params, mesh)
+    for name, params in {
+        "replicated": replicated,
+        "spread": jax.tree.map(
+            lambda x: x if x.shape[0] % mesh.size else jax.device_put(x, spread), replicated
+        ),
+        "numpy": jax.tree.map(np.asarray, network.params),
+    }.items():
+        save_network(tmp_path / name, network._replace(params=params))
+        assert weights(tmp_path / name).read_bytes() == weights(folder).read_bytes()
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_writing_holds_one_tensor_at_a_time(tmp_path, spread):
+    params = {f"layers_{i}": {"kernel": jnp.full((256, 256), i, jnp.float32)} for i in range(40)}
+    if spread:
+        axis = jax.sharding.PartitionSpec("data")
+        params = jax.device_put(params, jax.sharding.NamedSharding(sharding.data_mesh(), axis))
+    tracemalloc.start()  # NumPy tells it what arrays take.
+    try:
+        write_params(tmp_path / "weights.safetensors", params, params)
+        left, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    tensor = 256 * 256 * 4
+    assert left < 4 * tensor
+    assert peak < 8 * tensor  # of 40
+    written = safetensors.numpy.load_file(tmp_path / "weights.safetensors")
+    assert [int(written[f"layers.{i}.weight"].mean()) for i in range(40)] == list(range(40))
+
+
+def test_headers_are_checked_before_any_tensor_is_read(network, folder, monkeypatch):
+    tensors = safetensors.numpy.load_file(weights(folder))
+    tensors.pop(max(tensors))
+    safetensors.numpy.save_file(tensors, weights(folder))
+    monkeypatch.setattr(np, "fromfile", None)
+    with pytest.raises(ValueError, match="1 missing"):
+        load_network(folder)
 
 
 def test_shards_of_a_variant(network, folder):

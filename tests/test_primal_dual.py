@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_unlearn import multipliers
+from jax_unlearn import multipliers, sharding
 from jax_unlearn.formulations import Formulation, Losses
 from jax_unlearn.primal_dual import certificate, primal_dual
 from jax_unlearn.typing import Estimate
@@ -220,6 +220,34 @@ def test_donation_spares_the_callers_arrays():
     for array in (params, thresholds, given):
         assert not array.is_deleted()
     np.testing.assert_array_equal(params, [0.0, 0.0])
+
+
+def test_without_copies_the_reference_stays_and_the_parameters_are_given_away():
+    algorithm = primal_dual(problem("linear"), optax.sgd(0.1), optax.sgd(0.3))
+    params, reference = jnp.zeros(2), jnp.ones(2)
+    copied = algorithm.init(params, 1.0, reference=reference)
+    state = algorithm.init(params, 1.0, reference=reference, copy=False)
+    assert state.params is params
+    assert state.reference is reference
+    step = sharding.jit_step(algorithm.step)
+    for _ in range(3):
+        state, info = step(KEY, state, batch_of())
+        copied, expected = jax.jit(algorithm.step)(KEY, copied, batch_of())
+    chex.assert_trees_all_equal(state, copied)
+    chex.assert_trees_all_equal(info, expected)
+    assert params.is_deleted()
+    assert state.reference is reference
+    np.testing.assert_array_equal(reference, [1.0, 1.0])
+
+
+@pytest.mark.parametrize("given", [None, "same", "one of two"])
+def test_without_copies_params_and_reference_are_apart(given):
+    algorithm = primal_dual(problem("linear"), optax.sgd(0.1), optax.sgd(0.3))
+    params = [jnp.zeros(2), jnp.zeros(2)]
+    reference = {None: None, "same": params, "one of two": [jnp.ones(2), params[1]]}[given]
+    count = 1 if given == "one of two" else 2
+    with pytest.raises(ValueError, match=f"copy=False: {count} arrays of params are the ref"):
+        algorithm.init(params, 1.0, reference=reference, copy=False)
 
 
 def test_init_projects_and_copies():

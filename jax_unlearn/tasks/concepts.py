@@ -70,7 +70,8 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
     bases = {one.base for one in problem.separated}
     at_base = raw.values[np.isin(raw.cond, list(bases))] if pool is None else pool.values
     at_anchor = raw.values[np.isin(raw.cond, [c for c, _ in problem.anchors])]
-    anchored = at_anchor.mean(axis=0)
+    # Without anchors no threshold is calibrated on them.
+    anchored = at_anchor.mean(axis=0) if len(at_anchor) else at_base.mean(axis=0)
     if pool is not None:
         # Laplace's rule of succession: n samples do not show a probability below about 1/n.
         anchored = (at_anchor.sum(axis=0) + 1) / (len(at_anchor) + 2)

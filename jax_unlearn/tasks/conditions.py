@@ -51,7 +51,9 @@ class Numbered:
 
     def __call__(self, params: Params, x_t: Array, t: Array, cond: Any, /) -> Array:
         """Predicts as `apply` does under the numbered conditions."""
-        return self.apply(params, x_t, t, jax.tree.map(lambda leaf: jnp.asarray(leaf)[cond], self.table))
+        return self.apply(
+            params, x_t, t, jax.tree.map(lambda leaf: jnp.asarray(leaf)[cond], self.table)
+        )
 
 
 def of_labels(pretrained: Pretrained) -> Conditions:
