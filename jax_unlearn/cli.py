@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from jax_unlearn.embedded import captions
 from jax_unlearn.options import (
     ConceptOptions,
     DataOptions,
@@ -30,7 +31,8 @@ _COMMANDS: dict[str, type] = {
 }
 _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
 
-  demo     forget a class of the embedded model and data; needs no network
+  demo     forget a class of the embedded model and data, or with --text an object of the
+           embedded model from text to image; needs no network
   data     forget images that a diffusers checkpoint of yours was trained on
   concept  forget labels or prompts that a diffusers checkpoint is conditioned on; needs no images
   sample   draw a grid of samples from a checkpoint
@@ -199,16 +201,24 @@ _DEMO: dict[str, dict[str, Any]] = {
     "reverse-kl": {"steps": 24, "batch_size": 12, "forget_batch_size": 6, "samples": 16},
     "likelihood": {"stored_samples": 192, "classifier_draws": 4, "samples": 16},
 }
+_DEMO_TEXT: dict[str, dict[str, Any]] = {
+    "reverse-kl": {"steps": 12, "batch_size": 16, "forget_batch_size": 8},
+    "likelihood": {"steps": 40, "stored_samples": 128, "classifier_draws": 2},
+}
 
 
 def _jobs(command: str, options: RunOptions) -> list[tuple[str, RunOptions]]:
     """The runs that a command makes: its name in run.json, and its options."""
-    if not isinstance(options, DemoOptions) or "repeated" in options.forget:
+    if not isinstance(options, DemoOptions):
         return [(command, options)]
-    formulations = ["forward-kl", *_DEMO]
+    options = dataclasses.replace(options, forget=options.asked)
+    if "repeated" in options.forget and not options.text:
+        return [(command, options)]
+    settings = _DEMO_TEXT if options.text else _DEMO
     many = options.formulation == "all"
     jobs: list[tuple[str, RunOptions]] = []
-    for formulation in formulations if many else [options.formulation]:
+    every = [*settings] if options.text else ["forward-kl", *settings]
+    for formulation in every if many else [options.formulation]:
         out = options.out / formulation if many else options.out
         if formulation == "forward-kl":
             one = dataclasses.replace(options, out=out, formulation=formulation)
@@ -217,8 +227,11 @@ def _jobs(command: str, options: RunOptions) -> list[tuple[str, RunOptions]]:
         shared = ("seed", "sampling_steps", "guidance", "forget", "resume", "overwrite")
         given: dict[str, Any] = {name: getattr(options, name) for name in shared}
         given |= {"out": out, "formulation": formulation, "evaluation_images": 132}
-        given |= _DEMO[formulation]
-        jobs.append(("concept", ConceptOptions(**given)))
+        if options.text:
+            given |= captions.forgetting(options.forget)
+            given |= {"model": "embedded-text", "samples": 6, "sampling_steps": 15}
+            given["evaluation_images"] = 440
+        jobs.append(("concept", ConceptOptions(**given | settings[formulation])))
     return jobs
 
 

@@ -129,19 +129,29 @@ class ImageOptions(RunOptions):
 
 @dataclasses.dataclass(frozen=True)
 class DemoOptions(ImageOptions):
-    """Forgets a class, or the sixteen repeated images, of the embedded model and data."""
+    """Forgets a class, or repeated images, or with --text prompts, of the embedded models."""
 
-    forget: tuple[str, ...] = ("Trouser",)
-    """Labels to forget, by name or number, each one constraint; or "repeated", the sixteen images
-    that the embedded model's training set repeats, each of them a constraint."""
+    text: bool = False
+    """Forget prompts of the embedded model from text to image, by reverse KL and likelihood."""
+    forget: tuple[str, ...] = ()
+    """Labels to forget, by name or number, each one constraint, default Trouser; or "repeated", the
+    sixteen images that the embedded model's training set repeats, each of them a constraint. With
+    --text objects or styles, default sneaker."""
     formulation: Literal["all", "forward-kl", "reverse-kl", "likelihood"] = "all"
     """Which runs to make, each in a folder of its own if "all". The options here are forward KL's;
     the others take of them seed, samples, and guidance: `jax-unlearn concept` has theirs."""
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What to forget, the defaults filled in."""
+        return self.forget or (("sneaker",) if self.text else ("Trouser",))
+
     def validate(self) -> None:
         """Checks every number, and the thresholds."""
         super().validate()
-        _check_thresholds(self.threshold, self.forget)
+        _check_thresholds(self.threshold, self.asked)
+        if self.text and self.formulation == "forward-kl":
+            raise ValueError("--text forgets prompts: that is reverse KL, likelihood, or all.")
         if "repeated" in self.forget and self.formulation not in ("all", "forward-kl"):
             raise ValueError("--forget repeated forgets images: that is --formulation forward-kl.")
 

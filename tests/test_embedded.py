@@ -8,7 +8,14 @@ import pytest
 
 import jax_unlearn
 from jax_unlearn import embedded
+from jax_unlearn.clip import load_clip, zero_shot
+from jax_unlearn.data import to_unit_range
+from jax_unlearn.embedded import captions
 from jax_unlearn.metrics import agreement
+from jax_unlearn.options import RunOptions
+from jax_unlearn.tasks.conditions import of_prompts
+from jax_unlearn.tasks.drawing import drawing
+from jax_unlearn.text_to_image import load_text_to_image
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "unet_2d"
@@ -96,3 +103,51 @@ def test_the_embedded_model_predicts_what_torch_diffusers_does():
     assert error < 1e-5
     assert model.config.null_label == 10
     assert model.config.id2label[1] == "Trouser"
+
+
+def test_captions_render_images_that_their_judge_names():
+    held_out = embedded.load_data().held_out
+    logits = embedded.text_judge().logits
+    objects = held_out.labels[:200]
+    right = []
+    for number, style in enumerate(captions.STYLES):
+        images = to_unit_range(captions.render(held_out.pixels[:200], style))
+        right.append(np.asarray(logits(images)).argmax(axis=1) == 4 * objects + number)
+    assert np.mean(right) > 0.85
+    with pytest.raises(ValueError, match="photo"):
+        captions.render(held_out.pixels[:2], "fresco")
+
+
+def test_what_is_forgotten_is_neither_retained_nor_an_anchor():
+    for names, count in ((("sneaker", "bag"), 32), (("blueprint",), 30), (("ankle boot",), 36)):
+        found = captions.forgetting(names)
+        assert len(found["retain"]) == len(set(found["retain"])) == count
+        assert not any(name in text.split() for name in names for text in found["retain"])
+        assert found["anchor"] not in names
+        assert not set(found["show"]) & set(found["retain"])
+    assert captions.forgetting(["bag"])["forget"] == ("bag|handbag",)
+    for names in ([], ["hat"], ["bag", "photo"], captions.STYLES):
+        with pytest.raises(ValueError, match="forget some of"):
+            captions.forgetting(names)
+
+
+def test_the_embedded_pipeline_follows_its_prompts():
+    model = load_text_to_image(embedded.text_model_path())
+    objects, styles = ("trousers", "bag", "sandal"), captions.STYLES
+    prompts = [captions.caption(name, style) for name in objects for style in styles]
+    pretrained, conditions = of_prompts(model, prompts)
+    options = RunOptions(samples=4, sampling_steps=12)
+    samples = drawing(pretrained, conditions, options, None, ()).draw(pretrained.params)
+    images = to_unit_range(samples.reshape(-1, *model.image_shape))
+    named = np.asarray(embedded.text_judge().logits(images)).argmax(axis=1).reshape(12, 4)
+    wanted = [4 * captions.OBJECTS.index(o) + s for o in objects for s in range(len(styles))]
+    assert (named == np.array(wanted)[:, None]).mean() > 0.85
+    clip = zero_shot(load_clip(embedded.clip_path()), prompts)
+    fits = np.asarray(clip.logits(images)).argmax(axis=1).reshape(12, 4)
+    assert (fits == np.arange(12)[:, None]).mean() > 0.7
+
+
+def test_embedded_parts_fit_in_what_they_may_take():
+    parts = (embedded.text_model_path(), embedded.clip_path())
+    size = sum(file.stat().st_size for part in parts for file in part.rglob("*"))
+    assert size < 12e6

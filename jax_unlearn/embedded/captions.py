@@ -4,6 +4,9 @@ Fashion-MNIST's images, each rendered in one of four styles and described by a t
 Objects and styles are two independent axes, so that one can be forgotten and the other kept.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 __all__ = [
@@ -14,6 +17,7 @@ __all__ = [
     "TEMPLATES",
     "caption",
     "captions",
+    "forgetting",
     "render",
 ]
 
@@ -68,6 +72,49 @@ def captions(object: str, style: str) -> list[str]:
     """All training captions that name both, with the object's synonyms."""
     names = (object, *SYNONYMS[object])
     return [caption(name, style, template) for name in names for template in TEMPLATES]
+
+
+def forgetting(names: Sequence[str]) -> dict[str, Any]:
+    """What `ConceptOptions` needs to forget objects in every style, or styles of every object.
+
+    An object is forgotten with its synonyms and held to a style alone; a style is held to the
+    object alone. All other pairs are retained, paraphrases of the forgotten ones shown, and
+    thresholds calibrated on the next object or style that is kept.
+
+    Args:
+      names: some of `OBJECTS` or some of `STYLES`.
+
+    Returns:
+      The options forget, template, retain, show and anchor.
+
+    Raises:
+      ValueError: for other names, a mixture of both, or all of one kind.
+    """
+    kinds = [kind for kind in (OBJECTS, STYLES) if set(names) <= set(kind)]
+    if not names or not kinds or len(set(names)) == len(kinds[0]):
+        raise ValueError(
+            f"forget some of {', '.join(OBJECTS)}; or some of {', '.join(STYLES)}; "
+            f"not {', '.join(names)}."
+        )
+    objects = kinds[0] is OBJECTS
+    place = kinds[0].index(names[0])
+    anchor = next(name for name in kinds[0][place:] + kinds[0] if name not in names)
+    if objects:
+        forget = ["|".join((name, *SYNONYMS[name])) for name in names]
+        template = [f"a {style} of a {{}} => a {style}" for style in STYLES]
+        forgotten = [(name, style) for name in names for style in STYLES]
+    else:
+        forget = list(names)
+        template = [_article(f"a {{}} of a {name} => a {name}") for name in OBJECTS]
+        forgotten = [(name, style) for name in OBJECTS for style in names]
+    pairs = [(name, style) for name in OBJECTS for style in STYLES]
+    return {
+        "forget": tuple(forget),
+        "template": tuple(template),
+        "retain": tuple(caption(*pair) for pair in pairs if pair not in forgotten),
+        "show": tuple(caption(*pair, HELD_OUT_TEMPLATES[0]) for pair in forgotten),
+        "anchor": anchor,
+    }
 
 
 def _article(text: str) -> str:

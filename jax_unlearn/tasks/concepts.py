@@ -45,7 +45,11 @@ LEAST_ROWS = 8
 
 
 class Raw(NamedTuple):
-    """One row for each trajectory: its condition, its path KL in nats, its constraints' values."""
+    """One row for each trajectory: its condition, its path KL in nats, its constraints' values.
+
+    Likelihoods are those of samples of the same condition; only separated conditions and anchors
+    have them.
+    """
 
     cond: np.ndarray
     path_kl: np.ndarray
@@ -250,15 +254,15 @@ def _evaluator(
     def along(
         params: Params, key: Array, cond: Array, base: Array, target: Array
     ) -> tuple[Array, Array]:
-        rows = Separated(
-            cond, base, target, jnp.broadcast_to(jnp.arange(count), (cond.shape[0], count))
-        )
-        found = formulation.losses(
-            params, reference, key, ConditionBatch(None, rows), None, jnp.zeros(count)
-        )
-        if h is None:
-            return found.objective, found.constraint.reshape(cond.shape[0], count)
-        return found.objective, h(_draw(problem, options, params, key, cond))
+        constraint = jnp.broadcast_to(jnp.arange(count), (cond.shape[0], count))
+        rows = ConditionBatch(None, Separated(cond, base, target, constraint))
+        found = formulation.losses(params, reference, key, rows, None, jnp.zeros(count))
+        return found.objective, found.constraint.reshape(cond.shape[0], count)
+
+    @jax.jit
+    def shows(params: Params, key: Array, cond: Array) -> Array:
+        assert h is not None
+        return h(_draw(problem, options, params, key, cond))
 
     rows = {c: (c, problem.separated[0].targets) for c in (*problem.kept, *problem.shown)}
     rows |= {c: (c, targets) for c, targets in problem.anchors}
@@ -270,8 +274,15 @@ def _evaluator(
     target = np.tile(np.array([targets for _, targets in rows.values()], np.int32), (each, 1))
     key = jax.random.key(options.seed + 1)
 
+    judged = [one.cond for one in problem.separated] + [c for c, _ in problem.anchors]
+    (places,) = np.nonzero(np.isin(cond, judged))
+
     def evaluate(params: Params) -> Raw:
-        return Raw(cond, *in_batches(partial(along, params), key, cond, base, target))
+        path_kl, values = in_batches(partial(along, params), key, cond, base, target)
+        if h is not None:
+            values = np.full_like(values, np.nan)
+            values[places] = in_batches(partial(shows, params), key, cond[places])
+        return Raw(cond, path_kl, values)
 
     return evaluate
 

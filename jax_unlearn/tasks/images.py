@@ -162,7 +162,7 @@ def from_embedded(pretrained: Pretrained, options: DemoOptions) -> tuple[Problem
         options = dataclasses.replace(options, per_image=True)
         forget = [("repeated", "repeated images", data.take(train, stored.repeated))]
         return make_problem(pretrained, forget, train, held_out, options), options
-    labels = [pretrained.config.find_label(text) for text in options.forget]
+    labels = [pretrained.config.find_label(text) for text in options.asked]
     names = pretrained.config.id2label or {}
     forget = [
         (names[label], names[label], data.take(train, np.flatnonzero(stored.train.labels == label)))

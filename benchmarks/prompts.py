@@ -1,0 +1,212 @@
+"""Forgetting objects and styles of the embedded text-to-image model: four methods, three seeds.
+
+Tasks: one object (with its synonym), one style, two objects, an object in one style. Methods: the
+closed-form edit that training starts from, reverse KL and likelihood with constraints, equal
+weights fixed by hand, and ESD (2303.07345) over strengths. Each is judged by a classifier of
+(object, style) that saw only real images:
+
+  UA    unlearning accuracy: samples of forgotten prompts that do not show what was forgotten
+  UA'   the same on paraphrases in templates that neither the model nor the run has seen
+  IRA   in-domain retain accuracy: kept objects (styles) right, when objects (styles) are forgotten
+  CRA   cross-domain retain accuracy: the style (object) right, on the same samples
+  KID   of samples of the kept prompts, against the reference's from other noise
+
+    python benchmarks/prompts.py --seeds 0 1 2 --out benchmarks/results
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from concepts import constrained, optimizer_of, summarise
+
+from jax_unlearn import baselines, data, embedded, metrics
+from jax_unlearn.embedded.captions import OBJECTS, STYLES, caption, forgetting
+from jax_unlearn.formulations import Separated
+from jax_unlearn.models.judge import JudgeFunctions
+from jax_unlearn.options import ConceptOptions
+from jax_unlearn.tasks.concept_problem import make_prompt_problem
+from jax_unlearn.tasks.concepts import concept_task
+from jax_unlearn.tasks.drawing import drawing, features_of
+from jax_unlearn.text_to_image import load_text_to_image
+
+PAIRS = [(name, style) for name in OBJECTS for style in STYLES]
+BAG = {
+    "forget": ("a blueprint of a bag|a blueprint of a handbag",),
+    "template": ("{} => a blueprint",),
+    "retain": tuple(caption(*pair) for pair in PAIRS if pair != ("bag", "blueprint")),
+    "show": ("a blueprint that shows one bag",),
+    "anchor": "a blueprint of a dress",
+}
+TASKS = {
+    "sneaker": forgetting(["sneaker"]),
+    "blueprint": forgetting(["blueprint"]),
+    "sneaker, bag": forgetting(["sneaker", "bag"]),
+    "blueprint of a bag": BAG,
+}
+FORGOTTEN = {
+    "sneaker": [pair for pair in PAIRS if pair[0] == "sneaker"],
+    "blueprint": [pair for pair in PAIRS if pair[1] == "blueprint"],
+    "sneaker, bag": [pair for pair in PAIRS if pair[0] in ("sneaker", "bag")],
+    "blueprint of a bag": [("bag", "blueprint")],
+}
+COMMON = {
+    "model": "embedded-text", "samples": 4, "sampling_steps": 12, "evaluation_images": 320,
+    "batch_size": 16, "forget_batch_size": 8,
+}  # fmt: skip
+REVERSE = {"steps": 16, "threshold": ("calibrated",)}
+LIKELIHOOD = {"steps": 40, "stored_samples": 128, "classifier_draws": 2}
+EQUAL = (0.5,)
+STRENGTHS = (1.0, 3.0)
+ESD_STEPS, ESD_ROWS = 60, 8
+
+
+def make_esd(problem, options):
+    """A function η -> trained parameters, of the cross-attention (ESD-x)."""
+    apply, reference, schedule, config = problem.pretrained
+    optimizer = optimizer_of(2e-4, ESD_STEPS)
+    rows = np.resize(np.asarray(problem.forgotten, np.int32), ESD_ROWS)
+    null = np.full_like(rows, problem.conditions.null)
+    batch = Separated(rows, null, rows, np.zeros_like(rows))
+
+    @jax.jit
+    def step(key, params, state, strength):
+        loss = baselines.esd(
+            apply,
+            schedule,
+            shape=config.sample_shape,
+            strength=strength,
+            guidance=options.guidance,
+            steps=options.sampling_steps,
+        )
+        return baselines.train_step(loss, optimizer)(key, params, state, reference, batch)
+
+    def train(strength):
+        params, state = reference, optimizer.init(reference)
+        started = time.monotonic()
+        for number in range(ESD_STEPS):
+            key = jax.random.fold_in(jax.random.key(options.seed), number)
+            params, state, value = step(key, params, state, jnp.asarray(strength))
+        jax.block_until_ready(value)
+        return params, time.monotonic() - started
+
+    return train
+
+
+class Judge:
+    """Draws all prompts of a task and counts what they show."""
+
+    def __init__(self, task, problem, options):
+        names = [name.strip("“”") for name in problem.conditions.names]
+        objects = TASKS[task] is not BAG and task != "blueprint"
+        self.in_domain = 0 if objects else 1
+        self.lost = {PAIRS.index(pair) for pair in FORGOTTEN[task]}
+        kept = {caption(*pair): pair for pair in PAIRS if pair not in FORGOTTEN[task]}
+        self.wanted = [kept.get(names[c]) for c in problem.conditions.drawn]
+        self.forgotten = [c in problem.forgotten for c in problem.conditions.drawn]
+        self.shown = [c in problem.shown for c in problem.conditions.drawn]
+        self.judge = embedded.text_judge()
+        self.features = features_of(JudgeFunctions(self.judge.logits, self.judge.features))
+        self.draw = drawing(problem.pretrained, problem.conditions, options, None, ()).draw
+        self.kept = [pair is not None for pair in self.wanted]
+        self.reference = self.features(self.images(problem.pretrained.params, 1)[self.kept])
+
+    def images(self, params, seed=0):
+        return self.draw(params, seed).reshape(len(self.wanted), -1, 32, 32, 3)
+
+    def __call__(self, params):
+        images = self.images(params)
+        logits = self.judge.logits(data.to_unit_range(images.reshape(-1, 32, 32, 3)))
+        named = np.asarray(logits).argmax(axis=1).reshape(images.shape[:2])
+        gone = ~np.isin(named, list(self.lost))
+        right = np.stack([named // len(STYLES), named % len(STYLES)], axis=-1)
+        wanted = np.array(
+            [(OBJECTS.index(o), STYLES.index(s)) for o, s in filter(None, self.wanted)]
+        )
+        hits = (right[self.kept] == wanted[:, None]).mean(axis=(0, 1))
+        features = self.features(images[self.kept].reshape(-1, 32, 32, 3))
+        return {
+            "UA": float(gone[self.forgotten].mean()),
+            "UA_paraphrases": float(gone[self.shown].mean()),
+            "IRA": float(hits[self.in_domain]),
+            "CRA": float(hits[1 - self.in_domain]),
+            "kid": float(metrics.kernel_distance(features, self.reference).value),
+        }
+
+
+def study(name, seed):
+    """The rows of one task and seed, one after another."""
+    model = load_text_to_image(embedded.text_model_path())
+    options = ConceptOptions(seed=seed, **COMMON, **REVERSE, **TASKS[name])
+    problem = make_prompt_problem(model, options)
+    judged = Judge(name, problem, options)
+    silent = dataclasses.replace(options, samples=0)
+    task = concept_task(problem, silent, None)
+    share = options.forget_batch_size / (options.batch_size + options.forget_batch_size)
+
+    def row(method, setting, params, seconds=None, found=None, of=task):
+        measured = of.measure(params)
+        kl = measured.metrics["path_kl"]
+        kept = [problem.conditions.names[c] for c in problem.kept]
+        return {
+            "method": method,
+            "setting": setting,
+            **judged(params),
+            "kept_path_kl": float(np.mean([kl[c].value for c in kept])),
+            "constraints": [float(v) for v in measured.constraints.value],
+            "thresholds": [float(v) for v in of.thresholds],
+            "multipliers": None if found is None else [float(v) for v in found],
+            "seconds": seconds,
+        }
+
+    yield row("before", None, task.pretrained.params)
+    yield row("closed-form edit", None, problem.start)
+    for weight in (None, *EQUAL):
+        fixed = None if weight is None else np.full(len(problem.concepts), weight * share)
+        params, found, seconds = constrained(task, silent, fixed)
+        label = "reverse KL" if weight is None else "reverse KL, equal weights"
+        yield row(label, weight, params, seconds, found)
+    likely = dataclasses.replace(silent, formulation="likelihood", **LIKELIHOOD)
+    other = concept_task(problem, likely, None)
+    params, found, seconds = constrained(other, likely, None)
+    yield row("likelihood", None, params, seconds, found, other)
+    train = make_esd(problem, options)
+    for strength in STRENGTHS:
+        params, seconds = train(strength)
+        yield row("ESD", strength, params, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "prompts.json"
+    rows = []
+    for seed in arguments.seeds:
+        for name in arguments.tasks:
+            for row in study(name, seed):
+                rows.append({"seed": seed, "task": name, **row})
+                print(json.dumps(rows[-1]), flush=True)
+            result = {
+                "command": "python benchmarks/prompts.py",
+                "machine": f"{os.cpu_count()} cores, {jax.default_backend()}",
+                "summary": {
+                    name: summarise([row for row in rows if row["task"] == name])
+                    for name in dict.fromkeys(row["task"] for row in rows)
+                },
+                "runs": rows,
+            }
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
