@@ -61,7 +61,9 @@ COMMON = {
     "batch_size": 16, "forget_batch_size": 8,
 }  # fmt: skip
 REVERSE = {"steps": 16, "threshold": ("calibrated",)}
-LIKELIHOOD = {"steps": 40, "stored_samples": 128, "classifier_draws": 2}
+LIKELIHOOD = {
+    "steps": 40, "stored_samples": 160, "classifier_draws": 2, "threshold": ("0.25x",),
+}  # fmt: skip
 EQUAL = (0.5,)
 STRENGTHS = (1.0, 3.0)
 ESD_STEPS, ESD_ROWS = 60, 8

@@ -203,7 +203,12 @@ _DEMO: dict[str, dict[str, Any]] = {
 }
 _DEMO_TEXT: dict[str, dict[str, Any]] = {
     "reverse-kl": {"steps": 12, "batch_size": 16, "forget_batch_size": 8},
-    "likelihood": {"steps": 40, "stored_samples": 128, "classifier_draws": 2},
+    "likelihood": {
+        "steps": 40,
+        "stored_samples": 160,
+        "classifier_draws": 2,
+        "threshold": ("0.25x",),
+    },
 }
 
 
