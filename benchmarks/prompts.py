@@ -117,7 +117,8 @@ class Judge:
         self.features = features_of(JudgeFunctions(self.judge.logits, self.judge.features))
         self.draw = drawing(problem.pretrained, problem.conditions, options, None, ()).draw
         self.kept = [pair is not None for pair in self.wanted]
-        self.reference = self.features(self.images(problem.pretrained.params, 1)[self.kept])
+        other = self.images(problem.pretrained.params, 1)[self.kept]
+        self.reference = self.features(other.reshape(-1, 32, 32, 3))
 
     def images(self, params, seed=0):
         return self.draw(params, seed).reshape(len(self.wanted), -1, 32, 32, 3)
