@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -207,8 +208,13 @@ def _run(
     elif part != "full":
         optimizer = subset_optimizer(optimizer, part)
     algorithm = primal_dual(formulation, optimizer, task.dual)
+    # Only what trains is copied: the step does not donate the reference.
     state = algorithm.init(
-        start, thresholds, multipliers=task.multipliers, reference=pretrained.params
+        jax.tree.map(jnp.copy, start),
+        thresholds,
+        multipliers=task.multipliers,
+        reference=pretrained.params,
+        copy=False,
     )
     # A step's key follows from the seed and the state's own count: nothing more to save.
     key = jax.random.key(options.seed)

@@ -180,6 +180,18 @@ def test_the_demo_runs_all_formulations_in_folders_of_their_own(tmp_path):
     assert images.out == tmp_path
 
 
+def test_the_demo_of_prompts_keeps_all_other_pairs(tmp_path):
+    jobs = cli._jobs("demo", DemoOptions(out=tmp_path, text=True, forget=("blueprint",)))
+    assert [one.out.name for _, one in jobs] == ["reverse-kl", "likelihood"]
+    for _, one in jobs:
+        one.validate()
+        assert (one.model, one.forget, len(one.retain)) == ("embedded-text", ("blueprint",), 30)
+    with pytest.raises(ValueError, match="--text"):
+        DemoOptions(text=True, formulation="forward-kl").validate()
+    with pytest.raises(ValueError, match="forget some of"):
+        cli._jobs("demo", DemoOptions(out=tmp_path, text=True, forget=("hat",)))
+
+
 def test_options_survive_a_round_trip(finished):
     options = load_run(finished / "likelihood" / "run.json", "concept", ConceptOptions)
     assert options.formulation == "likelihood"
