@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import jax_unlearn.weights as stored
 from jax_unlearn import pretrained
 from jax_unlearn.models.unet_2d import init_params
 from jax_unlearn.pretrained import Pretrained, load_pretrained, save_pretrained
@@ -423,15 +424,16 @@ def test_only_a_model_is_overwritten(model, tmp_path):
 
 
 def test_failed_save_leaves_the_old_model_and_nothing_else(model, folder, monkeypatch):
-    before, contiguous, written = weights(folder).read_bytes(), np.ascontiguousarray, []
+    before, on_host, asked = weights(folder).read_bytes(), stored._on_host, []
+    count = len(jax.tree.leaves(model.params))
 
-    def fail(*args, **kwargs):
-        if len(written) == 5:  # in the middle of the weights
+    def fail(leaf):
+        if len(asked) == count + 5:  # all were checked, and five are written
             raise OSError("disk full")
-        written.append(args)
-        return contiguous(*args, **kwargs)
+        asked.append(leaf)
+        return on_host(leaf)
 
-    monkeypatch.setattr(np, "ascontiguousarray", fail)
+    monkeypatch.setattr(stored, "_on_host", fail)
     with pytest.raises(OSError, match="disk full"):
         save_pretrained(folder, model, overwrite=True)
     assert weights(folder).read_bytes() == before

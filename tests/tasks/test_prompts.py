@@ -13,6 +13,7 @@ from pipelines import write_pipeline
 
 from jax_unlearn import cli
 from jax_unlearn.formulations import Samples
+from jax_unlearn.networks import load_network
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.pretrained import load_pretrained
 from jax_unlearn.subsets import subset_labels
@@ -182,29 +183,11 @@ def test_a_run_leaves_a_pipeline_and_what_it_says(finished, pipeline):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_subset_trains_alone_and_resumes_bit_for_bit(pipeline, tmp_path):
+def test_a_subset_trains_alone(pipeline, tmp_path):
     given = ["--forget", "cat", "--threshold", "1.1x", "--train", "esd-x", "--save", "unet"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert cli.main(arguments(pipeline, whole, *given)) == 0
-    assert cli.main(arguments(pipeline, parts, *given)) == 0
-    (parts / "report.json").unlink()
-    rows = (parts / "metrics.jsonl").read_text().splitlines()
-    for folder in (parts / "checkpoints").glob("3"):
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        folder.rmdir()
-    assert cli.main(["concept", "--out", str(parts), "--resume"]) == 0
-    assert len(rows) == len((parts / "metrics.jsonl").read_text().splitlines())
-    trained, again = (
-        (folder / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
-        for folder in (whole, parts)
-    )
-    assert trained == again
-    (tmp_path / "pipeline").mkdir()
-    for name in ("model_index.json", "scheduler", "tokenizer", "text_encoder", "vae"):
-        (tmp_path / "pipeline" / name).symlink_to(pipeline / name)
-    (tmp_path / "pipeline" / "unet").symlink_to(whole / "model")
-    before, after = (load_pretrained(folder).params for folder in (pipeline, tmp_path / "pipeline"))
+    assert cli.main(arguments(pipeline, tmp_path / "out", *given)) == 0
+    before = load_pretrained(pipeline).params
+    after = load_network(tmp_path / "out" / "model").params
     labels = jax.tree.leaves(subset_labels(before, "cross-attention"))
     for label, first, last in zip(
         labels, jax.tree.leaves(before), jax.tree.leaves(after), strict=True
