@@ -31,6 +31,7 @@ from jax_unlearn.embedded.captions import OBJECTS, STYLES, caption, forgetting
 from jax_unlearn.formulations import Separated
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ConceptOptions
+from jax_unlearn.subsets import subset_optimizer
 from jax_unlearn.tasks.concept_problem import make_prompt_problem
 from jax_unlearn.tasks.concepts import concept_task
 from jax_unlearn.tasks.drawing import drawing, features_of
@@ -65,14 +66,15 @@ LIKELIHOOD = {
     "steps": 40, "stored_samples": 160, "classifier_draws": 2, "threshold": ("0.25x",),
 }  # fmt: skip
 EQUAL = (0.5,)
+METHODS = ("edit", "reverse", "likelihood", "esd")
 STRENGTHS = (1.0, 3.0)
-ESD_STEPS, ESD_ROWS = 60, 8
+ESD_STEPS, ESD_ROWS, ESD_RATE = 60, 8, 2e-4
 
 
 def make_esd(problem, options):
     """A function η -> trained parameters, of the cross-attention (ESD-x)."""
     apply, reference, schedule, config = problem.pretrained
-    optimizer = optimizer_of(2e-4, ESD_STEPS)
+    optimizer = subset_optimizer(optimizer_of(ESD_RATE, ESD_STEPS), "cross-attention")
     rows = np.resize(np.asarray(problem.forgotten, np.int32), ESD_ROWS)
     null = np.full_like(rows, problem.conditions.null)
     batch = Separated(rows, null, rows, np.zeros_like(rows))
@@ -143,7 +145,7 @@ class Judge:
         }
 
 
-def study(name, seed):
+def study(name, seed, methods):
     """The rows of one task and seed, one after another."""
     model = load_text_to_image(embedded.text_model_path())
     options = ConceptOptions(seed=seed, **COMMON, **REVERSE, **TASKS[name])
@@ -168,27 +170,31 @@ def study(name, seed):
             "seconds": seconds,
         }
 
-    yield row("before", None, task.pretrained.params)
-    yield row("closed-form edit", None, problem.start)
-    for weight in (None, *EQUAL):
+    if "edit" in methods:
+        yield row("before", None, task.pretrained.params)
+        yield row("closed-form edit", None, problem.start)
+    for weight in (None, *EQUAL) if "reverse" in methods else ():
         fixed = None if weight is None else np.full(len(problem.concepts), weight * share)
         params, found, seconds = constrained(task, silent, fixed)
         label = "reverse KL" if weight is None else "reverse KL, equal weights"
         yield row(label, weight, params, seconds, found)
-    likely = dataclasses.replace(silent, formulation="likelihood", **LIKELIHOOD)
-    other = concept_task(problem, likely, None)
-    params, found, seconds = constrained(other, likely, None)
-    yield row("likelihood", None, params, seconds, found, other)
-    train = make_esd(problem, options)
-    for strength in STRENGTHS:
-        params, seconds = train(strength)
-        yield row("ESD", strength, params, seconds)
+    if "likelihood" in methods:
+        likely = dataclasses.replace(silent, formulation="likelihood", **LIKELIHOOD)
+        other = concept_task(problem, likely, None)
+        params, found, seconds = constrained(other, likely, None)
+        yield row("likelihood", None, params, seconds, found, other)
+    if "esd" in methods:
+        train = make_esd(problem, options)
+        for strength in STRENGTHS:
+            params, seconds = train(strength)
+            yield row("ESD-x", strength, params, seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -196,7 +202,7 @@ def main() -> None:
     rows = []
     for seed in arguments.seeds:
         for name in arguments.tasks:
-            for row in study(name, seed):
+            for row in study(name, seed, arguments.methods):
                 rows.append({"seed": seed, "task": name, **row})
                 print(json.dumps(rows[-1]), flush=True)
             result = {
