@@ -46,7 +46,7 @@ BAG = {
     "anchor": "a blueprint of a dress",
 }
 TASKS = {
-    "sneaker": forgetting(["sneaker"]),
+    "sneaker": forgetting(["sneaker"]) | {"anchor": "ankle boot"},
     "blueprint": forgetting(["blueprint"]),
     "sneaker, bag": forgetting(["sneaker", "bag"]),
     "blueprint of a bag": BAG,
