@@ -61,9 +61,10 @@ COMMON = {
     "model": "embedded-text", "samples": 4, "sampling_steps": 12, "evaluation_images": 320,
     "batch_size": 16, "forget_batch_size": 8,
 }  # fmt: skip
-REVERSE = {"steps": 16, "threshold": ("calibrated",)}
+REVERSE = {"steps": 16, "threshold": ("calibrated",), "learning_rate": 5e-5}
 LIKELIHOOD = {
     "steps": 40, "stored_samples": 160, "classifier_draws": 2, "threshold": ("0.25x",),
+    "learning_rate": 2e-4,
 }  # fmt: skip
 EQUAL = (0.5,)
 METHODS = ("edit", "reverse", "likelihood", "esd")

@@ -202,7 +202,12 @@ _DEMO: dict[str, dict[str, Any]] = {
     "likelihood": {"stored_samples": 192, "classifier_draws": 4, "samples": 16},
 }
 _DEMO_TEXT: dict[str, dict[str, Any]] = {
-    "reverse-kl": {"steps": 12, "batch_size": 16, "forget_batch_size": 8},
+    "reverse-kl": {
+        "steps": 12,
+        "batch_size": 16,
+        "forget_batch_size": 8,
+        "learning_rate": 5e-5,
+    },
     "likelihood": {
         "steps": 40,
         "stored_samples": 160,
