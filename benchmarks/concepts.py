@@ -75,13 +75,12 @@ def constrained(task, options, weights=None):
     return state.params, np.asarray(state.multipliers), time.monotonic() - started
 
 
-def make_esd(problem, options):
+def make_esd(problem, options, optimizer):
     """A function (start, η) -> trained parameters; compiled once for all strengths."""
     apply, reference, schedule, config = problem.pretrained
-    optimizer = optimizer_of(options.learning_rate, ESD_STEPS)
     rows = np.resize(np.asarray(problem.forgotten, np.int32), ESD_ROWS)
-    base = np.full_like(rows, problem.separated[0].base)
-    batch = Separated(rows, base, rows, np.zeros_like(rows))
+    null = np.full_like(rows, problem.conditions.null)
+    batch = Separated(rows, null, rows, np.zeros_like(rows))
 
     @jax.jit
     def step(key, params, state, strength):
@@ -145,7 +144,7 @@ def study(seed, methods):
     yield row_of(problem, "before", None, task.before, task.thresholds)
     yield row("start", None, task.params)
     if "esd" in methods:
-        train = make_esd(problem, reverse)
+        train = make_esd(problem, reverse, optimizer_of(reverse.learning_rate, ESD_STEPS))
         for name, start, strengths in (
             ("ESD", pretrained.params, STRENGTHS),
             ("ESD from base", task.params, FROM_BASE),

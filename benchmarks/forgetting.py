@@ -24,6 +24,7 @@ TASKS = {
     "images": [
         "--forget", "repeated", "--weighting", "nelbo", "--steps", "300",
         "--learning-rate", "1e-4", "--forget-batch-size", "64", "--evaluation-images", "1024",
+        "--samples", "32",
     ],
 }  # fmt: skip
 

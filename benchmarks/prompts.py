@@ -19,16 +19,13 @@ import dataclasses
 import json
 import os
 import pathlib
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from concepts import constrained, optimizer_of, summarise
+from concepts import ESD_STEPS, constrained, make_esd, optimizer_of, summarise
 
-from jax_unlearn import baselines, data, embedded, metrics
+from jax_unlearn import data, embedded, metrics
 from jax_unlearn.embedded.captions import OBJECTS, STYLES, caption, forgetting
-from jax_unlearn.formulations import Separated
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.subsets import subset_optimizer
@@ -69,39 +66,7 @@ LIKELIHOOD = {
 EQUAL = (0.5,)
 METHODS = ("edit", "reverse", "likelihood", "esd")
 STRENGTHS = (1.0, 3.0)
-ESD_STEPS, ESD_ROWS, ESD_RATE = 60, 8, 2e-4
-
-
-def make_esd(problem, options):
-    """A function η -> trained parameters, of the cross-attention (ESD-x)."""
-    apply, reference, schedule, config = problem.pretrained
-    optimizer = subset_optimizer(optimizer_of(ESD_RATE, ESD_STEPS), "cross-attention")
-    rows = np.resize(np.asarray(problem.forgotten, np.int32), ESD_ROWS)
-    null = np.full_like(rows, problem.conditions.null)
-    batch = Separated(rows, null, rows, np.zeros_like(rows))
-
-    @jax.jit
-    def step(key, params, state, strength):
-        loss = baselines.esd(
-            apply,
-            schedule,
-            shape=config.sample_shape,
-            strength=strength,
-            guidance=options.guidance,
-            steps=options.sampling_steps,
-        )
-        return baselines.train_step(loss, optimizer)(key, params, state, reference, batch)
-
-    def train(strength):
-        params, state = reference, optimizer.init(reference)
-        started = time.monotonic()
-        for number in range(ESD_STEPS):
-            key = jax.random.fold_in(jax.random.key(options.seed), number)
-            params, state, value = step(key, params, state, jnp.asarray(strength))
-        jax.block_until_ready(value)
-        return params, time.monotonic() - started
-
-    return train
+ESD_RATE = 2e-4
 
 
 class Judge:
@@ -185,9 +150,10 @@ def study(name, seed, methods):
         params, found, seconds = constrained(other, likely, None)
         yield row("likelihood", None, params, seconds, found, other)
     if "esd" in methods:
-        train = make_esd(problem, options)
+        optimizer = subset_optimizer(optimizer_of(ESD_RATE, ESD_STEPS), "cross-attention")
+        train = make_esd(problem, options, optimizer)
         for strength in STRENGTHS:
-            params, seconds = train(strength)
+            params, seconds = train(problem.pretrained.params, strength)
             yield row("ESD-x", strength, params, seconds)
 
 

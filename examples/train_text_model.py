@@ -9,7 +9,10 @@ latents, with a CLIP whose text tower is the pipeline's text encoder.
     python examples/train_text_model.py clip --data FOLDER_OF_IDX_FILES --out WORK
     python examples/train_text_model.py denoiser --data FOLDER_OF_IDX_FILES --out WORK
 
-The last stage writes WORK/text_model. Learning rates follow the clock (`--minutes`).
+The last stage writes WORK/text_model. Learning rates follow the clock (`--minutes`). In the log the
+first runs of the VAE and of CLIP computed in bfloat16, which proved slower on a CPU; the VAE's
+decoder and CLIP's vision tower were then trained further (`--decoder`, `--vision`), and the
+denoiser went on from its first weights (`--start`).
 """
 
 import argparse

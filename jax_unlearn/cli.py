@@ -119,8 +119,7 @@ def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
     pretrained = load_pretrained(embedded.model_path() if own else model, dtype=dtype)
     judge = embedded.judge() if own else None
     if own:
-        config = dataclasses.replace(pretrained.config, source="the embedded model")
-        pretrained = pretrained._replace(config=config)
+        pretrained = _named(pretrained, "the embedded model")
     if getattr(options, "judge", None) is not None:
         judge = load_judge(options.judge)
     if isinstance(options, DemoOptions):
@@ -136,6 +135,11 @@ def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
     return problem, options, judge
 
 
+def _named(pretrained: Any, name: str) -> Any:
+    config = dataclasses.replace(pretrained.config, name=name)
+    return pretrained._replace(config=config)
+
+
 def _load_prompts(options: ConceptOptions) -> tuple[Any, RunOptions, Any]:
     from jax_unlearn import embedded
     from jax_unlearn.clip import load_clip, zero_shot
@@ -145,6 +149,9 @@ def _load_prompts(options: ConceptOptions) -> tuple[Any, RunOptions, Any]:
     own = options.model == "embedded-text"
     path = embedded.text_model_path() if own else options.model
     model = load_text_to_image(path, dtype=options.dtype)
+    if own:
+        named = _named(model.pretrained, "the embedded model from text to image")
+        model = model._replace(pretrained=named)
     problem = make_prompt_problem(model, options)
     folder = embedded.clip_path() if own and options.clip is None else options.clip
     judge = None if folder is None else zero_shot(load_clip(folder), problem.conditions.classes)
@@ -198,21 +205,31 @@ def _unlearn(command: str, options: RunOptions) -> int:
 
 # What the side-by-side demo gives the formulations that `concept` runs: minutes, not hours.
 _DEMO: dict[str, dict[str, Any]] = {
-    "reverse-kl": {"steps": 24, "batch_size": 12, "forget_batch_size": 6, "samples": 16},
-    "likelihood": {"stored_samples": 192, "classifier_draws": 4, "samples": 16},
+    "reverse-kl": {
+        "steps": 16,
+        "batch_size": 12,
+        "forget_batch_size": 6,
+        "learning_rate": 2e-4,
+        "threshold": ("1.2x",),
+    },
+    "likelihood": {
+        "stored_samples": 128,
+        "classifier_draws": 2,
+        "learning_rate": 2e-4,
+    },
 }
 _DEMO_TEXT: dict[str, dict[str, Any]] = {
     "reverse-kl": {
         "steps": 12,
         "batch_size": 16,
         "forget_batch_size": 8,
-        "learning_rate": 5e-5,
     },
     "likelihood": {
         "steps": 40,
         "stored_samples": 160,
         "classifier_draws": 2,
         "threshold": ("0.25x",),
+        "learning_rate": 2e-4,
     },
 }
 
@@ -234,7 +251,7 @@ def _jobs(command: str, options: RunOptions) -> list[tuple[str, RunOptions]]:
             one = dataclasses.replace(options, out=out, formulation=formulation)
             jobs.append((command, one))
             continue
-        shared = ("seed", "sampling_steps", "guidance", "forget", "resume", "overwrite")
+        shared = ("seed", "samples", "sampling_steps", "guidance", "forget", "resume", "overwrite")
         given: dict[str, Any] = {name: getattr(options, name) for name in shared}
         given |= {"out": out, "formulation": formulation, "evaluation_images": 132}
         if options.text:

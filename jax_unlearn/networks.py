@@ -77,23 +77,17 @@ _KINDS = {
         ),
         *(
             _Kind(
-                f"transformers.{name}",
-                CLIPTextModel,
-                CLIPTextConfig.from_transformers,
-                clip_text.param_shapes,
+                f"transformers.{config.network}{suffix}",
+                module,
+                config.from_transformers,
+                param_shapes,
                 stem="model",
             )
-            for name in ("CLIPTextModel", "CLIPTextModelWithProjection")
-        ),
-        *(
-            _Kind(
-                f"transformers.{name}",
-                CLIPVisionModel,
-                CLIPVisionConfig.from_transformers,
-                clip_vision.param_shapes,
-                stem="model",
+            for module, config, param_shapes in (
+                (CLIPTextModel, CLIPTextConfig, clip_text.param_shapes),
+                (CLIPVisionModel, CLIPVisionConfig, clip_vision.param_shapes),
             )
-            for name in ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+            for suffix in ("", "WithProjection")
         ),
     )
 }

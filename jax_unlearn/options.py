@@ -137,9 +137,13 @@ class DemoOptions(ImageOptions):
     """Labels to forget, by name or number, each one constraint, default Trouser; or "repeated", the
     sixteen images that the embedded model's training set repeats, each of them a constraint. With
     --text objects or styles, default sneaker."""
+    evaluation_images: int = 192
+    """Images (or draws, or trajectories) that each reported estimate is made from."""
+    samples: int = 16
+    """Samples drawn for each label before and after; 0 draws none and skips their metrics."""
     formulation: Literal["all", "forward-kl", "reverse-kl", "likelihood"] = "all"
     """Which runs to make, each in a folder of its own if "all". The options here are forward KL's;
-    the others take of them seed, samples, and guidance: `jax-unlearn concept` has theirs."""
+    the others take of them seed, guidance, and (but for --text) samples: see `concept --help`."""
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -246,8 +250,10 @@ class ConceptOptions(RunOptions):
     """Kept conditions a step."""
     forget_batch_size: int = 12
     """Forgotten conditions a step. Their part of all rows is their weight in the objective."""
-    learning_rate: float = 2e-4
-    """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
+    learning_rate: float = 5e-5
+    """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine. On the
+    embedded model of prompts "pathwise" at 2e-4 undid the start; its labels bear that, in fewer
+    steps."""
     dual_learning_rate: float = 0.1
     """"reverse-kl": ascent rate of the multipliers, for violations relative to the thresholds."""
     dual_damping: float = 1.0

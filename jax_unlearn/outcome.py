@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 import jax_unlearn
-from jax_unlearn import embedded
 from jax_unlearn.options import RunOptions
 from jax_unlearn.primal_dual import Certificate
 from jax_unlearn.tasks.base import Measured, Task, estimate
@@ -57,7 +56,7 @@ def describe(
     return {
         "asked": {
             "command": f"jax-unlearn {command} --config {options.out / 'run.json'} --out NEW",
-            "model": _source(task),
+            "model": task.pretrained.config.name or task.pretrained.config.source,
             **task.asked,
             "thresholds": ", ".join(saved["threshold"]),
             "options": {
@@ -100,12 +99,6 @@ def describe(
             **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
         },
     }
-
-
-def _source(task: Task) -> str:
-    source = task.pretrained.config.source
-    own = source == str(embedded.text_model_path())
-    return "the embedded model from text to image" if own else source
 
 
 def _plain(value: Any) -> Any:

@@ -59,6 +59,7 @@ class PretrainedConfig:
       id2label: names of the labels, or None.
       null_label: the label that stands for "no label" in classifier-free guidance, or None.
       source: where the model was loaded from.
+      name: what reports call it; "" is its source.
       pipeline: the raw `model_index.json` of a pipeline from text to image, else {}.
     """
 
@@ -68,6 +69,7 @@ class PretrainedConfig:
     null_label: int | None = None
     source: str = ""
     pipeline: dict[str, Any] = dataclasses.field(default_factory=dict)
+    name: str = ""
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

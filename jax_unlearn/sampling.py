@@ -8,7 +8,7 @@ from PIL import Image
 from jax_unlearn import data, embedded, samplers
 from jax_unlearn.options import SampleOptions
 from jax_unlearn.pretrained import load_pretrained
-from jax_unlearn.tasks.conditions import of_labels, of_prompts
+from jax_unlearn.tasks.conditions import of_labels, of_prompts, predictor
 from jax_unlearn.text_to_image import is_text_to_image, load_text_to_image
 from jax_unlearn.typing import Array, Params
 
@@ -47,14 +47,7 @@ def draw_grid(options: SampleOptions) -> np.ndarray:
 
     @jax.jit
     def draw(params: Params, key: Array, noise: Array, cond: Array | None) -> Array:
-        def predict(x_t: Array, t: Array) -> Array:
-            return apply(params, x_t, t, cond)
-
-        if cond is not None and conditions.null is not None and options.guidance != 1:
-            free = jnp.full_like(cond, conditions.null)
-            predict = samplers.guided(
-                apply, params, cond, unconditional=free, scale=options.guidance
-            )
+        predict = predictor(apply, params, conditions, cond, options.guidance)
         found = samplers.sample(
             predict, schedule, key, noise, steps=options.steps, method=options.method
         ).x_0

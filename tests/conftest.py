@@ -1,5 +1,6 @@
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -70,3 +71,14 @@ def tiny_images(tmp_path_factory):
         "forget": write("forget.npz", np.full(12, 1)),
         "retain": write("retain.npz", np.tile([0, 2], 30)),
     }
+
+
+@pytest.fixture
+def clip_side(monkeypatch):
+    """The script that writes the fixtures of CLIP, for its torch networks."""
+    for package in ("torch", "diffusers", "transformers"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent / "fixtures")
+    import write_clip_fixtures
+
+    return write_clip_fixtures

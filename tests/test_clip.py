@@ -54,17 +54,6 @@ def folder(whole, tmp_path):
     return pathlib.Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-@pytest.fixture
-def clip_side(monkeypatch):
-    """The script that writes the fixtures of CLIP, for its torch networks."""
-    for package in ("torch", "diffusers", "transformers"):
-        pytest.importorskip(package)
-    monkeypatch.syspath_prepend(FIXTURES)
-    import write_clip_fixtures
-
-    return write_clip_fixtures
-
-
 def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -1,4 +1,4 @@
-"""A complete small problem inside the package: a diffusion model, its data and a judge.
+"""Complete small problems inside the package: diffusion models, their data and judges.
 
 The model is a class-conditional DDPM of Fashion-MNIST in the diffusers layout. The images are a
 balanced part of that data set (Zalando SE, MIT licence, in LICENSE.txt here): some that the
@@ -71,12 +71,7 @@ def model_path() -> pathlib.Path:
     Raises:
       FileNotFoundError: if this installation came without it.
     """
-    path = _folder() / "model"
-    if not (path / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"no diffusion model in {path}: train one with examples/train_embedded_model.py."
-        )
-    return path
+    return _model("model", "train_embedded_model.py")
 
 
 def text_model_path() -> pathlib.Path:
@@ -85,12 +80,7 @@ def text_model_path() -> pathlib.Path:
     Raises:
       FileNotFoundError: if this installation came without it.
     """
-    path = _folder() / "text_model"
-    if not (path / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"no text-to-image model in {path}: train one with examples/train_text_model.py."
-        )
-    return path
+    return _model("text_model", "train_text_model.py")
 
 
 def clip_path() -> pathlib.Path:
@@ -106,6 +96,13 @@ def text_judge() -> JudgeFunctions:
 def judge() -> JudgeFunctions:
     """The embedded classifier: (logits, features) of images [n, 28, 28, 1] in [−1, 1]."""
     return load_judge(_folder() / "judge.safetensors")
+
+
+def _model(name: str, script: str) -> pathlib.Path:
+    path = _folder() / name
+    if not (path / "model_index.json").is_file():
+        raise FileNotFoundError(f"no diffusion model in {path}: train one with examples/{script}.")
+    return path
 
 
 def _folder() -> pathlib.Path:

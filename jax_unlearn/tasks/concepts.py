@@ -254,19 +254,21 @@ def _evaluator(
     def along(
         params: Params, key: Array, cond: Array, base: Array, target: Array
     ) -> tuple[Array, Array]:
-        constraint = jnp.broadcast_to(jnp.arange(count), (cond.shape[0], count))
-        rows = ConditionBatch(None, Separated(cond, base, target, constraint))
-        found = formulation.losses(params, reference, key, rows, None, jnp.zeros(count))
-        return found.objective, found.constraint.reshape(cond.shape[0], count)
+        # Likelihoods are of samples: along trajectories the concepts need not be evaluated.
+        shape = (cond.shape[0], count if h is None else 0)
+        constraint = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+        rows = Separated(cond, base, target if h is None else None, constraint)
+        found = formulation.losses(
+            params, reference, key, ConditionBatch(None, rows), None, jnp.zeros(count)
+        )
+        return found.objective, found.constraint.reshape(shape)
 
     @jax.jit
     def shows(params: Params, key: Array, cond: Array) -> Array:
         assert h is not None
         return h(_draw(problem, options, params, key, cond))
 
-    rows = {c: (c, problem.separated[0].targets) for c in (*problem.kept, *problem.shown)}
-    rows |= {c: (c, targets) for c, targets in problem.anchors}
-    rows = {one.cond: (one.base, one.targets) for one in problem.separated} | rows
+    rows = _compared(problem)
     each = max(options.evaluation_images // len(rows), LEAST_ROWS)
     # Rows of all conditions in every batch, which also share its noise.
     cond = np.tile(np.array(list(rows), np.int32), each)
@@ -280,11 +282,23 @@ def _evaluator(
     def evaluate(params: Params) -> Raw:
         path_kl, values = in_batches(partial(along, params), key, cond, base, target)
         if h is not None:
-            values = np.full_like(values, np.nan)
+            values = np.full((len(cond), count), np.nan, np.float32)
             values[places] = in_batches(partial(shows, params), key, cond[places])
         return Raw(cond, path_kl, values)
 
     return evaluate
+
+
+def _compared(problem: Problem) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """What every condition is held to, and the concepts that it is measured against.
+
+    Those are of its own template: a base's are those of what is held to it.
+    """
+    own = {one.base: one.targets for one in reversed(problem.separated)} | dict(problem.anchors)
+    first = problem.separated[0].targets
+    separated = {one.cond: (one.base, one.targets) for one in problem.separated}
+    others = (*problem.kept, *problem.shown)
+    return separated | {c: (c, own.get(c, first)) for c in others}
 
 
 def _reverse_kl(

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_unlearn import samplers
 from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.text_to_image import TextToImage, decode_latents, encode_prompts
 from jax_unlearn.typing import Array, Denoiser, Params
 
-__all__ = ["Conditions", "Numbered", "of_labels", "of_prompts"]
+__all__ = ["Conditions", "Numbered", "of_labels", "of_prompts", "predictor"]
 
 
 class Conditions(NamedTuple):
@@ -54,6 +55,16 @@ class Numbered:
         return self.apply(
             params, x_t, t, jax.tree.map(lambda leaf: jnp.asarray(leaf)[cond], self.table)
         )
+
+
+def predictor(
+    apply: Denoiser, params: Params, conditions: Conditions, cond: Any, guidance: float
+) -> Callable[[Array, Array], Array]:
+    """(x_t, t) -> the prediction under `cond`, guided where there is a free branch to guide by."""
+    if cond is not None and conditions.null is not None and guidance != 1:
+        free = jnp.full_like(cond, conditions.null)
+        return samplers.guided(apply, params, cond, unconditional=free, scale=guidance)
+    return lambda x_t, t: apply(params, x_t, t, cond)
 
 
 def of_labels(pretrained: Pretrained) -> Conditions:

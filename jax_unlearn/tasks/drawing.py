@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_unlearn import data, metrics, report, samplers
@@ -13,7 +12,7 @@ from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import RunOptions
 from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.tasks.base import in_batches
-from jax_unlearn.tasks.conditions import Conditions
+from jax_unlearn.tasks.conditions import Conditions, predictor
 from jax_unlearn.typing import Array, Params
 
 __all__ = ["CAPTIONS", "Drawing", "drawing", "features_of", "sample_grids"]
@@ -78,20 +77,13 @@ def drawing(
       left_out: conditions that KID and FID leave out beside these.
     """
     apply, _, schedule, config = pretrained
-    drawn, null = conditions.drawn, conditions.null
+    drawn = conditions.drawn
     rows = max(len(drawn), 1)
     wanted = np.repeat(np.asarray(drawn, np.int32), options.samples) if drawn else None
 
     @jax.jit
     def draw_batch(params: Params, key: Array, noise: Array, cond: Any) -> Array:
-        def predict(x_t: Array, t: Array) -> Array:
-            return apply(params, x_t, t, cond)
-
-        if cond is not None and null is not None and options.guidance != 1:
-            free = jnp.full_like(cond, null)
-            predict = samplers.guided(
-                apply, params, cond, unconditional=free, scale=options.guidance
-            )
+        predict = predictor(apply, params, conditions, cond, options.guidance)
         found = samplers.sample(predict, schedule, key, noise, steps=options.sampling_steps).x_0
         return conditions.decode(found)
 

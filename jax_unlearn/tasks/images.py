@@ -122,6 +122,11 @@ def from_paths(pretrained: Pretrained, options: DataOptions) -> Problem:
       ValueError: for anything wrong with them; see `data.read_images`.
     """
     config = pretrained.config
+    if config.pipeline:
+        raise ValueError(
+            f"{config.source} works on latents: `data` takes pixel-space models; `concept` forgets "
+            "prompts."
+        )
 
     def read(text: str) -> data.Images:
         return data.read_images(

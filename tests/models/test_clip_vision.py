@@ -29,17 +29,6 @@ def network(tmp_path_factory):
     return load_clip(FIXTURES / "clip", tokenizer).vision
 
 
-@pytest.fixture
-def clip_side(monkeypatch):
-    """The script that writes the fixtures of CLIP, for its torch networks."""
-    for package in ("torch", "diffusers", "transformers"):
-        pytest.importorskip(package)
-    monkeypatch.syspath_prepend(FIXTURES)
-    import write_clip_fixtures
-
-    return write_clip_fixtures
-
-
 def assert_same(params, other):
     jax.tree.map(np.testing.assert_array_equal, params, other)
 

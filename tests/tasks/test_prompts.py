@@ -100,6 +100,18 @@ def test_a_concept_is_its_names_in_the_templates(model):
     assert "no prompt" not in {prompt(c) for c in problem.candidates}
 
 
+def test_each_condition_is_measured_against_its_own_template(model):
+    problem = make_prompt_problem(model, options_of())
+    number = {name.strip("“”"): c for c, name in enumerate(problem.conditions.names)}
+    compared = concepts._compared(problem)
+    plain, oil = ((number["a cat"], number["a dog"]), (number["cat in oil"], number["dog in oil"]))
+    assert compared[number["oil"]] == (number["oil"], oil)
+    assert compared[number["no prompt"]] == (number["no prompt"], plain)
+    assert compared[number["cow in oil"]] == (number["cow in oil"], oil)
+    assert compared[number["kitty in oil"]] == (number["oil"], oil)
+    assert set(compared) == {c for c, name in enumerate(problem.conditions.names)}
+
+
 def test_numbers_stand_for_the_encoded_prompts(model):
     problem = make_prompt_problem(model, options_of())
     apply, params, *_ = problem.pretrained
@@ -239,6 +251,12 @@ def test_mistakes_are_one_clear_line(pipeline, tmp_path, capsys, given, message)
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_images_are_not_forgotten_from_latents(pipeline, tiny_images, tmp_path, capsys):
+    given = ["--forget", str(tiny_images["forget"]), "--retain", str(tiny_images["retain"])]
+    assert cli.main(["data", "--model", str(pipeline), "--out", str(tmp_path / "o"), *given]) == 2
+    assert "pixel-space" in capsys.readouterr().err
 
 
 def test_options_of_prompts_are_refused_for_labels(tiny_model, tmp_path, capsys):
