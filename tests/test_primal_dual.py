@@ -223,7 +223,12 @@ def test_donation_spares_the_callers_arrays():
 
 
 def test_without_copies_the_reference_stays_and_the_parameters_are_given_away():
-    algorithm = primal_dual(problem("linear"), optax.sgd(0.1), optax.sgd(0.3))
+    # What a step does not read cannot be donated: let the losses read the reference.
+    alone = problem("linear")
+    both = alone._replace(
+        losses=lambda params, reference, *rest: alone.losses(params + reference, reference, *rest)
+    )
+    algorithm = primal_dual(both, optax.sgd(0.1), optax.sgd(0.3))
     params, reference = jnp.zeros(2), jnp.ones(2)
     copied = algorithm.init(params, 1.0, reference=reference)
     state = algorithm.init(params, 1.0, reference=reference, copy=False)
