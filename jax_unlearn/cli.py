@@ -210,7 +210,6 @@ _DEMO: dict[str, dict[str, Any]] = {
         "steps": 12,
         "batch_size": 12,
         "forget_batch_size": 6,
-        "learning_rate": 2e-4,
         "threshold": ("0.9x",),
     },
     "likelihood": {

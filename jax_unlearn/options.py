@@ -251,9 +251,8 @@ class ConceptOptions(RunOptions):
     forget_batch_size: int = 12
     """Forgotten conditions a step. Their part of all rows is their weight in the objective."""
     learning_rate: float = 5e-5
-    """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine. On the
-    embedded model of prompts "pathwise" at 2e-4 undid the start; its labels bear that, in fewer
-    steps."""
+    """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine. At the
+    start the gradient is nearly zero, which Adam does not care for: "pathwise" at 2e-4 loses it."""
     dual_learning_rate: float = 0.1
     """"reverse-kl": ascent rate of the multipliers, for violations relative to the thresholds."""
     dual_damping: float = 1.0
