@@ -1,6 +1,7 @@
 """Two concepts of the embedded model forgotten at once: constraints against hand-picked weights.
 
     python benchmarks/concepts.py --seeds 0 1 2 --out benchmarks/results
+    python benchmarks/concepts.py --seeds 2 --methods esd --add benchmarks/results/concepts.json
 
 Reverse-KL and likelihood constraints (as `jax-unlearn concept` has them), their Lagrangians with
 equal fixed weights, and ESD with its strength swept. Every model is measured by the same function:
@@ -12,6 +13,7 @@ forgotten labels are embedded as the null label is ("ESD from base").
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import platform
 import time
@@ -31,8 +33,8 @@ from jax_unlearn.tasks import concept_problem, concepts
 FORGET = ("Trouser", "Sneaker")
 COMMON = {"forget": FORGET, "samples": 16, "evaluation_images": 132, "chain_steps": 10}
 REVERSE = {
-    "steps": 40, "learning_rate": 2e-4, "batch_size": 12, "forget_batch_size": 6,
-    "dual_learning_rate": 0.1, "dual_damping": 1.0,
+    "steps": 60, "learning_rate": 2e-4, "batch_size": 12, "forget_batch_size": 6,
+    "dual_learning_rate": 0.2, "dual_damping": 1.0,
 }  # fmt: skip
 LIKELIHOOD = {
     "steps": 50, "learning_rate": 5e-4, "batch_size": 64, "forget_batch_size": 32,
@@ -41,8 +43,10 @@ LIKELIHOOD = {
 STRENGTHS = (0.0, 0.3, 1.0, 2.0, 3.0, 5.0)
 FROM_BASE = (1.0,)
 EQUAL_REVERSE = (0.2, 0.5)  # λ of a forgotten condition alone, the same for both concepts
+EQUAL_REVERSE_STEPS = 40
 EQUAL_LIKELIHOOD = (1.0, 10.0)
 ESD_STEPS, ESD_ROWS = 60, 8
+METHODS = ("start", "esd", "likelihood", "reverse", "equal")
 
 
 def optimizer_of(peak, steps):
@@ -141,8 +145,9 @@ def study(seed, methods):
     def row(method, setting, params, *more):
         return row_of(problem, method, setting, task.measure(params), task.thresholds, *more)
 
-    yield row_of(problem, "before", None, task.before, task.thresholds)
-    yield row("start", None, task.params)
+    if "start" in methods:
+        yield row_of(problem, "before", None, task.before, task.thresholds)
+        yield row("start", None, task.params)
     if "esd" in methods:
         train = make_esd(problem, reverse, optimizer_of(reverse.learning_rate, ESD_STEPS))
         for name, start, strengths in (
@@ -165,11 +170,29 @@ def study(seed, methods):
             result["mean_h_thresholds"] = [float(v) for v in other.thresholds]
             yield result
     if "reverse" in methods:
-        for weight in (None, *EQUAL_REVERSE):
-            fixed = None if weight is None else np.full(len(FORGET), weight * share)
-            params, found, seconds = constrained(task, reverse, fixed)
-            name = "reverse KL" if weight is None else "reverse KL, equal weights"
-            yield row(name, weight, params, seconds, found)
+        params, found, seconds = constrained(task, reverse)
+        yield row("reverse KL", None, params, seconds, found)
+    if "equal" in methods:
+        shorter = dataclasses.replace(reverse, steps=EQUAL_REVERSE_STEPS)
+        for weight in EQUAL_REVERSE:
+            fixed = np.full(len(FORGET), weight * share)
+            params, found, seconds = constrained(task, shorter, fixed)
+            yield row("reverse KL, equal weights", weight, params, seconds, found)
+
+
+def rows_of(paths):
+    """The rows of earlier runs."""
+    return [row for path in paths for row in json.loads(path.read_text())["runs"]]
+
+
+def replaced(rows, row):
+    """The rows with another one, which takes the place of an earlier run of the same."""
+    names = ("seed", "task", "method", "setting")
+
+    def same(other):
+        return all(other.get(name) == row.get(name) for name in names)
+
+    return [*(other for other in rows if not same(other)), row]
 
 
 def summarise(rows):
@@ -189,27 +212,30 @@ def summarise(rows):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--methods", nargs="+", default=["esd", "likelihood", "reverse"],
-        choices=["esd", "likelihood", "reverse"],
-    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--add", type=pathlib.Path, nargs="+", default=[], help="earlier results")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "concepts.json"
-    rows = []
+    rows = rows_of(arguments.add)
+
+    def write():
+        result = {
+            "command": "python benchmarks/concepts.py",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+            "summary": summarise(rows),
+            "runs": rows,
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
     for seed in arguments.seeds:
         for row in study(seed, arguments.methods):
-            rows.append({"seed": seed, **row})
+            rows = replaced(rows, {"seed": seed, **row})
             print(json.dumps(rows[-1]), flush=True)
-            result = {
-                "command": "python benchmarks/concepts.py",
-                "machine": f"{platform.machine()}, {jax.device_count()} {jax.default_backend()}",
-                "summary": summarise(rows),
-                "runs": rows,
-            }
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            write()
+    write()
 
 
 if __name__ == "__main__":

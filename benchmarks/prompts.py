@@ -12,6 +12,7 @@ weights fixed by hand, and ESD (2303.07345) over strengths. Each is judged by a 
   KID   of samples of the kept prompts, against the reference's from other noise
 
     python benchmarks/prompts.py --seeds 0 1 2 --out benchmarks/results
+    python benchmarks/prompts.py --seeds 2 --methods esd --add benchmarks/results/prompts.json
 """
 
 import argparse
@@ -19,10 +20,19 @@ import dataclasses
 import json
 import os
 import pathlib
+import platform
 
 import jax
 import numpy as np
-from concepts import ESD_STEPS, constrained, make_esd, optimizer_of, summarise
+from concepts import (
+    ESD_STEPS,
+    constrained,
+    make_esd,
+    optimizer_of,
+    replaced,
+    rows_of,
+    summarise,
+)
 
 from jax_unlearn import data, embedded, metrics
 from jax_unlearn.embedded.captions import OBJECTS, STYLES, caption, forgetting
@@ -159,29 +169,35 @@ def study(name, seed, methods):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--add", type=pathlib.Path, nargs="+", default=[], help="earlier results")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "prompts.json"
-    rows = []
+    rows = rows_of(arguments.add)
+
+    def write():
+        result = {
+            "command": "python benchmarks/prompts.py",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+            "summary": {
+                name: summarise([row for row in rows if row["task"] == name])
+                for name in dict.fromkeys(row["task"] for row in rows)
+            },
+            "runs": rows,
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
     for seed in arguments.seeds:
         for name in arguments.tasks:
             for row in study(name, seed, arguments.methods):
-                rows.append({"seed": seed, "task": name, **row})
+                rows = replaced(rows, {"seed": seed, "task": name, **row})
                 print(json.dumps(rows[-1]), flush=True)
-            result = {
-                "command": "python benchmarks/prompts.py",
-                "machine": f"{os.cpu_count()} cores, {jax.default_backend()}",
-                "summary": {
-                    name: summarise([row for row in rows if row["task"] == name])
-                    for name in dict.fromkeys(row["task"] for row in rows)
-                },
-                "runs": rows,
-            }
-            path.write_text(json.dumps(result, indent=1) + "\n")
+                write()
+    write()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ samples. At the forgetting that a constrained run reached, the price of equal we
 their sweep, log against linear.
 
     python examples/five_gaussians.py --seeds 5
+    python examples/five_gaussians.py --seeds 5 --formulation RU
 """
 
 import argparse
@@ -36,15 +37,20 @@ from jax_unlearn.multipliers import nu_pi
 RESULTS = pathlib.Path(__file__).parent / "results"
 Q = mixture([[2.0, 0.0], [0.0, 3.2], [3.6, 3.2], [1.3, 3.9], [-3.0, -2.0]])
 UNLEARN = [mixtures.select(Q, component) for component in (3, 4)]  # near, far
-THRESHOLDS = {"LU": [0.03, 0.02, 0.01], "FU": [2.0]}
-EQUAL = {"LU": [2.5, 4.5, 8.0, 18.0], "FU": [0.155, 0.175, 0.19]}
+THRESHOLDS = {"LU": [0.03, 0.02, 0.01], "FU": [2.0], "RU": [16.0, 20.0]}
+EQUAL = {"LU": [2.5, 4.5, 8.0, 18.0], "FU": [0.155, 0.175, 0.19], "RU": [0.05, 0.1, 0.2]}
 
 
 def measure(kind, x, cells):
-    """Price, and what is forgotten of near and far: −log E h (LU) or KL(q_i‖p) (FU)."""
+    """Price, and what is forgotten of near and far.
+
+    That is −log E h (LU), KL(q_i‖p) (FU) or KL(p‖q_i) (RU).
+    """
     counts = histogram(x)
     if kind == "FU":
         return kl_to(cells.q, counts), [kl_to(u, counts) for u in cells.unlearn]
+    if kind == "RU":
+        return kl_from(counts, cells.q), [kl_from(counts, u) for u in cells.unlearn]
     return kl_from(counts, cells.q), [-float(jnp.log(density(u, x).mean())) for u in UNLEARN]
 
 
@@ -71,14 +77,17 @@ def runs(kind, reference, key):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--formulation", default="all", choices=["all", *THRESHOLDS])
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
     cells, rows = on_cells(Q, UNLEARN), []
+    kinds = list(THRESHOLDS) if args.formulation == "all" else [args.formulation]
+    suffix = "" if args.formulation == "all" else "_" + args.formulation.lower()
     args.out.mkdir(exist_ok=True)
     for seed in range(args.seeds):
         key = jax.random.key(seed)
         reference = pretrain(key, Q)
-        for kind in THRESHOLDS:
+        for kind in kinds:
             sweep = []
             for run, at, multipliers, params in runs(kind, reference, key):
                 price, forgotten = measure(kind, draw(params, key, 80), cells)
@@ -95,9 +104,9 @@ def main():
                     found = np.interp(min(row["forgotten"]), reached, np.log(paid), **ends)
                     row["equal_price"] = float(np.exp(found))
             rows += sweep
-        (args.out / "five_gaussians.json").write_text(json.dumps(rows, indent=1) + "\n")
-    for kind, thresholds in THRESHOLDS.items():
-        for threshold in thresholds:
+        (args.out / f"five_gaussians{suffix}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for kind in kinds:
+        for threshold in THRESHOLDS[kind]:
             chosen = [r for r in rows if (r["kind"], r["at"]) == (kind, threshold)]
             table = {
                 "λ": [row["multipliers"] for row in chosen],

@@ -15,6 +15,7 @@ from jax_unlearn.options import (
     ConceptOptions,
     DataOptions,
     DemoOptions,
+    ModelOptions,
     RunOptions,
     SampleOptions,
     load_run,
@@ -109,21 +110,25 @@ def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
     from jax_unlearn.tasks import concept_problem, images
     from jax_unlearn.text_to_image import is_text_to_image
 
-    model = getattr(options, "model", "embedded")
-    if isinstance(options, ConceptOptions) and (
-        model == "embedded-text" or (model != "embedded" and is_text_to_image(model))
-    ):
+    def named(pretrained: Any) -> Any:
+        config = dataclasses.replace(pretrained.config, name="the embedded model")
+        return pretrained._replace(config=config)
+
+    if isinstance(options, DemoOptions):
+        pretrained = named(load_pretrained(embedded.model_path()))
+        return (*images.from_embedded(pretrained, options), embedded.judge())
+    assert isinstance(options, ModelOptions)
+    own = options.model == "embedded"
+    if options.model == "embedded-text" or (not own and is_text_to_image(options.model)):
         return _load_prompts(options)
-    own = model == "embedded"
-    dtype = getattr(options, "dtype", None)
-    pretrained = load_pretrained(embedded.model_path() if own else model, dtype=dtype)
+    pretrained = load_pretrained(
+        embedded.model_path() if own else options.model, dtype=options.dtype, remat=options.remat
+    )
     judge = embedded.judge() if own else None
     if own:
-        pretrained = _named(pretrained, "the embedded model")
-    if getattr(options, "judge", None) is not None:
+        pretrained = named(pretrained)
+    if options.judge is not None:
         judge = load_judge(options.judge)
-    if isinstance(options, DemoOptions):
-        return (*images.from_embedded(pretrained, options), judge)
     if isinstance(options, DataOptions):
         return images.from_paths(pretrained, options), options, judge
     assert isinstance(options, ConceptOptions)
@@ -135,27 +140,31 @@ def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
     return problem, options, judge
 
 
-def _named(pretrained: Any, name: str) -> Any:
-    config = dataclasses.replace(pretrained.config, name=name)
-    return pretrained._replace(config=config)
-
-
-def _load_prompts(options: ConceptOptions) -> tuple[Any, RunOptions, Any]:
+def _load_prompts(options: ModelOptions) -> tuple[Any, RunOptions, Any]:
+    """`_load` for a model from text to image."""
     from jax_unlearn import embedded
     from jax_unlearn.clip import load_clip, zero_shot
-    from jax_unlearn.tasks.concept_problem import make_prompt_problem
+    from jax_unlearn.tasks import concept_problem, images
     from jax_unlearn.text_to_image import load_text_to_image
 
     own = options.model == "embedded-text"
     path = embedded.text_model_path() if own else options.model
-    model = load_text_to_image(path, dtype=options.dtype)
+    model = load_text_to_image(path, dtype=options.dtype, remat=options.remat)
     if own:
-        named = _named(model.pretrained, "the embedded model from text to image")
-        model = model._replace(pretrained=named)
-    problem = make_prompt_problem(model, options)
+        pretrained = model.pretrained
+        name = "the embedded model from text to image"
+        config = dataclasses.replace(pretrained.config, name=name)
+        model = model._replace(pretrained=pretrained._replace(config=config))
     folder = embedded.clip_path() if own and options.clip is None else options.clip
-    judge = None if folder is None else zero_shot(load_clip(folder), problem.conditions.classes)
-    return problem, options, judge
+    clip = None if folder is None else load_clip(folder)
+    if isinstance(options, DataOptions):
+        problem: Any = images.from_captioned(model, options)
+    else:
+        assert isinstance(options, ConceptOptions)
+        problem = concept_problem.make_prompt_problem(model, options)
+    # Images without captions are shown under no prompt alone; a CLIP then only compares.
+    classes = problem.conditions.classes or ("",)
+    return problem, options, None if clip is None else zero_shot(clip, classes)
 
 
 def _unlearn(command: str, options: RunOptions) -> int:

@@ -25,8 +25,8 @@ from jax_unlearn.typing import Array, ArrayLike
 
 __all__ = [
     "Images", "Source", "balanced_indices", "batch_indices", "concatenate", "content_hashes",
-    "find_overlap", "parse_source", "read_images", "remove_overlap", "split_held_out", "take",
-    "to_pixels", "to_unit_range",
+    "find_overlap", "parse_source", "read_captions", "read_images", "remove_overlap",
+    "split_held_out", "take", "to_pixels", "to_unit_range", "to_x_0",
 ]  # fmt: skip
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -39,11 +39,24 @@ _DEEP = re.compile(r"(L|LA|RGB|RGBA|RGBX|RGBa|CMYK)X*;16")
 
 
 class Images(NamedTuple):
-    """Pixels uint8 [n, height, width, channels], labels int32 [n], names "a.png" or "a.npz[3]"."""
+    """Images, what they show, and where they came from.
+
+    Attributes:
+      pixels: uint8 [n, height, width, channels].
+      labels: int32 [n]; for models from text to image the numbers of captions; or None.
+      names: "a.png" or "a.npz[3]".
+      latents: float32 [n, ...], the images as a model on latents has them; None in pixel space.
+    """
 
     pixels: np.ndarray
     labels: np.ndarray | None
     names: tuple[str, ...]
+    latents: np.ndarray | None = None
+
+    @property
+    def stored(self) -> np.ndarray:
+        """What is diffused, as `to_x_0` takes it: the latents, or else the pixels."""
+        return self.pixels if self.latents is None else self.latents
 
 
 class Source(NamedTuple):
@@ -352,11 +365,46 @@ def read_images(
     return Images(pixels, bears, tuple(found.names[i] for i in chosen))
 
 
+def read_captions(names: Sequence[str]) -> list[str] | None:
+    """The captions that lie beside image files: of "a.png" the text of "a.txt", blanks folded.
+
+    Args:
+      names: files of images, as `Images.names` has them.
+
+    Returns:
+      One text an image; None where no image has one, as for images inside an archive.
+
+    Raises:
+      ValueError: if some have one and others not, or one is empty or cannot be read.
+    """
+    paths = [Path(name).with_suffix(".txt") for name in names]
+    there = [path.is_file() for path in paths]
+    if not any(there):
+        return None
+    if not all(there):
+        lacking = names[there.index(False)]
+        raise ValueError(
+            f"{lacking} has no caption beside it ({Path(lacking).stem}.txt), and other images of "
+            "its source have: give all of them one, or none."
+        )
+    captions = []
+    for path in paths:
+        try:
+            captions.append(" ".join(path.read_text(encoding="utf-8").split()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"caption {path} cannot be read: {error}.") from error
+        if not captions[-1]:
+            raise ValueError(f"caption {path} is empty.")
+    return captions
+
+
 def take(images: Images, indices: ArrayLike | Sequence[int]) -> Images:
     """The images at `indices`, integers [k] in [0, n), in that order."""
     chosen = np.asarray(indices, np.int64)
-    labels = None if images.labels is None else images.labels[chosen]
-    return Images(images.pixels[chosen], labels, tuple(images.names[i] for i in chosen))
+    labels, latents = (
+        None if part is None else part[chosen] for part in (images.labels, images.latents)
+    )
+    return Images(images.pixels[chosen], labels, tuple(images.names[i] for i in chosen), latents)
 
 
 def concatenate(parts: Sequence[Images]) -> Images:
@@ -489,6 +537,12 @@ def to_unit_range(pixels: ArrayLike) -> Array:
     """x/127.5 − 1: uint8 values to float32 in [-1, 1], of the same shape; works in `jit`."""
     # XLA divides by a constant through its reciprocal; that of 127.5 would turn 255 into 1 + 1e-7.
     return (2 * jnp.asarray(pixels).astype(jnp.float32) - 255) / 255
+
+
+def to_x_0(stored: ArrayLike) -> Array:
+    """What is diffused: `to_unit_range` of uint8, and latents as they are; works in `jit`."""
+    stored = jnp.asarray(stored)
+    return to_unit_range(stored) if stored.dtype == jnp.uint8 else stored
 
 
 def to_pixels(images: ArrayLike) -> np.ndarray:

@@ -94,17 +94,23 @@ def prior_kl(schedule: schedules.NoiseSchedule, x_0: Array) -> Array:
     return 0.5 * terms.sum(axis=tuple(range(1, x_0.ndim)))
 
 
-def reconstruction(schedule: schedules.NoiseSchedule, x_0: Array, mean: Array) -> Array:
-    """−log p(x_0 | x at t = 0) in nats -> [batch], for 8-bit images in [−1, 1].
+def reconstruction(
+    schedule: schedules.NoiseSchedule, x_0: Array, mean: Array, *, discrete: bool = True
+) -> Array:
+    """−log p(x_0 | x at t = 0) in nats -> [batch].
 
     A Gaussian around `mean`, the network's estimate of x_0 at t = 0, with the posterior
-    variance of t = 1, discretised to the 256 grey levels (bins of width 2/255, the outer
-    two open; Ho et al. 2020, eq. 13).
+    variance of t = 1. For 8-bit images in [−1, 1] it is discretised to the 256 grey levels (bins
+    of width 2/255, the outer two open; Ho et al. 2020, eq. 13); otherwise, for latents, it is
+    the density, which may exceed one.
     """
     log_snr = schedule.log_snr
     log_alphas = -jax.nn.softplus(-log_snr[:2])
     beta = -jnp.expm1(log_alphas[1] - log_alphas[0])
     deviation = jnp.sqrt(beta * jax.nn.sigmoid(-log_snr[0]) / jax.nn.sigmoid(-log_snr[1]))
+    dimensions = tuple(range(1, x_0.ndim))
+    if not discrete:
+        return -jax.scipy.stats.norm.logpdf(x_0, mean, deviation).sum(axis=dimensions)
     upper = (x_0 - mean + 1 / 255) / deviation
     lower = (x_0 - mean - 1 / 255) / deviation
     # log(Φ(u) − Φ(l)), on the side of the tail where both are small.
@@ -116,7 +122,7 @@ def reconstruction(schedule: schedules.NoiseSchedule, x_0: Array, mean: Array) -
         log_ndtr(upper),
         jnp.where(x_0 > 1 - 1 / 255, log_ndtr(-lower), inside),
     )
-    return -log_p.sum(axis=tuple(range(1, x_0.ndim)))
+    return -log_p.sum(axis=dimensions)
 
 
 class NelboTerms(NamedTuple):
@@ -142,8 +148,9 @@ def nelbo_terms(
     cond: Condition,
     draws: int = 1,
     probabilities: Array | None = None,
+    discrete: bool = True,
 ) -> NelboTerms:
-    """An unbiased estimate of the negative ELBO of 8-bit images under the ancestral sampler.
+    """An unbiased estimate of the negative ELBO of images under the ancestral sampler.
 
     −log p(x_0) ≤ KL(q(x_T|x_0)‖N(0,1)) + Σ_{t≥1} ½(SNR_{t−1} − SNR_t) E‖x_0 − x̂_0(x_t, t)‖²
     − E log p(x_0|x at 0), with posterior ("fixed_small") variances (Ho et al. 2020, eq. 5;
@@ -156,10 +163,12 @@ def nelbo_terms(
       params: its parameters.
       schedule: its noise schedule; T and the weights come from it.
       key: a PRNG key; the same key gives the same noise and time steps for every params.
-      x_0: images [batch, height, width, channels] on the 256 levels of [−1, 1].
+      x_0: images [batch, height, width, channels] on the 256 levels of [−1, 1], or latents.
       cond: the condition of each image.
       draws: time steps drawn for each image; each draw is stratified over the images.
       probabilities: of t, [T]; None draws in proportion to √((SNR_{t−1} − SNR_t)/(1 + SNR_t)).
+      discrete: whether x_0 are 8-bit images, and p(x_0) their probability; or, for latents,
+        their density (`reconstruction`).
 
     Returns:
       The three terms, [batch] each, in nats.
@@ -189,7 +198,7 @@ def nelbo_terms(
     return NelboTerms(
         prior=prior_kl(schedule, x_0),
         diffusion=diffusion,
-        reconstruction=reconstruction(schedule, x_0, x_0_of(x_first, first)),
+        reconstruction=reconstruction(schedule, x_0, x_0_of(x_first, first), discrete=discrete),
     )
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "DataOptions",
     "DemoOptions",
     "ImageOptions",
+    "ModelOptions",
     "RunOptions",
     "SampleOptions",
     "Threshold",
@@ -161,22 +162,66 @@ class DemoOptions(ImageOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions(ImageOptions):
-    """Forgets images that a diffusers checkpoint was trained on."""
+class ModelOptions(RunOptions):
+    """What a run on a diffusers checkpoint of the user's can be told of it."""
 
     model: str = ""
-    """Pipeline folder (model_index.json), model folder (config.json) or name on the hub."""
+    """Pipeline folder (model_index.json), model folder (config.json) or name on the hub;
+    "embedded" is the embedded model of labels, "embedded-text" that of prompts."""
+    clip: pathlib.Path | None = None
+    """Models of prompts: folder of a CLIP (transformers' CLIPModel, with its tokenizer), which
+    names what samples show among the run's prompts."""
+    judge: pathlib.Path | None = None
+    """Models of labels: folder of a classifier (judge.json, judge.safetensors) that names what
+    samples show."""
+    train: str = "full"
+    """What trains: full, cross-attention, cross-attention-kv, no-cross-attention (ESD's esd-x,
+    esd-x-strict, esd-u), or lora:RANK, or lora:RANK:SUBSET. Models of labels train in full."""
+    save: Literal["pipeline", "unet", "lora"] = "pipeline"
+    """What OUT/model is: the whole pipeline, the UNet alone, or, of --train lora:RANK, the change
+    that diffusers' load_lora_weights reads."""
+    link: bool = False
+    """Link the files of the pipeline's unchanged parts (hard links) instead of copying them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the denoiser computes in; parameters are float32."""
+    remat: bool = False
+    """Compute the denoiser's blocks again in backward passes instead of storing what they found:
+    a third more time, and a fraction of the memory."""
+
+    def validate(self) -> None:
+        """Checks what trains and what is saved, and every number."""
+        super().validate()
+        if parse_subset(self.train).rank is None and self.save == "lora":
+            raise ValueError("--save lora needs --train lora:RANK.")
+
+    def refuse(self, names: Sequence[str], why: str) -> None:
+        """Refuses options of another kind of model, where one is not at its default.
+
+        Raises:
+          ValueError: naming the option, and why.
+        """
+        for name in names:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"--{name} is for {why}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(ImageOptions, ModelOptions):
+    """Forgets images that a diffusers checkpoint was trained on.
+
+    Models from text to image see images under their captions: that written as PATH:CAPTION, or the
+    text in a .txt file of the same name beside each image, or else no prompt.
+    """
+
     forget: tuple[str, ...] = ()
     """Images to forget, each one constraint: a folder, an image, an .npz or an idx file; PATH:LABEL
-    gives or selects the label."""
+    gives or selects the label, PATH:CAPTION gives the caption."""
     retain: tuple[str, ...] = ()
     """Images to retain, in the same forms."""
     held_out: tuple[str, ...] = ()
     """Retained images that the model was not trained on; default: a share of --retain."""
     resize: bool = False
     """Crop and resize images, and convert their channels, to what the model takes."""
-    judge: pathlib.Path | None = None
-    """Folder of a classifier (judge.json, judge.safetensors) that names what samples show."""
 
     def validate(self) -> None:
         """Checks that the job is complete, and every number."""
@@ -188,7 +233,7 @@ class DataOptions(ImageOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConceptOptions(RunOptions):
+class ConceptOptions(ModelOptions):
     """Forgets concepts that a diffusers checkpoint is conditioned on: labels or prompts; no images.
 
     The trained model p is conditioned on what is forgotten: a label c, or each prompt c that the
@@ -198,8 +243,6 @@ class ConceptOptions(RunOptions):
     """
 
     model: str = "embedded"
-    """Pipeline folder, model folder or name on the hub; "embedded" is the embedded model of labels,
-    "embedded-text" that of prompts."""
     forget: tuple[str, ...] = ()
     """Concepts to forget, each one constraint: labels, by name or number; or for prompts a name, or
     several that mean the same: "sneaker|trainer"."""
@@ -220,9 +263,6 @@ class ConceptOptions(RunOptions):
     """Prompts to keep, or @FILE with one a line; all conditions to keep count the same."""
     show: tuple[str, ...] = ()
     """Prompts that are drawn and measured but not trained on, or @FILE; paraphrases, say."""
-    clip: pathlib.Path | None = None
-    """Prompts: folder of a CLIP (transformers' CLIPModel, with its tokenizer), which names what
-    samples show among the forgotten and the kept prompts."""
     threshold: tuple[str, ...] = ("calibrated",)
     """A number (nats; for likelihoods a probability), "1.2x" (that many times the value that --base
     itself has) or "calibrated" (as far from c, or as unlikely to be c, as samples of --anchor; n
@@ -234,16 +274,6 @@ class ConceptOptions(RunOptions):
     of what is forgotten, or from the "reference". Default: edited, where --train trains them."""
     estimator: Literal["pathwise", "stop_gradient"] = "pathwise"
     """"reverse-kl": whether gradients go through the sampler; see jax_unlearn.reverse_kl."""
-    train: str = "full"
-    """What trains: full, cross-attention, cross-attention-kv, no-cross-attention (ESD's esd-x,
-    esd-x-strict, esd-u), or lora:RANK, or lora:RANK:SUBSET. Models of labels train in full."""
-    save: Literal["pipeline", "unet", "lora"] = "pipeline"
-    """What OUT/model is: the whole pipeline, the UNet alone, or, of --train lora:RANK, the change
-    that diffusers' load_lora_weights reads."""
-    link: bool = False
-    """Link the files of the pipeline's unchanged parts (hard links) instead of copying them."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the denoiser computes in; parameters are float32."""
     steps: int = 60
     """Primal-dual steps."""
     batch_size: int = 24
@@ -265,8 +295,6 @@ class ConceptOptions(RunOptions):
     of the kept labels each."""
     classifier_draws: int = 8
     """"likelihood": draws of noise for each image that h_c is estimated from, 2 or more."""
-    judge: pathlib.Path | None = None
-    """Folder of a classifier (judge.json, judge.safetensors) that names what samples show."""
 
     def validate(self) -> None:
         """Checks that the job is complete, and every number."""
@@ -275,9 +303,6 @@ class ConceptOptions(RunOptions):
             raise ValueError("--forget is missing: see jax-unlearn concept --help.")
         if repeated := {text for text in self.forget if self.forget.count(text) > 1}:
             raise ValueError(f"--forget {', '.join(sorted(repeated))} is given twice.")
-        rank = parse_subset(self.train).rank
-        if self.save == "lora" and rank is None:
-            raise ValueError("--save lora needs --train lora:RANK.")
         for name in ("chain_steps", "classifier_draws"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')} must be 2 or more.")
@@ -298,6 +323,8 @@ class SampleOptions:
     """Labels to draw, by name or number, a row each; default all of them."""
     prompts: tuple[str, ...] = ()
     """Prompts to draw, a row each, where the model is conditioned on prompts."""
+    lora: pathlib.Path | None = None
+    """Folder or file of a low-rank change of the model, as --save lora writes it."""
     samples: int = 10
     """Samples for each label."""
     steps: int = 50

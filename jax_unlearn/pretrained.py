@@ -120,11 +120,13 @@ class UNet2DDenoiser:
       config: the network's options.
       null_label: what `cond=None` stands for, or None.
       dtype: computing dtype; None is that of the images.
+      remat: as that of `UNet2DModel`.
     """
 
     config: UNet2DConfig
     null_label: int | None = None
     dtype: Any = None
+    remat: bool = False
 
     def __call__(self, params: Params, x_t: Array, t: Array, cond: Condition = None, /) -> Array:
         """Predicts from noisy images, as `UNet2DModel`.
@@ -134,7 +136,7 @@ class UNet2DDenoiser:
         """
         if cond is None and self.null_label is not None:
             cond = jnp.full((x_t.shape[0],), self.null_label, jnp.int32)
-        model = UNet2DModel(self.config, self.dtype)
+        model = UNet2DModel(self.config, self.dtype, self.remat)
         return cast(Array, model.apply({"params": params}, x_t, t, cond))
 
 
@@ -148,7 +150,11 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(
-    path_or_name: str | os.PathLike[str], *, dtype: Any = None, variant: str | None = None
+    path_or_name: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+    remat: bool = False,
 ) -> Pretrained:
     """Loads the denoiser of a diffusers pipeline with its schedule, without torch.
 
@@ -168,6 +174,8 @@ def load_pretrained(
       dtype: computing dtype, e.g. `jnp.bfloat16`; None computes in that of the images.
       variant: which of several sets of weights, e.g. "fp16" or "non_ema"; None takes the
         unnamed one, or the only one.
+      remat: compute each block again in backward passes: a third more time, and a fraction of the
+        memory.
 
     Returns:
       The model, its parameters, its noise schedule and its raw configuration.
@@ -207,12 +215,12 @@ def load_pretrained(
     dtype = None if dtype is None else jnp.dtype(dtype)
     id2label, null_label, pipeline = None, None, {}
     if isinstance(network, UNet2DConditionConfig):
-        apply, pipeline = UNet2DConditionDenoiser(network, dtype), index
+        apply, pipeline = UNet2DConditionDenoiser(network, dtype, remat), index
     else:
         id2label = _read_labels(index, network, folder)
         if id2label is not None and network.num_class_embeds == len(id2label) + 1:
             null_label = len(id2label)
-        apply = UNet2DDenoiser(network, null_label, dtype)
+        apply = UNet2DDenoiser(network, null_label, dtype, remat)
 
     only = f".{variant}" if variant else ""
     stem = f"diffusion_pytorch_model*{only}*.safetensors"

@@ -8,6 +8,7 @@ from PIL import Image
 from jax_unlearn import data, embedded, samplers
 from jax_unlearn.options import SampleOptions
 from jax_unlearn.pretrained import load_pretrained
+from jax_unlearn.subsets import load_lora, lora_merge
 from jax_unlearn.tasks.conditions import of_labels, of_prompts, predictor
 from jax_unlearn.text_to_image import is_text_to_image, load_text_to_image
 from jax_unlearn.typing import Array, Params
@@ -33,10 +34,15 @@ def draw_grid(options: SampleOptions) -> np.ndarray:
         if options.labels or not options.prompts:
             raise ValueError(f"{options.model} is conditioned on text: give --prompts.")
         pretrained, conditions = of_prompts(load_text_to_image(path), options.prompts)
+        if options.lora is not None:
+            params = pretrained.params
+            merged = lora_merge(params, load_lora(options.lora, params))
+            pretrained = pretrained._replace(params=merged)
         wanted = list(conditions.drawn)
     else:
-        if options.prompts:
-            raise ValueError(f"--prompts: {options.model} is not conditioned on text.")
+        for name in ("prompts", "lora"):
+            if getattr(options, name):
+                raise ValueError(f"--{name}: {options.model} is not conditioned on text.")
         pretrained = load_pretrained(path)
         conditions = of_labels(pretrained)
         if options.labels and not conditions.drawn:

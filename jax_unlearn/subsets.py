@@ -6,6 +6,7 @@ it (ESD-u). LoRA is Hu et al. 2021 (2106.09685).
 """
 
 import os
+import pathlib
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -18,10 +19,17 @@ from flax import traverse_util
 from jax_unlearn.formulations import Formulation
 from jax_unlearn.formulations.base import Losses
 from jax_unlearn.typing import Array, Params
-from jax_unlearn.weights import new_folder, write_params
+from jax_unlearn.weights import (
+    diffusers_key,
+    new_folder,
+    read_params,
+    stored_shapes,
+    write_params,
+)
 
 __all__ = [
     "Subset",
+    "load_lora",
     "lora_formulation",
     "lora_init",
     "lora_merge",
@@ -38,6 +46,9 @@ _ESD = {
     "esd-x-strict": "cross-attention-kv",
     "esd-u": "no-cross-attention",
 }
+
+
+_LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class Subset(NamedTuple):
@@ -208,7 +219,39 @@ def save_lora(folder: str | os.PathLike[str], lora: Params, *, overwrite: bool =
     """
     with new_folder(folder, overwrite=overwrite) as new:
         unet = {"unet": lora}
-        write_params(new / "pytorch_lora_weights.safetensors", unet, unet)
+        write_params(new / _LORA_FILE, unet, unet)
+
+
+def load_lora(path: str | os.PathLike[str], params: Params) -> Params:
+    """Reads a change that `save_lora`, or peft for a UNet, has written.
+
+    Args:
+      path: the folder, or its safetensors file.
+      params: of the network that it changes.
+
+    Returns:
+      What `lora_merge` takes; float32.
+
+    Raises:
+      ValueError: if there is no such file, it is damaged, or it is not of this network: it changes
+        a kernel that is not there, or one of another shape.
+    """
+    file = pathlib.Path(path)
+    file = file / _LORA_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"{path} has no low-rank change: expected {_LORA_FILE}.")
+    stored, shapes = stored_shapes(file), {}
+    for (*module, name), leaf in _flat(params).items():
+        down = stored.get(diffusers_key(("unet", *module, "lora_A", name)))
+        if name == "kernel" and down:
+            rank, ends = down[0], (*leaf.shape[:-1], leaf.shape[-1])
+            between = (1,) * (leaf.ndim - 2)
+            for factor, shape in (("A", (*ends[:-1], rank)), ("B", (*between, rank, ends[-1]))):
+                shapes[*module, f"lora_{factor}", name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    try:
+        return read_params({"unet": traverse_util.unflatten_dict(shapes)}, [file])["unet"]
+    except ValueError as error:
+        raise ValueError(f"{file} is no low-rank change of this network: {error}") from error
 
 
 def _flat(params: Params) -> dict[tuple[str, ...], Any]:

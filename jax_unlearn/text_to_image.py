@@ -67,7 +67,11 @@ def is_text_to_image(path_or_name: str | os.PathLike[str]) -> bool:
 
 
 def load_text_to_image(
-    path_or_name: str | os.PathLike[str], *, dtype: Any = None, variant: str | None = None
+    path_or_name: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+    remat: bool = False,
 ) -> TextToImage:
     """Loads a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, without torch.
 
@@ -77,6 +81,7 @@ def load_text_to_image(
       dtype: computing dtype of the denoiser; the encoders compute in float32.
       variant: which of several sets of the denoiser's weights, e.g. "fp16"; of the other parts the
         unnamed ones, or the only ones, are taken.
+      remat: compute the denoiser's blocks again in backward passes, as `load_pretrained`.
 
     Returns:
       The pipeline; all parameters are float32.
@@ -85,7 +90,7 @@ def load_text_to_image(
       ValueError: as `load_pretrained`, if the model is not one from text to image, or if its parts
         do not fit one another.
     """
-    pretrained = load_pretrained(path_or_name, dtype=dtype, variant=variant)
+    pretrained = load_pretrained(path_or_name, dtype=dtype, variant=variant, remat=remat)
     kind = pretrained.config.pipeline.get("_class_name")
     if kind not in TEXT_TO_IMAGE:
         raise ValueError(

@@ -235,6 +235,11 @@ def read_params(shapes: Params, files: list[pathlib.Path]) -> Params:
     return jax.tree.unflatten(jax.tree.structure(shapes), [params[key] for key in leaves])
 
 
+def stored_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, as in torch, by name; ValueError for a damaged file."""
+    return {name: stored.shape for name, stored in _read_header(path).items()}
+
+
 def write_params(path: pathlib.Path, shapes: Params, params: Params) -> None:
     """Writes float32 safetensors, byte for byte as the library of that name does.
 

@@ -211,6 +211,14 @@ def test_reconstruction_sums_over_the_image_and_stays_finite_far_away():
     assert np.isfinite(slope).all()
 
 
+@pytest.mark.parametrize("mean", [-1.3, 0.2])
+def test_reconstruction_of_latents_is_a_density(mean):
+    x_0 = jnp.linspace(-3, 3, 24).reshape(4, 6)
+    got = divergences.reconstruction(schedule_of(), x_0, jnp.full((4, 6), mean), discrete=False)
+    exact = -stats.norm(mean, exact_deviation()).logpdf(np.asarray(x_0, np.float64)).sum(axis=1)
+    np.testing.assert_allclose(got, exact, rtol=1e-4)
+
+
 def test_bits_per_dim():
     assert divergences.bits_per_dim(jnp.float32(12 * np.log(256.0)), 12) == pytest.approx(8)
 

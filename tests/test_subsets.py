@@ -242,6 +242,25 @@ def test_saved_lora(params, tmp_path):
     assert saved["unet.conv_in.lora_B.weight"].shape == (8, 2, 1, 1)
     with pytest.raises(ValueError, match="exists"):
         subsets.save_lora(tmp_path / "lora", lora)
+    for path in (tmp_path / "lora", tmp_path / "lora" / "pytorch_lora_weights.safetensors"):
+        read = subsets.load_lora(path, params)
+        jax.tree.map(np.testing.assert_array_equal, read, lora)
+
+
+@pytest.mark.parametrize("change", ["absent", "wider", "narrower"])
+def test_a_saved_lora_of_another_base_is_refused(params, tmp_path, change):
+    lora = subsets.lora_init(params, jax.random.key(0), rank=2, part="full")
+    subsets.save_lora(tmp_path / "lora", lora)
+    kernel = params["conv_in"]["kernel"]
+    conv_in = {
+        "absent": {},
+        "wider": {"kernel": jnp.zeros((*kernel.shape[:-1], 9))},
+        "narrower": {"kernel": jnp.zeros((3, 3, 1, kernel.shape[-1]))},
+    }[change]
+    with pytest.raises(ValueError, match=r"no low-rank change of this network.*conv_in"):
+        subsets.load_lora(tmp_path / "lora", params | {"conv_in": conv_in})
+    with pytest.raises(ValueError, match="has no low-rank change"):
+        subsets.load_lora(tmp_path, params)
 
 
 @pytest.mark.torch

@@ -203,10 +203,13 @@ class UNet2DModel(nn.Module):
       config: the options.
       dtype: computing dtype, e.g. bfloat16; None computes in that of the inputs. Parameters,
         norms and the softmax stay float32.
+      remat: compute each resnet and attention block again in the backward pass, which then stores
+        no more than their inputs.
     """
 
     config: UNet2DConfig
     dtype: Any = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, cond: Condition = None) -> Array:
@@ -231,7 +234,7 @@ class UNet2DModel(nn.Module):
         temb = self._embed(x_t, t, cond)
 
         resnet = functools.partial(
-            blocks.ResnetBlock2D,
+            self._wrap(blocks.ResnetBlock2D),
             groups=config.norm_num_groups,
             eps=config.norm_eps,
             act_fn=config.act_fn.lower(),
@@ -296,6 +299,9 @@ class UNet2DModel(nn.Module):
             x = x / t[:, None, None, None].astype(x.dtype)
         return x
 
+    def _wrap(self, block: Any) -> Any:
+        return nn.remat(block) if self.remat else block
+
     def _check_images(self, x_t: Array) -> None:
         config, factor = self.config, 2 ** (len(self.config.block_out_channels) - 1)
         if x_t.ndim != 4 or x_t.shape[-1] != config.in_channels:
@@ -313,7 +319,7 @@ class UNet2DModel(nn.Module):
         head_dim = config.attention_head_dim or channels
         options = {"norm_groups": config.norm_num_groups} | options
         return functools.partial(
-            blocks.Attention,
+            self._wrap(blocks.Attention),
             heads=channels // head_dim,
             head_dim=head_dim,
             norm_eps=config.norm_eps,

@@ -1,6 +1,6 @@
 """What a task is: an unlearning job made ready for the loop that `run` runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +12,11 @@ from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.report import Grid
 from jax_unlearn.typing import Array, ArrayLike, Estimate, Params
 
-__all__ = ["Measured", "Task", "estimate", "in_batches", "spread"]
+__all__ = ["Measured", "Task", "batch_rows", "estimate", "in_batches", "spread"]
 
 BATCH = 64
+# Of what is measured without gradients; sixteen latents of Stable Diffusion 1 at once.
+BATCH_ELEMENTS = 2**18
 
 
 class Measured(NamedTuple):
@@ -86,17 +88,25 @@ def estimate(values: np.ndarray) -> Estimate:
     return Estimate(np.asarray(values.mean()), np.asarray(stderr))
 
 
-def in_batches(function: Callable[..., Any], key: Array, *arrays: Any) -> Any:
+def batch_rows(shape: Sequence[int]) -> int:
+    """How many images or latents of a shape are measured at once: 64, or fewer large ones."""
+    return max(1, min(BATCH, BATCH_ELEMENTS // int(np.prod(shape))))
+
+
+def in_batches(
+    function: Callable[..., Any], key: Array, *arrays: Any, size: int = BATCH
+) -> Any:
     """function(key of the batch, *rows) over batches of one shape; the last is padded.
 
-    The function returns an array or a tree of them, each with a row for each row given.
+    Each argument is an array, a tree of arrays, or None. The function returns an array or a tree
+    of them, each with a row for each row given.
     """
     count = len(arrays[0])
-    size = min(BATCH, count)
+    size = min(size, count)
     outputs = []
     for number, start in enumerate(range(0, count, size)):
         rows = np.arange(start, start + size) % count
-        part = [None if array is None else array[rows] for array in arrays]
+        part = jax.tree.map(lambda array, rows=rows: array[rows], arrays)
         outputs.append(jax.device_get(function(jax.random.fold_in(key, number), *part)))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
 

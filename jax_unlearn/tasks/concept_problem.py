@@ -84,9 +84,10 @@ def make_problem(pretrained: Pretrained, options: ConceptOptions) -> Problem:
         schedule has.
     """
     config, null = pretrained.config, pretrained.config.null_label
-    for name in ("template", "retain", "show", "clip", "start", "train"):
-        if getattr(options, name) != getattr(ConceptOptions, name):
-            raise ValueError(f"--{name} is for models that are conditioned on prompts.")
+    options.refuse(
+        ("template", "retain", "show", "clip", "start", "train"),
+        "models that are conditioned on prompts",
+    )
     forget = tuple(config.find_label(text) for text in options.forget)
     if len(set(forget)) < len(forget):
         raise ValueError(f"--forget names a label twice: {', '.join(options.forget)}.")
@@ -143,8 +144,7 @@ def make_prompt_problem(model: TextToImage, options: ConceptOptions) -> Problem:
         both forgotten and kept, a base or anchor that is to be forgotten, calibrated thresholds
         without an anchor, a judge of labels, or more steps than the schedule has.
     """
-    if options.judge is not None:
-        raise ValueError("--judge names labels: prompts are judged by --clip.")
+    options.refuse(("judge",), "models that are conditioned on labels; give --clip")
     templates = [_template(text) for text in options.template]
     names = [[name.strip() for name in text.split("|")] for text in options.forget]
     everyone = [name for many in names for name in many]

@@ -11,7 +11,8 @@ that none may show another. π(c) is the frequency of c in the batches: the kept
 equal shares of `batch_size` of all rows, the forgotten ones of `forget_batch_size`.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from jax_unlearn.formulations import (
 )
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ConceptOptions, parse_threshold
-from jax_unlearn.tasks.base import Measured, Task, estimate, in_batches
+from jax_unlearn.tasks.base import Measured, Task, batch_rows, estimate, in_batches
 from jax_unlearn.tasks.concept_problem import Problem
 from jax_unlearn.tasks.drawing import CAPTIONS, drawing, sample_grids
 from jax_unlearn.typing import Array, Estimate, Params
@@ -42,6 +43,8 @@ from jax_unlearn.typing import Array, Estimate, Params
 __all__ = ["concept_task"]
 
 LEAST_ROWS = 8
+# More kept conditions than twice as many are not all shown, but the nearest and the farthest.
+SHOWN = 6
 
 
 class Raw(NamedTuple):
@@ -128,6 +131,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
 
     before = measured(raw, pretrained.params)
     held_to = _held_to(problem)
+    distances = _distances(problem, options, raw) if before.samples is not None else {}
     return Task(
         pretrained=pretrained,
         params=problem.start,
@@ -176,11 +180,34 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             after.samples,
             {
                 "Forgotten": problem.forgotten,
-                "Retained": problem.kept,
+                **_nearest_first(conditions.drawn, distances),
                 "Shown, not trained on": problem.shown,
             },
+            {c: f"{value:.3g} nats from what is forgotten" for c, value in distances.items()},
         ),
     )
+
+
+def _distances(problem: Problem, options: ConceptOptions, raw: Raw) -> dict[int, float]:
+    """Of each kept condition c: path KL of the reference, min_i KL(q(·|c) ‖ q(·|i_c)), in nats."""
+    if options.formulation != "reverse-kl":
+        few = dataclasses.replace(options, evaluation_images=1)
+        raw = _evaluator(problem, few, None)(problem.pretrained.params)
+    return {
+        c: float(raw.values[raw.cond == c].mean(axis=0).min())
+        for c in problem.kept
+        if c != problem.conditions.null
+    }
+
+
+def _nearest_first(
+    drawn: Sequence[int], distances: dict[int, float]
+) -> dict[str, Sequence[int]]:
+    """Kept conditions in the groups that the report shows, by their distance."""
+    kept = sorted((c for c in distances if c in drawn), key=distances.__getitem__)
+    if len(kept) <= 2 * SHOWN:
+        return {"Retained": kept}
+    return {"Retained, nearest": kept[:SHOWN], "Retained, farthest": kept[-SHOWN:]}
 
 
 def _held_to(problem: Problem) -> str:
@@ -268,6 +295,7 @@ def _evaluator(
         assert h is not None
         return h(_draw(problem, options, params, key, cond))
 
+    batched = partial(in_batches, size=batch_rows(config.sample_shape))
     rows = _compared(problem)
     each = max(options.evaluation_images // len(rows), LEAST_ROWS)
     # Rows of all conditions in every batch, which also share its noise.
@@ -280,10 +308,10 @@ def _evaluator(
     (places,) = np.nonzero(np.isin(cond, judged))
 
     def evaluate(params: Params) -> Raw:
-        path_kl, values = in_batches(partial(along, params), key, cond, base, target)
+        path_kl, values = batched(partial(along, params), key, cond, base, target)
         if h is not None:
             values = np.full((len(cond), count), np.nan, np.float32)
-            values[places] = in_batches(partial(shows, params), key, cond[places])
+            values[places] = batched(partial(shows, params), key, cond[places])
         return Raw(cond, path_kl, values)
 
     return evaluate
@@ -381,10 +409,11 @@ def _stored(problem: Problem, options: ConceptOptions, h: Callable[[Array], Arra
     base_key, kept_key = jax.random.split(jax.random.key(options.seed + 2))
     cond = np.resize(np.asarray(problem.kept, np.int32), options.stored_samples)
     separated = np.resize(np.arange(len(problem.separated)), options.stored_samples)
-    base = in_batches(draw, base_key, _rows(problem, separated)[1])
+    batched = partial(in_batches, size=batch_rows(problem.pretrained.config.sample_shape))
+    base = batched(draw, base_key, _rows(problem, separated)[1])
     judged = jax.jit(h)
-    values = in_batches(lambda _, x: judged(x), base_key, base)
-    return Pool(base, values, separated, in_batches(draw, kept_key, cond), cond)
+    values = batched(lambda _, x: judged(x), base_key, base)
+    return Pool(base, values, separated, batched(draw, kept_key, cond), cond)
 
 
 def _likelihood(

@@ -10,10 +10,14 @@ import numpy as np
 
 from jax_unlearn import samplers
 from jax_unlearn.pretrained import Pretrained
+from jax_unlearn.tasks.base import batch_rows
 from jax_unlearn.text_to_image import TextToImage, decode_latents, encode_prompts
 from jax_unlearn.typing import Array, Denoiser, Params
 
-__all__ = ["Conditions", "Numbered", "of_labels", "of_prompts", "predictor"]
+__all__ = ["Conditions", "Numbered", "of_labels", "of_prompts", "predictor", "table_of"]
+
+# Prompts that the text encoder sees at once.
+ENCODED = 64
 
 
 class Conditions(NamedTuple):
@@ -94,15 +98,37 @@ def of_prompts(model: TextToImage, prompts: Sequence[str]) -> tuple[Pretrained, 
     Raises:
       ValueError: if a prompt is too long for the text encoder.
     """
-    table = jax.tree.map(np.asarray, encode_prompts(model, [*prompts, None]))
-    pretrained = model.pretrained
-    numbers = tuple(range(len(prompts)))
+    table, pretrained = table_of(model, prompts), model.pretrained
+    numbers, rows = tuple(range(len(prompts))), batch_rows(model.image_shape)
+
+    def decode(latents: Array) -> Array:
+        if len(latents) <= rows:
+            return decode_latents(model, latents)
+        return jax.lax.map(lambda one: decode_latents(model, one[None])[0], latents, batch_size=rows)
+
     return pretrained._replace(apply=Numbered(pretrained.apply, table)), Conditions(
         (*(f"“{prompt}”" for prompt in prompts), "no prompt"),
         len(prompts),
         numbers,
         tuple(prompts),
         numbers,
-        lambda latents: decode_latents(model, latents),
+        decode,
         model.image_shape,
     )
+
+
+def table_of(model: TextToImage, prompts: Sequence[str]) -> Any:
+    """The encoded prompts and, last, no prompt at all: a tree of arrays [prompts + 1, ...].
+
+    Raises:
+      ValueError: if a prompt is too long for the text encoder.
+    """
+    every = [*prompts, None]
+    parts = []
+    for start in range(0, len(every), ENCODED):
+        some = every[start : start + ENCODED]
+        # Of one shape, but for a short list: the encoder is compiled once.
+        padded = some if start == 0 else some + [None] * (ENCODED - len(some))
+        encoded = encode_prompts(model, padded)
+        parts.append(jax.tree.map(lambda leaf, n=len(some): np.asarray(leaf)[:n], encoded))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

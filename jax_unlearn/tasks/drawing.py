@@ -1,6 +1,6 @@
 """Samples of every condition from the same noise, what a judge says of them, and their pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from jax_unlearn import data, metrics, report, samplers
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import RunOptions
 from jax_unlearn.pretrained import Pretrained
-from jax_unlearn.tasks.base import in_batches
+from jax_unlearn.tasks.base import batch_rows, in_batches
 from jax_unlearn.tasks.conditions import Conditions, predictor
 from jax_unlearn.typing import Array, Params
 
@@ -53,7 +53,12 @@ def features_of(judge: JudgeFunctions | None) -> Callable[[np.ndarray], np.ndarr
         if judged is None:
             flat = np.asarray(data.to_unit_range(pixels)).reshape(len(pixels), -1)
             return flat - flat.mean(axis=1, keepdims=True)
-        return in_batches(lambda _, x: judged(data.to_unit_range(x)), jax.random.key(0), pixels)
+        return in_batches(
+            lambda _, x: judged(data.to_unit_range(x)),
+            jax.random.key(0),
+            pixels,
+            size=batch_rows(pixels.shape[1:]),
+        )
 
     return features
 
@@ -93,7 +98,10 @@ def drawing(
         noise = np.random.default_rng([options.seed, 3, seed]).standard_normal(
             (rows * options.samples, *config.sample_shape), np.float32
         )
-        found = in_batches(partial(draw_batch, params), jax.random.key(seed), noise, wanted)
+        size = batch_rows(config.sample_shape)
+        found = in_batches(
+            partial(draw_batch, params), jax.random.key(seed), noise, wanted, size=size
+        )
         return data.to_pixels(found).reshape(rows, options.samples, *conditions.image_shape)
 
     kept = [place for place, c in enumerate(drawn) if c not in (*forgotten, *left_out)]
@@ -107,13 +115,17 @@ def drawing(
         if wanted is not None:
             flat = samples.reshape(-1, *conditions.image_shape)
             logits = in_batches(
-                lambda _, x: logits_of(data.to_unit_range(x)), jax.random.key(0), flat
+                lambda _, x: logits_of(data.to_unit_range(x)),
+                jax.random.key(0),
+                flat,
+                size=batch_rows(conditions.image_shape),
             )
             named = logits.argmax(axis=1).reshape(rows, -1)
             classes = dict(zip(drawn, conditions.shown_as, strict=True))
             lost = [classes[c] for c in forgotten if c in classes]
             own = named == np.asarray(conditions.shown_as)[:, None]
-            found["agreement"] = _shares(conditions, own, [c for c in drawn if classes[c] >= 0])
+            if told := [c for c in drawn if classes[c] >= 0]:
+                found["agreement"] = _shares(conditions, own, told)
             if lost:
                 found["named_forgotten"] = _shares(conditions, np.isin(named, lost), drawn)
         if real is not None:
@@ -145,8 +157,12 @@ def sample_grids(
     before: np.ndarray | None,
     after: np.ndarray | None,
     groups: dict[str, Sequence[int]],
+    remarks: Mapping[int, str] | None = None,
 ) -> list[report.Grid]:
-    """Samples before and after, from the same noise, a grid for each group of conditions."""
+    """Samples before and after, from the same noise, a grid for each group of conditions.
+
+    Remarks are what the caption adds to a condition's name.
+    """
     if before is None or after is None:
         return []
     count = min(8, before.shape[1])
@@ -156,7 +172,10 @@ def sample_grids(
         places = [conditions.drawn.index(c) for c in group if c in conditions.drawn]
         if conditions.drawn and not places:
             continue
-        named = ", ".join(conditions.names[conditions.drawn[place]] for place in places)
+        named = ", ".join(
+            conditions.names[c] + (f" ({remarks[c]})" if remarks and c in remarks else "")
+            for c in (conditions.drawn[place] for place in places)
+        )
         first, last = (
             samples[places or [0]][:, :count].reshape(shape) for samples in (before, after)
         )

@@ -1,6 +1,7 @@
 """What a run measures, the same way before and after: constraints, likelihoods, samples."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,7 @@ import numpy as np
 from jax_unlearn import data, divergences, losses, metrics, schedules
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ImageOptions
-from jax_unlearn.tasks.base import Measured, estimate, in_batches, spread
-from jax_unlearn.tasks.conditions import of_labels
+from jax_unlearn.tasks.base import Measured, batch_rows, estimate, in_batches, spread
 from jax_unlearn.tasks.drawing import Drawing, drawing, features_of
 from jax_unlearn.tasks.images import Problem, under_null
 from jax_unlearn.typing import Array, Estimate, Params
@@ -61,7 +61,7 @@ def make_weighting(problem: Problem, options: ImageOptions) -> losses.TimeWeight
 
     @jax.jit
     def error(key: Array, t: Array, x: Array, cond: Any) -> Array:
-        x_0 = data.to_unit_range(x)
+        x_0 = data.to_x_0(x)
         noise = jax.random.normal(key, x_0.shape)
         many = jnp.full(len(x), t)
         x_t = schedules.add_noise(x_0=x_0, noise=noise, log_snr=schedule.log_snr[many])
@@ -76,7 +76,7 @@ def make_weighting(problem: Problem, options: ImageOptions) -> losses.TimeWeight
         return losses.squared_error(epsilon, noise).mean()
 
     measured = [
-        float(error(key, t, images.pixels, images.labels))
+        float(error(key, t, images.stored, problem.cond(images.labels)))
         for key, t in zip(keys, times, strict=True)
     ]
     errors = np.exp(np.interp(np.arange(schedule.num_steps), times, np.log(measured)))
@@ -98,7 +98,8 @@ def evaluator(
     dimensions = int(np.prod(config.sample_shape))
     rng = np.random.default_rng([options.seed, 2])
     keys = jax.random.split(jax.random.key(options.seed + 1), 6)
-    null = config.null_label
+    null, conditions = problem.null, problem.conditions
+    batched = partial(in_batches, size=batch_rows(config.sample_shape))
 
     # Draw k of every constraint before draw k + 1 of any: time steps are stratified over a
     # batch, and each constraint must get its share of all of them.
@@ -108,15 +109,15 @@ def evaluator(
     ).ravel()
     owner = np.tile(np.arange(len(problem.constraints)), draws)
     tested_images = data.take(problem.forget, tested)
-    tested_cond = under_null(tested_images.labels, null, options.null_share, rng)
+    tested_cond = problem.cond(under_null(tested_images.labels, null, options.null_share, rng))
     held = data.take(
         problem.held_out, spread(len(problem.held_out.pixels), options.evaluation_images, rng)
     )
-    held_cond = under_null(held.labels, null, options.null_share, rng)
+    held_cond = problem.cond(under_null(held.labels, null, options.null_share, rng))
 
     @jax.jit
     def constraint_losses(params: Params, key: Array, x: Array, cond: Any) -> Array:
-        x_0 = data.to_unit_range(x)
+        x_0 = data.to_x_0(x)
         return losses.denoising_loss(
             apply,
             params,
@@ -130,7 +131,7 @@ def evaluator(
 
     @jax.jit
     def path_kl(params: Params, key: Array, x: Array, cond: Any) -> Array:
-        x_0 = data.to_unit_range(x)
+        x_0 = data.to_x_0(x)
         drawn = losses.draw(key, x_0, weighting.probabilities)
         x_t = schedules.add_noise(x_0=x_0, noise=drawn.noise, log_snr=schedule.log_snr[drawn.t])
         return divergences.path_kl(
@@ -151,16 +152,17 @@ def evaluator(
             params,
             schedule,
             key,
-            x_0=data.to_unit_range(x),
+            x_0=data.to_x_0(x),
             cond=cond,
             draws=NELBO_DRAWS,
+            discrete=problem.captions is None,
         )
         return divergences.bits_per_dim(terms.total, dimensions)
 
     @jax.jit
     def reconstruct(params: Params, key: Array, x: Array, cond: Any) -> Array:
-        x_0 = data.to_unit_range(x)
-        return metrics.reconstruct(
+        x_0 = data.to_x_0(x)
+        found = metrics.reconstruct(
             lambda x_t, t: losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=cond),
             schedule,
             x_0,
@@ -168,6 +170,7 @@ def evaluator(
             start=int(0.6 * schedule.num_steps),
             steps=options.sampling_steps,
         )
+        return conditions.decode(found)
 
     likelihood_sets = {}
     for name, images in (
@@ -181,36 +184,30 @@ def evaluator(
         problem.forget,
         spread(len(problem.forget.pixels), min(RECONSTRUCTED, len(problem.forget.pixels)), rng),
     )
-    conditions = of_labels(problem.pretrained)
-    drawn = drawing(problem.pretrained, conditions, options, judge, problem.forgotten_labels)
+    sampled = problem.pretrained if problem.captions is None else problem.captions.sampled
+    drawn = drawing(sampled, conditions, options, judge, problem.lost)
     features = features_of(judge)
 
     def measure(params: Params) -> tuple[Measured, Estimate]:
-        values = in_batches(
-            lambda key, x, c: constraint_losses(params, key, x, c),
-            keys[0],
-            tested_images.pixels,
-            tested_cond,
+        values = batched(
+            partial(constraint_losses, params), keys[0], tested_images.stored, tested_cond
         )
         by_constraint = [estimate(values[owner == i]) for i in range(len(problem.constraints))]
-        calibration = in_batches(
-            lambda key, x, c: constraint_losses(params, key, x, c), keys[1], held.pixels, held_cond
+        calibration = batched(
+            partial(constraint_losses, params), keys[1], held.stored, held_cond
         )
-        objective = in_batches(
-            lambda key, x, c: path_kl(params, key, x, c), keys[2], held.pixels, held.labels
+        objective = batched(
+            partial(path_kl, params), keys[2], held.stored, problem.cond(held.labels)
         )
         nelbos = {
-            name: in_batches(
-                lambda key, x, c: nelbo(params, key, x, c),
-                keys[3],
-                images.pixels,
-                images.labels,
+            name: batched(
+                partial(nelbo, params), keys[3], images.stored, problem.cond(images.labels)
             )
             for name, images in likelihood_sets.items()
         }
         found: dict[str, Any] = {}
-        again = in_batches(
-            lambda key, x, c: reconstruct(params, key, x, c), keys[4], shown.pixels, shown.labels
+        again = batched(
+            partial(reconstruct, params), keys[4], shown.stored, problem.cond(shown.labels)
         )
         reconstructions = data.to_pixels(again)
         similar = metrics.cosine_similarity(features(reconstructions), features(shown.pixels))

@@ -12,7 +12,6 @@ from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ImageOptions, parse_threshold
 from jax_unlearn.tasks import images
 from jax_unlearn.tasks.base import Measured, Task
-from jax_unlearn.tasks.conditions import of_labels
 from jax_unlearn.tasks.drawing import CAPTIONS, sample_grids
 from jax_unlearn.tasks.evaluation import Evaluation, evaluator, make_weighting
 from jax_unlearn.tasks.images import Problem
@@ -40,6 +39,7 @@ def image_task(problem: Problem, options: ImageOptions, judge: JudgeFunctions | 
     simple = options.weighting == "simple"
     dimensions = int(np.prod(pretrained.config.sample_shape))
     unit = "mean squared error a dimension" if simple else "nats an image"
+    bits = "bits/dim" if problem.captions is None else "bits/dim of the latents' density"
     return Task(
         pretrained=pretrained,
         params=pretrained.params,
@@ -70,7 +70,7 @@ def image_task(problem: Problem, options: ImageOptions, judge: JudgeFunctions | 
         objective="path KL from the reference model to the unlearned one, on held-out images under "
         "their own labels"
         + (f", divided by {dimensions} dimensions and weighted evenly over time" if simple else ""),
-        captions=CAPTIONS | {"nelbo": {"unit": "bits/dim"}},
+        captions=CAPTIONS | {"nelbo": {"unit": bits}},
         grids=lambda after: _grids(problem, evaluation, before, after),
     )
 
@@ -83,7 +83,7 @@ def _grids(
     assert last is not None
     return [
         *sample_grids(
-            of_labels(problem.pretrained),
+            problem.conditions,
             before.samples,
             after.samples,
             _groups(problem),
@@ -100,9 +100,8 @@ def _grids(
 
 
 def _groups(problem: Problem) -> dict[str, Sequence[int]]:
-    labels = range(problem.pretrained.config.num_labels)
-    forgotten = problem.forgotten_labels
-    kept = [label for label in labels if label not in forgotten]
+    forgotten = problem.lost
+    kept = [c for c in problem.conditions.drawn if c not in forgotten]
     groups: dict[str, Sequence[int]] = {"Forgotten": forgotten} if forgotten else {}
     return groups | {"Retained": kept}
 
@@ -132,9 +131,9 @@ def _thresholds(problem: Problem, before: Measured, calibration: Estimate) -> np
 def _prepare(raw: Batch) -> Batch:
     """Bytes to [−1, 1]."""
     return raw._replace(
-        kept=raw.kept and raw.kept._replace(x_0=data.to_unit_range(raw.kept.x_0)),
-        base=raw.base and raw.base._replace(x_0=data.to_unit_range(raw.base.x_0)),
-        forget=raw.forget._replace(x_0=data.to_unit_range(raw.forget.x_0)),
+        kept=raw.kept and raw.kept._replace(x_0=data.to_x_0(raw.kept.x_0)),
+        base=raw.base and raw.base._replace(x_0=data.to_x_0(raw.base.x_0)),
+        forget=raw.forget._replace(x_0=data.to_x_0(raw.forget.x_0)),
     )
 
 

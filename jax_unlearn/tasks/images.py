@@ -1,25 +1,35 @@
 """Forgetting images: from images and options to constraints, conditions, batches, and the task."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jax_unlearn import data, embedded, schedules
 from jax_unlearn.formulations import Batch, Examples, Forget
 from jax_unlearn.options import DataOptions, DemoOptions, ImageOptions
 from jax_unlearn.pretrained import Pretrained
+from jax_unlearn.tasks.base import batch_rows, in_batches
+from jax_unlearn.tasks.conditions import Conditions, of_labels, of_prompts, table_of
+from jax_unlearn.text_to_image import TextToImage, encode_images
+from jax_unlearn.typing import Condition
 
 __all__ = [
+    "Captions",
     "Constraint",
     "Problem",
     "batch",
+    "from_captioned",
     "from_embedded",
     "from_paths",
     "make_problem",
     "under_null",
 ]
+
+# Captions of what is forgotten, and of what is kept, that samples are drawn of.
+DRAWN = 8
 
 
 class Constraint(NamedTuple):
@@ -31,6 +41,19 @@ class Constraint(NamedTuple):
     indices: np.ndarray
 
 
+class Captions(NamedTuple):
+    """The captions that images of a model from text to image are labelled by.
+
+    Attributes:
+      table: what the denoiser is conditioned on under each, the last being no prompt; a tree of
+        arrays [captions + 1, ...].
+      sampled: the model with a denoiser that takes the numbers of the drawn conditions.
+    """
+
+    table: Any
+    sampled: Pretrained
+
+
 class Problem(NamedTuple):
     """What is to be forgotten and what is to be kept, checked and ready.
 
@@ -40,7 +63,11 @@ class Problem(NamedTuple):
       constraints: which of these belong to which constraint.
       retain: images to train on.
       held_out: retained images that nothing is trained on.
-      forgotten_labels: labels that only images to forget have.
+      forgotten_labels: labels that only images to forget have, and that are given to the retained
+        images; none of a model from text to image, where a caption is one image's.
+      conditions: what samples are drawn of.
+      lost: those of them that only images to forget are shown under.
+      captions: of a model from text to image; None where labels are the model's own.
       notes: what was done to the input that its owner should know.
     """
 
@@ -50,7 +77,23 @@ class Problem(NamedTuple):
     retain: data.Images
     held_out: data.Images
     forgotten_labels: tuple[int, ...]
+    conditions: Conditions
+    lost: tuple[int, ...]
+    captions: Captions | None
     notes: tuple[str, ...]
+
+    @property
+    def null(self) -> int | None:
+        """The label that stands for none."""
+        if self.captions is None:
+            return self.pretrained.config.null_label
+        return len(jax.tree.leaves(self.captions.table)[0]) - 1
+
+    def cond(self, labels: np.ndarray | None) -> Condition:
+        """What the denoiser takes for the labels [n] of images."""
+        if self.captions is None:
+            return labels
+        return jax.tree.map(lambda leaf: leaf[labels], self.captions.table)
 
 
 def make_problem(
@@ -100,7 +143,7 @@ def make_problem(
             constraints.append(Constraint(name, source, threshold, indices))
     together = data.concatenate(sets)
     forgotten: tuple[int, ...] = ()
-    if together.labels is not None and retain.labels is not None:
+    if not pretrained.config.pipeline and together.labels is not None and retain.labels is not None:
         forgotten = tuple(int(label) for label in np.setdiff1d(together.labels, retain.labels))
     if options.estimator == "importance" and options.forget_batch_size > _base_rows(
         options, bool(forgotten)
@@ -111,22 +154,28 @@ def make_problem(
             f"{_base_rows(options, bool(forgotten))} to pair: lower it, or raise --batch-size."
         )
     return Problem(
-        pretrained, together, tuple(constraints), retain, held_out, forgotten, tuple(notes)
+        pretrained,
+        together,
+        tuple(constraints),
+        retain,
+        held_out,
+        forgotten,
+        of_labels(pretrained),
+        forgotten,
+        None,
+        tuple(notes),
     )
 
 
 def from_paths(pretrained: Pretrained, options: DataOptions) -> Problem:
-    """Reads the images that the options name.
+    """Reads the images that the options name, for a model in pixel space.
 
     Raises:
-      ValueError: for anything wrong with them; see `data.read_images`.
+      ValueError: for anything wrong with them, see `data.read_images`, or an option of models from
+        text to image.
     """
     config = pretrained.config
-    if config.pipeline:
-        raise ValueError(
-            f"{config.source} works on latents: `data` takes pixel-space models; `concept` forgets "
-            "prompts."
-        )
+    options.refuse(("train", "clip"), "models that are conditioned on prompts")
 
     def read(text: str) -> data.Images:
         return data.read_images(
@@ -137,12 +186,87 @@ def from_paths(pretrained: Pretrained, options: DataOptions) -> Problem:
             resize=options.resize,
         )
 
-    forget = [(text, text, read(text)) for text in options.forget]
-    retain = data.concatenate([read(text) for text in options.retain])
-    held_out = (
-        data.concatenate([read(text) for text in options.held_out]) if options.held_out else None
+    return _make_problem(pretrained, options, *(map(read, part) for part in _sources(options)))
+
+
+def from_captioned(model: TextToImage, options: DataOptions) -> Problem:
+    """Reads images and their captions for a model on latents, and encodes each of them once.
+
+    The latents of an image are one draw of the autoencoder's law of them, as in training. Images
+    are labelled by the numbers of their captions; see `DataOptions` for where these come from.
+
+    Raises:
+      ValueError: for anything wrong with them; see `data.read_images` and `data.read_captions`.
+    """
+    options.refuse(("judge",), "models that are conditioned on labels; give --clip")
+    numbers: dict[str, int] = {}
+
+    def read(text: str) -> data.Images:
+        path, given = data.parse_source(text)
+        shape = model.image_shape
+        images = data.read_images(data.Source(path, None), shape=shape, resize=options.resize)
+        count = len(images.names)
+        found = [given] * count if given else data.read_captions(images.names) or [None] * count
+        labels = [-1 if one is None else numbers.setdefault(one, len(numbers)) for one in found]
+        return images._replace(labels=np.array(labels, np.int32))
+
+    problem = _make_problem(
+        model.pretrained, options, *([*map(read, part)] for part in _sources(options))
     )
-    return make_problem(pretrained, forget, retain, held_out, options)
+    captions = list(numbers)
+    table = table_of(model, captions)
+    of_forget, of_retain = (
+        list(dict.fromkeys(int(label) for label in part.labels if label >= 0))
+        for part in (problem.forget, problem.retain)
+        if part.labels is not None
+    )
+    drawn = list(dict.fromkeys(of_forget[:DRAWN] + of_retain[:DRAWN]))
+    sampled, conditions = of_prompts(model, [captions[label] for label in drawn])
+    if not drawn:
+        assert conditions.null is not None
+        conditions = conditions._replace(drawn=(conditions.null,), shown_as=(-1,))
+    kept = set(of_retain)
+
+    def encoded(part: data.Images, number: int) -> data.Images:
+        key = jax.random.fold_in(jax.random.key(options.seed), number)
+        labels = part.labels
+        assert labels is not None
+        return part._replace(
+            labels=np.where(labels < 0, len(captions), labels).astype(np.int32),
+            latents=in_batches(
+                lambda key, pixels: encode_images(model, data.to_unit_range(pixels), key),
+                key,
+                part.pixels,
+                size=batch_rows(model.image_shape),
+            ),
+        )
+
+    return problem._replace(
+        forget=encoded(problem.forget, 0),
+        retain=encoded(problem.retain, 1),
+        held_out=encoded(problem.held_out, 2),
+        conditions=conditions,
+        lost=tuple(place for place, label in enumerate(drawn) if label not in kept),
+        captions=Captions(table, sampled),
+    )
+
+
+def _sources(options: DataOptions) -> tuple[tuple[str, ...], ...]:
+    return options.forget, options.retain, options.held_out
+
+
+def _make_problem(
+    pretrained: Pretrained,
+    options: DataOptions,
+    forget: Iterable[data.Images],
+    retain: Iterable[data.Images],
+    held_out: Iterable[data.Images],
+) -> Problem:
+    sets = [(text, text, images) for text, images in zip(options.forget, forget, strict=True)]
+    kept, others = data.concatenate([*retain]), [*held_out]
+    return make_problem(
+        pretrained, sets, kept, data.concatenate(others) if others else None, options
+    )
 
 
 def from_embedded(pretrained: Pretrained, options: DemoOptions) -> tuple[Problem, DemoOptions]:
@@ -200,9 +324,10 @@ def batch(problem: Problem, options: ImageOptions, step: int) -> Batch:
     Kept rows are shown under their own labels; where no label is forgotten, a share of them
     under the null label. Where labels are forgotten, base rows show retained images under the
     null label and under the forgotten labels. Images to forget are shown under their own
-    labels and, a share of them, under the null label.
+    labels and, a share of them, under the null label. Captions are labels, and no prompt the null
+    label; latents take the images' place.
     """
-    seed, null = options.seed, problem.pretrained.config.null_label
+    seed, null, cond = options.seed, problem.null, problem.cond
     rng = np.random.default_rng([seed, step, 1])
     rows = data.batch_indices(
         seed=seed, step=step, size=options.batch_size, count=len(problem.retain.pixels)
@@ -212,12 +337,13 @@ def batch(problem: Problem, options: ImageOptions, step: int) -> Batch:
     base = None
     if based:
         under = rng.choice(np.asarray(problem.forgotten_labels, np.int32), size=based)
-        base = Examples(chosen.pixels[:based], under_null(under, null, options.null_share, rng))
+        under = under_null(under, null, options.null_share, rng)
+        base = Examples(chosen.stored[:based], cond(under))
     labels = None if chosen.labels is None else chosen.labels[based:]
     kept = None
     if based < options.batch_size:
         share = 0.0 if based else options.null_share
-        kept = Examples(chosen.pixels[based:], under_null(labels, null, share, rng))
+        kept = Examples(chosen.stored[based:], cond(under_null(labels, null, share, rng)))
     constraint, image = data.balanced_indices(
         seed=seed,
         step=step,
@@ -232,8 +358,8 @@ def batch(problem: Problem, options: ImageOptions, step: int) -> Batch:
         kept,
         base,
         Forget(
-            forget.pixels,
-            under_null(forget.labels, null, options.null_share, rng),
+            forget.stored,
+            cond(under_null(forget.labels, null, options.null_share, rng)),
             constraint.astype(np.int32),
         ),
     )

@@ -196,18 +196,25 @@ def test_sinusoidal_embedding_of_odd_width():
     np.testing.assert_allclose(embedding, expected, atol=1e-6)
 
 
-def test_gradients_are_finite():
-    model = load_pretrained(FOLDER / "no_mid_block")
+def test_gradients_are_finite_and_the_same_with_rematerialisation():
     given = np.load(FOLDER / "no_mid_block" / "expected.npz")
 
-    @jax.jit
-    @jax.grad
-    def gradient(params):
-        return jnp.sum(model.apply(params, given["x_t"], given["t"], given["cond"]) ** 2)
+    def gradient(remat):
+        model = load_pretrained(FOLDER / "no_mid_block", remat=remat)
 
-    for leaf in jax.tree.leaves(gradient(model.params)):
+        def loss(params):
+            return jnp.sum(model.apply(params, given["x_t"], given["t"], given["cond"]) ** 2)
+
+        assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(model.params))) == remat
+        return jax.jit(jax.grad(loss))(model.params)
+
+    for leaf, other in zip(
+        jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True
+    ):
         assert np.isfinite(leaf).all()
         assert np.any(leaf)
+        scale = np.abs(leaf).max()
+        np.testing.assert_allclose(other, leaf, rtol=1e-3, atol=1e-5 * scale)
 
 
 @pytest.mark.torch

@@ -1,5 +1,6 @@
 """What a run measures, on a model whose every prediction is known: ε = 0."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,6 +53,22 @@ def test_nelbo_weights_are_what_a_clipped_step_can_cost(problem):
     assert unbounded[-1] > 100 * weighting.weights[-1]
     assert weighting.weights[0] == unbounded[0]
     assert np.asarray(weighting.probabilities).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_batches_take_trees_and_few_large_rows():
+    shapes = []
+
+    def function(key, x, cond, nothing):
+        shapes.append(x.shape)
+        return x.sum(axis=1) + cond["a"]
+
+    x, a = np.arange(14.0).reshape(7, 2), np.arange(7.0)
+    found = base.in_batches(function, jax.random.key(0), x, {"a": a}, None, size=3)
+    np.testing.assert_array_equal(found, x.sum(axis=1) + a)
+    assert shapes == [(3, 2)] * 3
+    assert [base.batch_rows(shape) for shape in ((28, 28, 1), (64, 64, 4), (512, 512, 3))] == [
+        64, 16, 1,
+    ]  # fmt: skip
 
 
 def test_an_estimate_is_the_mean_and_its_standard_error():

@@ -1,5 +1,6 @@
 """Whole runs of the concept command on a tiny pipeline, conditioned on prompts."""
 
+import dataclasses
 import json
 import pathlib
 from functools import partial
@@ -14,8 +15,9 @@ from pipelines import write_pipeline
 from jax_unlearn import cli
 from jax_unlearn.formulations import Samples
 from jax_unlearn.networks import load_network
-from jax_unlearn.options import ConceptOptions
+from jax_unlearn.options import ConceptOptions, SampleOptions
 from jax_unlearn.pretrained import load_pretrained
+from jax_unlearn.sampling import draw_grid
 from jax_unlearn.subsets import subset_labels
 from jax_unlearn.tasks import concepts
 from jax_unlearn.tasks.concept_problem import make_prompt_problem
@@ -212,6 +214,50 @@ def test_a_low_rank_change_is_written_alone(pipeline, tmp_path):
     assert cli.main(arguments(pipeline, tmp_path / "out", *given)) == 0
     files = [path.name for path in (tmp_path / "out" / "model").iterdir()]
     assert files == ["pytorch_lora_weights.safetensors"]
+    drawn = [
+        draw_grid(
+            SampleOptions(
+                str(pipeline), tmp_path / f"{n}.png", prompts=("a cat",), samples=2, steps=2, lora=lora
+            )
+        )
+        for n, lora in enumerate((None, tmp_path / "out" / "model"))
+    ]
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_kept_conditions_are_ordered_by_their_distance(model):
+    options = options_of(evaluation_images=1)
+    problem = make_prompt_problem(model, options)
+    raw = concepts._evaluator(problem, options, None)(problem.pretrained.params)
+    for formulation in ("reverse-kl", "likelihood"):
+        given = dataclasses.replace(options, formulation=formulation)
+        found = concepts._distances(problem, given, raw)
+        assert set(found) == set(problem.kept) - {problem.conditions.null}
+        for c, value in found.items():
+            each = raw.values[raw.cond == c].mean(axis=0)
+            assert value == pytest.approx(each.min(), rel=1e-3)
+    many = {c: float(-c) for c in range(20)}
+    groups = concepts._nearest_first(tuple(range(1, 20)), many)
+    assert [*groups.values()] == [[19, 18, 17, 16, 15, 14], [6, 5, 4, 3, 2, 1]]
+    few = concepts._nearest_first((0, 1, 2), {0: 2.0, 2: 1.0, 1: 3.0})
+    assert few == {"Retained": [2, 0, 1]}
+
+
+@pytest.mark.slow
+def test_an_sdxl_pipeline_is_unlearned_in_bfloat16(tmp_path):
+    pipeline = write_pipeline(tmp_path / "xl", xl=True)
+    given = ["--forget", "cat", "--threshold", "1.1x", "--dtype", "bfloat16", "--remat"]
+    given += ["--retain", "a hen", "--estimator", "stop_gradient"]
+    assert cli.main(arguments(pipeline, tmp_path / "out", *given)) == 0
+    trained, before = (
+        load_text_to_image(path).pretrained.params for path in (tmp_path / "out" / "model", pipeline)
+    )
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trained))
+    moved = [
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(before), strict=True)
+    ]
+    assert np.mean(moved) > 0.9
 
 
 def test_prompts_are_read_from_a_file(model, tmp_path):
@@ -251,12 +297,6 @@ def test_mistakes_are_one_clear_line(pipeline, tmp_path, capsys, given, message)
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_images_are_not_forgotten_from_latents(pipeline, tiny_images, tmp_path, capsys):
-    given = ["--forget", str(tiny_images["forget"]), "--retain", str(tiny_images["retain"])]
-    assert cli.main(["data", "--model", str(pipeline), "--out", str(tmp_path / "o"), *given]) == 2
-    assert "pixel-space" in capsys.readouterr().err
 
 
 def test_options_of_prompts_are_refused_for_labels(tiny_model, tmp_path, capsys):
