@@ -66,16 +66,18 @@ FORGOTTEN = {
 }
 COMMON = {
     "model": "embedded-text", "samples": 4, "sampling_steps": 12, "evaluation_images": 320,
-    "batch_size": 16, "forget_batch_size": 8,
 }  # fmt: skip
-REVERSE = {"steps": 16, "threshold": ("calibrated",), "learning_rate": 5e-5}
+REVERSE = {
+    "steps": 40, "threshold": ("calibrated",), "learning_rate": 1e-4, "batch_size": 12,
+    "forget_batch_size": 10, "dual_learning_rate": 0.2, "dual_damping": 0.5,
+}  # fmt: skip
 LIKELIHOOD = {
-    "steps": 40, "stored_samples": 160, "classifier_draws": 2, "threshold": ("0.25x",),
-    "learning_rate": 2e-4,
+    "steps": 160, "stored_samples": 160, "classifier_draws": 2, "threshold": ("0.25x",),
+    "learning_rate": 2e-4, "batch_size": 16, "forget_batch_size": 8,
 }  # fmt: skip
 EQUAL = (0.5,)
 METHODS = ("edit", "reverse", "likelihood", "esd")
-STRENGTHS = (1.0, 3.0)
+STRENGTHS = (1.0, 3.0, 10.0)
 ESD_RATE = 2e-4
 
 

@@ -37,8 +37,8 @@ from jax_unlearn.multipliers import nu_pi
 RESULTS = pathlib.Path(__file__).parent / "results"
 Q = mixture([[2.0, 0.0], [0.0, 3.2], [3.6, 3.2], [1.3, 3.9], [-3.0, -2.0]])
 UNLEARN = [mixtures.select(Q, component) for component in (3, 4)]  # near, far
-THRESHOLDS = {"LU": [0.03, 0.02, 0.01], "FU": [2.0], "RU": [16.0, 20.0]}
-EQUAL = {"LU": [2.5, 4.5, 8.0, 18.0], "FU": [0.155, 0.175, 0.19], "RU": [0.05, 0.1, 0.2]}
+THRESHOLDS = {"LU": [0.03, 0.02, 0.01], "FU": [2.0], "RU": [20.0, 25.0]}
+EQUAL = {"LU": [2.5, 4.5, 8.0, 18.0], "FU": [0.155, 0.175, 0.19], "RU": [0.15, 0.17, 0.19]}
 
 
 def measure(kind, x, cells):

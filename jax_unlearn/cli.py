@@ -169,10 +169,12 @@ def _load_prompts(options: ModelOptions) -> tuple[Any, RunOptions, Any]:
 
 def _unlearn(command: str, options: RunOptions) -> int:
     from jax_unlearn import report
-    from jax_unlearn.run import Interrupted, NotFinite, prepare_folder, run
+    from jax_unlearn.run import Interrupted, NotFinite, check_batches, prepare_folder, run
 
     # Everything is checked before anything is written.
     jobs = [(name, *_load(one)) for name, one in _jobs(command, options)]
+    for _, problem, one, _ in jobs:
+        check_batches(problem, one)
     prepare_folder(options)
     if len(jobs) > 1 and not options.resume:
         save_run(options.out / "run.json", command, options)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from jax_unlearn import outcome, report, sharding
 from jax_unlearn.checkpoint import Checkpoints
 from jax_unlearn.models.judge import JudgeFunctions
-from jax_unlearn.options import RunOptions, save_run
+from jax_unlearn.options import ImageOptions, RunOptions, save_run
 from jax_unlearn.pretrained import Pretrained, save_pretrained, save_unet
 from jax_unlearn.primal_dual import PrimalDualState, certificate, primal_dual
 from jax_unlearn.subsets import (
@@ -34,7 +34,7 @@ from jax_unlearn.tasks import concept_problem, concepts, image_task, images
 from jax_unlearn.tasks.base import Task
 from jax_unlearn.typing import Array, Params
 
-__all__ = ["Interrupted", "NotFinite", "Result", "prepare_folder", "run"]
+__all__ = ["Interrupted", "NotFinite", "Result", "check_batches", "prepare_folder", "run"]
 
 _TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
     images.Problem: image_task.image_task,
@@ -59,6 +59,21 @@ class Result(NamedTuple):
 
     report: dict[str, Any]
     page: pathlib.Path
+
+
+def check_batches(problem: images.Problem | concept_problem.Problem, options: RunOptions) -> None:
+    """Refuses batches that do not divide over the devices, before anything is measured.
+
+    Raises:
+      ValueError: naming the size.
+    """
+    sizes = [options.batch_size, options.forget_batch_size]
+    if isinstance(problem, images.Problem):
+        assert isinstance(options, ImageOptions)
+        parts = jax.tree.leaves(images.batch(problem, options, 0))
+        sizes = [len(leaf) for leaf in parts]
+    for size in sizes:
+        sharding.check_rows(size, jax.device_count())
 
 
 def prepare_folder(options: RunOptions) -> None:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["data_mesh", "jit_step", "pmap_step", "replicate", "shard_batch"]
+__all__ = ["check_rows", "data_mesh", "jit_step", "pmap_step", "replicate", "shard_batch"]
 
 AXIS = "data"
 
@@ -25,12 +25,17 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
       ValueError: if a leading axis is not a multiple of the number of devices.
     """
     for leaf in jax.tree.leaves(batch):
-        if leaf.shape[0] % mesh.size:
-            raise ValueError(
-                f"a batch of {leaf.shape[0]} does not divide over {mesh.size} devices: "
-                f"choose a multiple of {mesh.size}."
-            )
+        check_rows(leaf.shape[0], mesh.size)
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def check_rows(rows: int, devices: int) -> None:
+    """Raises ValueError if a batch of so many rows does not divide over so many devices."""
+    if rows % devices:
+        raise ValueError(
+            f"a batch of {rows} does not divide over {devices} devices: choose a multiple of "
+            f"{devices}."
+        )
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -218,3 +218,9 @@ def test_sample_draws_a_picture_and_refuses_to_replace_it(tiny_model, tmp_path, 
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.size == (2 * 64, 64)
     assert cli.main([*given, "--overwrite", "--labels", "hat"]) == 2
+
+
+def test_batches_that_do_not_divide_over_the_devices(refuse):
+    # Half of the batch shows retained images under the forgotten label.
+    assert "a batch of 12 does not divide over 8 devices" in refuse("--batch-size", "24")
+    assert "a batch of 12" in refuse("--forget-batch-size", "12")

@@ -93,9 +93,7 @@ def batch_rows(shape: Sequence[int]) -> int:
     return max(1, min(BATCH, BATCH_ELEMENTS // int(np.prod(shape))))
 
 
-def in_batches(
-    function: Callable[..., Any], key: Array, *arrays: Any, size: int = BATCH
-) -> Any:
+def in_batches(function: Callable[..., Any], key: Array, *arrays: Any, size: int = BATCH) -> Any:
     """function(key of the batch, *rows) over batches of one shape; the last is padded.
 
     Each argument is an array, a tree of arrays, or None. The function returns an array or a tree

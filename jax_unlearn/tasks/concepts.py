@@ -200,9 +200,7 @@ def _distances(problem: Problem, options: ConceptOptions, raw: Raw) -> dict[int,
     }
 
 
-def _nearest_first(
-    drawn: Sequence[int], distances: dict[int, float]
-) -> dict[str, Sequence[int]]:
+def _nearest_first(drawn: Sequence[int], distances: dict[int, float]) -> dict[str, Sequence[int]]:
     """Kept conditions in the groups that the report shows, by their distance."""
     kept = sorted((c for c in distances if c in drawn), key=distances.__getitem__)
     if len(kept) <= 2 * SHOWN:

@@ -104,7 +104,9 @@ def of_prompts(model: TextToImage, prompts: Sequence[str]) -> tuple[Pretrained, 
     def decode(latents: Array) -> Array:
         if len(latents) <= rows:
             return decode_latents(model, latents)
-        return jax.lax.map(lambda one: decode_latents(model, one[None])[0], latents, batch_size=rows)
+        return jax.lax.map(
+            lambda one: decode_latents(model, one[None])[0], latents, batch_size=rows
+        )
 
     return pretrained._replace(apply=Numbered(pretrained.apply, table)), Conditions(
         (*(f"“{prompt}”" for prompt in prompts), "no prompt"),
@@ -129,6 +131,5 @@ def table_of(model: TextToImage, prompts: Sequence[str]) -> Any:
         some = every[start : start + ENCODED]
         # Of one shape, but for a short list: the encoder is compiled once.
         padded = some if start == 0 else some + [None] * (ENCODED - len(some))
-        encoded = encode_prompts(model, padded)
-        parts.append(jax.tree.map(lambda leaf, n=len(some): np.asarray(leaf)[:n], encoded))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        parts.append(jax.tree.map(np.asarray, encode_prompts(model, padded)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(every)], *parts)

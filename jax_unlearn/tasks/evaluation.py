@@ -193,9 +193,7 @@ def evaluator(
             partial(constraint_losses, params), keys[0], tested_images.stored, tested_cond
         )
         by_constraint = [estimate(values[owner == i]) for i in range(len(problem.constraints))]
-        calibration = batched(
-            partial(constraint_losses, params), keys[1], held.stored, held_cond
-        )
+        calibration = batched(partial(constraint_losses, params), keys[1], held.stored, held_cond)
         objective = batched(
             partial(path_kl, params), keys[2], held.stored, problem.cond(held.labels)
         )

@@ -199,7 +199,7 @@ def from_captioned(model: TextToImage, options: DataOptions) -> Problem:
       ValueError: for anything wrong with them; see `data.read_images` and `data.read_captions`.
     """
     options.refuse(("judge",), "models that are conditioned on labels; give --clip")
-    numbers: dict[str, int] = {}
+    numbers: dict[str | None, int] = {}
 
     def read(text: str) -> data.Images:
         path, given = data.parse_source(text)
@@ -207,32 +207,36 @@ def from_captioned(model: TextToImage, options: DataOptions) -> Problem:
         images = data.read_images(data.Source(path, None), shape=shape, resize=options.resize)
         count = len(images.names)
         found = [given] * count if given else data.read_captions(images.names) or [None] * count
-        labels = [-1 if one is None else numbers.setdefault(one, len(numbers)) for one in found]
+        labels = [numbers.setdefault(one, len(numbers)) for one in found]
         return images._replace(labels=np.array(labels, np.int32))
 
     problem = _make_problem(
         model.pretrained, options, *([*map(read, part)] for part in _sources(options))
     )
-    captions = list(numbers)
+    every = list(numbers)
+    captions = [caption for caption in every if caption is not None]
     table = table_of(model, captions)
     of_forget, of_retain = (
-        list(dict.fromkeys(int(label) for label in part.labels if label >= 0))
+        list(dict.fromkeys(caption for label in part.labels if (caption := every[label])))
         for part in (problem.forget, problem.retain)
         if part.labels is not None
     )
     drawn = list(dict.fromkeys(of_forget[:DRAWN] + of_retain[:DRAWN]))
-    sampled, conditions = of_prompts(model, [captions[label] for label in drawn])
+    sampled, conditions = of_prompts(model, drawn)
     if not drawn:
         assert conditions.null is not None
         conditions = conditions._replace(drawn=(conditions.null,), shown_as=(-1,))
     kept = set(of_retain)
+    # No prompt is the last row of the table.
+    place = {caption: row for row, caption in enumerate(captions)}
+    rows = np.array([len(captions) if one is None else place[one] for one in every], np.int32)
 
     def encoded(part: data.Images, number: int) -> data.Images:
         key = jax.random.fold_in(jax.random.key(options.seed), number)
         labels = part.labels
         assert labels is not None
         return part._replace(
-            labels=np.where(labels < 0, len(captions), labels).astype(np.int32),
+            labels=rows[labels],
             latents=in_batches(
                 lambda key, pixels: encode_images(model, data.to_unit_range(pixels), key),
                 key,
@@ -246,7 +250,7 @@ def from_captioned(model: TextToImage, options: DataOptions) -> Problem:
         retain=encoded(problem.retain, 1),
         held_out=encoded(problem.held_out, 2),
         conditions=conditions,
-        lost=tuple(place for place, label in enumerate(drawn) if label not in kept),
+        lost=tuple(number for number, caption in enumerate(drawn) if caption not in kept),
         captions=Captions(table, sampled),
     )
 

@@ -208,13 +208,13 @@ def test_gradients_are_finite_and_the_same_with_rematerialisation():
         assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(model.params))) == remat
         return jax.jit(jax.grad(loss))(model.params)
 
-    for leaf, other in zip(
-        jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True
-    ):
+    ours, again = gradient(False), gradient(True)
+    # Biases before a norm have no gradient but rounding.
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(ours))
+    for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(again), strict=True):
         assert np.isfinite(leaf).all()
         assert np.any(leaf)
-        scale = np.abs(leaf).max()
-        np.testing.assert_allclose(other, leaf, rtol=1e-3, atol=1e-5 * scale)
+        np.testing.assert_allclose(other, leaf, rtol=1e-3, atol=1e-6 * largest)
 
 
 @pytest.mark.torch

@@ -19,7 +19,7 @@ from jax_unlearn.tasks.conditions import of_prompts, table_of
 from jax_unlearn.text_to_image import decode_latents, encode_prompts, load_text_to_image
 
 SMALL = [
-    "--steps", "3", "--batch-size", "6", "--forget-batch-size", "4", "--samples", "2",
+    "--steps", "3", "--batch-size", "8", "--forget-batch-size", "8", "--samples", "2",
     "--sampling-steps", "3", "--evaluation-images", "16", "--checkpoint-every", "2",
 ]  # fmt: skip
 
@@ -75,7 +75,9 @@ def test_images_are_labelled_by_their_captions(model, pictures):
     for name, label in zip(together.names, together.labels, strict=True):
         folder, file = name.split("/")[-2:]
         number = int(file.split(".")[0])
-        wanted = "a: hen" if folder == "plain" else "a dog" if number == 8 else f"a cow {number % 3}"
+        wanted = (
+            "a: hen" if folder == "plain" else "a dog" if number == 8 else f"a cow {number % 3}"
+        )
         assert expected[label] == wanted
     # "a dog" is kept too, so that it is not lost, and no caption is given to the kept images.
     names = problem.conditions.names

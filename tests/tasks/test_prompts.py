@@ -217,7 +217,12 @@ def test_a_low_rank_change_is_written_alone(pipeline, tmp_path):
     drawn = [
         draw_grid(
             SampleOptions(
-                str(pipeline), tmp_path / f"{n}.png", prompts=("a cat",), samples=2, steps=2, lora=lora
+                str(pipeline),
+                tmp_path / f"{n}.png",
+                prompts=("a cat",),
+                samples=2,
+                steps=2,
+                lora=lora,
             )
         )
         for n, lora in enumerate((None, tmp_path / "out" / "model"))
@@ -250,7 +255,8 @@ def test_an_sdxl_pipeline_is_unlearned_in_bfloat16(tmp_path):
     given += ["--retain", "a hen", "--estimator", "stop_gradient"]
     assert cli.main(arguments(pipeline, tmp_path / "out", *given)) == 0
     trained, before = (
-        load_text_to_image(path).pretrained.params for path in (tmp_path / "out" / "model", pipeline)
+        load_text_to_image(path).pretrained.params
+        for path in (tmp_path / "out" / "model", pipeline)
     )
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trained))
     moved = [
