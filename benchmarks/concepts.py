@@ -210,6 +210,30 @@ def summarise(rows):
     return table
 
 
+def both(entry, name, factor=1.0, digits=2):
+    """Mean ± standard deviation over seeds, of one number or of several."""
+    means, spreads = (np.atleast_1d(entry[name][key]) * factor for key in ("mean", "sd"))
+    return ", ".join(
+        f"{mean:.{digits}g} ± {sd:.2g}" for mean, sd in zip(means, spreads, strict=True)
+    )
+
+
+def print_table(table):
+    """The summary as rows of Markdown."""
+    print("| | still named so, % | others, % | KID | path KL of kept | KLs to both | seeds |")
+    for entry in table:
+        cells = [
+            " ".join(str(entry[name]) for name in ("method", "setting") if entry[name] is not None),
+            both(entry, "forgotten_agreement", 100, 3),
+            both(entry, "kept_agreement", 100, 3),
+            both(entry, "kid"),
+            both(entry, "kept_path_kl"),
+            both(entry, "separation", digits=3),
+            str(entry["seeds"]),
+        ]
+        print("|", " | ".join(cells), "|")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -236,6 +260,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             write()
     write()
+    print_table(summarise(rows))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def run(compiled, init, params_of, measure, threshold, most, limit, options, *, 
         jax.block_until_ready(state)
         seconds, done = seconds + time.perf_counter() - started, upto
         (held, value), (_, error) = measure(params_of(state), options.label)
-        curve.append([done, seconds, value, error, held])
+        curve.append([done, *(round(number, 4) for number in (seconds, value, error, held))])
         reached = value >= threshold and held <= most
         if reached:
             break
@@ -305,7 +305,7 @@ def main():
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {cores} cores, load {load:.1f}, "
         f"{jax.default_backend()}, jax {jax.__version__}",
-        "options": {**vars(options), "out": str(options.out)},
+        "options": {name: value for name, value in vars(options).items() if name != "out"},
     }
     print(result["machine"])
     if options.only != "clock":

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from concepts import (
     ESD_STEPS,
+    both,
     constrained,
     make_esd,
     optimizer_of,
@@ -169,6 +170,20 @@ def study(name, seed, methods):
             yield row("ESD-x", strength, params, seconds)
 
 
+def print_table(name, table):
+    """The summary of a task as rows of Markdown."""
+    print("| forgotten | | UA | UA' | IRA | CRA | KID | path KL of kept | constraint | threshold |")
+    for entry in table:
+        cells = [
+            name,
+            " ".join(str(entry[key]) for key in ("method", "setting") if entry[key] is not None),
+            *(both(entry, key, 100, 3) for key in ("UA", "UA_paraphrases", "IRA", "CRA")),
+            *(both(entry, key) for key in ("kid", "kept_path_kl")),
+            *(both(entry, key, digits=3) for key in ("constraints", "thresholds")),
+        ]
+        print("|", " | ".join(cells), "|")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -200,6 +215,8 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
                 write()
     write()
+    for name in dict.fromkeys(row["task"] for row in rows):
+        print_table(name, summarise([row for row in rows if row["task"] == name]))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_unlearn import duality
 from jax_unlearn.typing import Array, ArrayLike
 
 __all__ = ["DualFirst", "likelihood_multipliers", "reverse_kl_multipliers"]
 
-Solve = Callable[[Array, Array], duality.DualSolution]
+Solve = Callable[[Array, Array, tuple[int, ...]], duality.DualSolution]
 
 
 class DualFirst(NamedTuple):
@@ -50,15 +51,21 @@ def likelihood_multipliers(
     values: ArrayLike,
     thresholds: ArrayLike,
     *,
+    groups: ArrayLike | None = None,
     key: Array | None = None,
     resamples: int = 100,
     level: float = 0.95,
 ) -> DualFirst:
     """Argmax over λ ≥ 0 of −log mean_n exp(−Σ_i λ_i h_i(x_n)) − λᵀε (arXiv 2605.30825).
 
+    With groups the samples are of a family q(·|k), k with its share s_k of them, and the dual is
+    −Σ_k s_k log mean_{n∈k} exp(−Σ_i λ_i h_i(x_n)) − λᵀε: no p(·|k) can escape a constraint by
+    leaving its share to another.
+
     Args:
       values: h_i(x_n) ≥ 0 at samples x_n of q, [n, m].
       thresholds: ε, [m].
+      groups: k of each sample, integers [n]; None is one group. Resamples are drawn within each.
       key: of the bootstrap; None leaves it out.
       resamples: of the bootstrap.
       level: of the interval, in (0, 1).
@@ -73,7 +80,19 @@ def likelihood_multipliers(
     values, bounds = _checked(values, thresholds, resamples, level)
     if not bool((values >= 0).all()):
         raise ValueError("likelihoods must not be negative.")
-    return _with_bootstrap(_solve_likelihood, values, bounds, key, resamples, level)
+    if groups is None:
+        return _with_bootstrap(_solve_likelihood, values, bounds, key, resamples, level)
+    if np.shape(groups) != values.shape[:1]:
+        raise ValueError(f"expected groups [{len(values)}], got {list(np.shape(groups))}.")
+    groups = np.unique(np.asarray(groups), return_inverse=True)[1]
+    # Group by group: a resample that draws within each leaves their places as they are.
+    order = np.argsort(groups, kind="stable")
+    sizes = np.bincount(groups)
+    found = _with_bootstrap(
+        _solve_likelihood, values[order], bounds, key, resamples, level, tuple(sizes.tolist())
+    )
+    log_p = found.solution.log_p[np.argsort(order)]
+    return found._replace(solution=found.solution._replace(log_p=log_p))
 
 
 def reverse_kl_multipliers(
@@ -113,22 +132,33 @@ def _uniform(values: Array) -> Array:
 
 
 # Under jit, where the solver asks no q_i to sum to one: on samples they do so only on average.
-@jax.jit
-def _solve_likelihood(values: Array, bounds: Array) -> duality.DualSolution:
-    return duality.solve_likelihood(_uniform(values), values.T, bounds)
+@partial(jax.jit, static_argnums=2)
+def _solve_likelihood(values: Array, bounds: Array, sizes: tuple[int, ...]) -> duality.DualSolution:
+    groups = None
+    if len(sizes) > 1:
+        groups = np.repeat(np.arange(len(sizes)), sizes) == np.arange(len(sizes))[:, None]
+    return duality.solve_likelihood(_uniform(values), values.T, bounds, groups=groups)
 
 
-@jax.jit
-def _solve_reverse_kl(log_ratios: Array, bounds: Array) -> duality.DualSolution:
+@partial(jax.jit, static_argnums=2)
+def _solve_reverse_kl(
+    log_ratios: Array, bounds: Array, sizes: tuple[int, ...]
+) -> duality.DualSolution:
+    del sizes
     log_q = _uniform(log_ratios)
     return duality.solve_reverse_kl(log_q, log_q - log_ratios.T, bounds)
 
 
-@partial(jax.jit, static_argnums=0)
-def _resample(solve: Solve, keys: Array, values: Array, bounds: Array) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnums=(0, 4))
+def _resample(
+    solve: Solve, keys: Array, values: Array, bounds: Array, sizes: tuple[int, ...]
+) -> tuple[Array, Array]:
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    counts = np.repeat(sizes, sizes)
+
     def one(key: Array) -> tuple[Array, Array]:
-        rows = jax.random.randint(key, values.shape[:1], 0, values.shape[0])
-        found = solve(values[rows], bounds)
+        rows = starts + jax.random.randint(key, values.shape[:1], 0, counts)
+        found = solve(values[rows], bounds, sizes)
         return found.multipliers, found.attained
 
     return jax.lax.map(one, keys)
@@ -161,14 +191,17 @@ def _with_bootstrap(
     key: Array | None,
     resamples: int,
     level: float,
+    sizes: tuple[int, ...] | None = None,
 ) -> DualFirst:
-    solution = solve(values, bounds)
+    """Sizes are those of the groups that follow one another; None is one of all samples."""
+    sizes = values.shape[:1] if sizes is None else sizes
+    solution = solve(values, bounds, sizes)
     weights = jnp.exp(solution.log_p)
     effective = 1.0 / (values.shape[0] * jnp.square(weights).sum())
     if key is None:
         return DualFirst(solution.multipliers, None, None, None, effective, solution)
 
-    resampled, attained = _resample(solve, jax.random.split(key, resamples), values, bounds)
+    resampled, attained = _resample(solve, jax.random.split(key, resamples), values, bounds, sizes)
     tail = 0.5 * (1.0 - level)
     unbounded = jnp.where(attained[:, None], resampled, jnp.inf)
     interval = jnp.stack(

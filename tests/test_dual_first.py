@@ -80,6 +80,45 @@ def test_against_a_scalar_search_on_the_same_samples():
     assert got.multipliers[0] == pytest.approx(found.x, rel=1e-3)
 
 
+def test_groups_keep_their_shares():
+    """Two laws with one constraint on their mean: the dual written out, maximised by scipy."""
+    x = mixtures.sample(Q, KEY, 900)
+    h = np.asarray(densities(x)[:, 0], np.float64)
+    groups = np.where(h > np.median(h), 7, 3)
+    groups[:150] = 3  # of unequal sizes, and mixed
+    share = np.mean(groups == 7)
+
+    def dual(current):
+        parts = [np.log(np.mean(np.exp(-current * h[groups == k]))) for k in (3, 7)]
+        return (1 - share) * parts[0] + share * parts[1] + 0.02 * current
+
+    found = optimize.minimize_scalar(
+        dual, bounds=(0, 200), method="bounded", options={"xatol": 1e-9}
+    )
+    got = dual_first.likelihood_multipliers(
+        h[:, None], [0.02], groups=groups, key=KEY, resamples=40
+    )
+    assert got.solution.attained
+    assert got.multipliers[0] == pytest.approx(found.x, rel=1e-3)
+    p = np.exp(got.solution.log_p)
+    assert p[groups == 7].sum() == pytest.approx(share, rel=1e-4)
+    assert p @ h == pytest.approx(0.02, rel=1e-3)
+    tilted = np.exp(-found.x * h) * np.where(groups == 7, 1, 0)
+    np.testing.assert_allclose(
+        p[groups == 7], share * (tilted / tilted.sum())[groups == 7], rtol=1e-3
+    )
+    # Without groups p leaves the second one instead, at a lower price.
+    free = dual_first.likelihood_multipliers(h[:, None], [0.02])
+    assert free.solution.primal_value < 0.9 * got.solution.primal_value
+    assert free.multipliers[0] < 0.9 * got.multipliers[0]
+    low, high = got.interval[:, 0]
+    assert low < got.multipliers[0] < high
+    again = dual_first.likelihood_multipliers(h[:, None], [0.02], groups=np.zeros(900, int))
+    np.testing.assert_allclose(again.multipliers, free.multipliers, rtol=1e-5)
+    with pytest.raises(ValueError, match="groups"):
+        dual_first.likelihood_multipliers(h[:, None], [0.02], groups=groups[:5])
+
+
 def test_thresholds_beyond_the_samples_are_not_attained():
     x = mixtures.sample(Q, KEY, 500)
     got = dual_first.reverse_kl_multipliers(ratios(x)[:, :1], [60.0], key=KEY, resamples=10)

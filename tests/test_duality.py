@@ -82,6 +82,50 @@ def check(kind, solution, log_q, rows, thresholds, tolerance=1e-8):
     assert abs(solution.gap) <= tolerance * max(1, primal)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_keep_their_masses_and_the_rest_is_optimal(seed):
+    """The KKT conditions of Σ_k q(k) KL(p(·|k)‖q(·|k)), by the definitions."""
+    rng = np.random.default_rng(seed)
+    log_q, rows, thresholds = random_problem("likelihood", rng, 3, 40)
+    rows = rows + rng.uniform(size=(3, 1))
+    thresholds = rng.uniform(0.97, 1.02, 3) * (rows @ np.exp(log_q))
+    groups = np.arange(5)[:, None] == rng.integers(0, 4, 40)  # the last is empty
+    found = duality.solve_likelihood(log_q, rows, thresholds, groups=groups)
+    p, multipliers = np.exp(found.log_p), np.asarray(found.multipliers)
+    assert bool(found.attained)
+    np.testing.assert_allclose(groups @ p, groups @ np.exp(log_q), rtol=1e-10)
+    violated = rows @ p - thresholds
+    assert (violated <= 1e-10).all()
+    assert (multipliers >= 0).all()
+    assert (multipliers > 0).any()
+    assert np.abs(multipliers * violated).max() < 1e-9
+    slope = found.log_p - log_q + multipliers @ rows
+    for group in groups[:4]:
+        assert np.ptp(np.asarray(slope)[group]) < 1e-9
+    assert found.primal_value == pytest.approx(kl(found.log_p, log_q), rel=1e-10)
+    assert abs(found.gap) < 1e-8
+    ends = np.exp(log_q) @ np.where(
+        groups.any(axis=1)[:, None, None], np.where(groups[:, None], rows, np.inf), 0
+    ).min(axis=2)[groups.argmax(axis=0)]
+    np.testing.assert_allclose(found.largest_thresholds, ends, rtol=1e-10)
+
+    def price(thresholds):
+        return duality.solve_likelihood(log_q, rows, thresholds, groups=groups)
+
+    derivative = jax.jacfwd(lambda b: price(b).multipliers)(jnp.asarray(thresholds))
+    for i, step in enumerate(1e-5 * np.eye(3)):
+        difference = price(thresholds + step).multipliers - price(thresholds - step).multipliers
+        scale = np.abs(derivative).max()
+        np.testing.assert_allclose(derivative[:, i], difference / 2e-5, atol=1e-4 * scale)
+
+
+def test_cells_belong_to_one_group():
+    log_q, rows = np.log(np.full(3, 1 / 3)), np.ones((1, 3))
+    for groups in ([[True, True, False]], [[True] * 3] * 2, [[True] * 2]):
+        with pytest.raises(ValueError, match="group"):
+            duality.solve_likelihood(log_q, rows, [1.0], groups=groups)
+
+
 # Known values of three Gaussians.
 
 

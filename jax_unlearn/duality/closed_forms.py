@@ -79,22 +79,37 @@ def _outer(p: Array, rows: Array) -> Array:
     return (rows * p) @ rows.T
 
 
-def _covariance(p: Array, rows: Array) -> Array:
-    rows = jnp.where(p > 0, rows, 0.0)
-    return _outer(p, rows - (rows @ p)[:, None])
+def _covariance(p: Array, rows: Array, groups: Array) -> Array:
+    """Σ_k p(k) Cov(rows | group k), [m, m]."""
+    rows, masses = jnp.where(p > 0, rows, 0.0), groups @ p
+    means = (rows * p) @ groups.T / jnp.where(masses > 0, masses, 1.0)
+    return _outer(p, rows - means @ groups)
 
 
-def mixed_problem(log_q: Array, rows: tuple[Array, Array], thresholds: Array) -> Problem:
+def mixed_problem(
+    log_q: Array,
+    rows: tuple[Array, Array],
+    thresholds: Array,
+    groups: Array | None = None,
+) -> Problem:
     """KL(p‖q) → min subject to KL(p‖q_i) ≥ b_i and E_p[h_j] ≤ ε_j; rows are (log q_i, h_j).
 
     Both kinds are E_p[f_i] ≥ ±threshold of one function: f_i = log p − log q_i, or f_j = −h_j. The
-    second derivative of the dual is −Cov_p(f)/(1−Λ), Λ the sum over the first kind.
+    second derivative of the dual is −Cov_p(f)/(1−Λ), Λ the sum over the first kind. Where p must
+    keep q's masses of groups of cells (bool [k, n]; only without q_i), p_λ is the tilt in each, g
+    sums over them with these masses, and the covariance is that within.
     """
     log_q_unlearn, likelihoods = rows
     is_kl = jnp.arange(thresholds.shape[0]) < log_q_unlearn.shape[0]
     support = jnp.isfinite(log_q)
     hollow = jnp.any(support & ~jnp.isfinite(log_q_unlearn), axis=1)
     q = jnp.exp(log_q)
+    members = jnp.ones((1, q.shape[0]), bool) if groups is None else groups
+    inside = members & support
+    groups, masses = members.astype(q.dtype), jnp.where(inside, q, 0.0).sum(axis=1)
+    if members.shape[0] == 1:
+        masses = jnp.ones_like(masses)
+    log_masses = jnp.log(jnp.where(masses > 0, masses, 1.0))
     log_q = jnp.where(support, log_q, 0.0)
     # A free constraint becomes KL(p‖q) ≥ −1, which binds nowhere and has finite derivatives.
     logs = jnp.where(support & ~hollow[:, None], log_q_unlearn, log_q)
@@ -116,23 +131,33 @@ def mixed_problem(log_q: Array, rows: tuple[Array, Array], thresholds: Array) ->
         margin = 1.0 - multipliers @ kinds
         power = jnp.where(margin > 0, margin, 1.0)
         logits = (log_q - multipliers @ offsets) / power
-        log_sum = jax.nn.logsumexp(logits, where=support)
-        log_p = jnp.where(support, logits - log_sum, -jnp.inf)
+        every = jnp.where(inside.any(axis=1)[:, None], inside, True)
+        log_sums = (
+            jax.nn.logsumexp(jnp.broadcast_to(logits, every.shape), axis=1, where=every)
+            - log_masses
+        )
+        log_p = jnp.where(support, logits - log_sums @ groups, -jnp.inf)
         violations = signs * thresholds - _expect(jnp.exp(log_p), functions(log_p))
-        dual = multipliers @ (signs * thresholds) - power * log_sum
+        dual = multipliers @ (signs * thresholds) - power * (masses @ log_sums)
         margin = jnp.where(kinds.sum() > 0, margin, jnp.inf)
         return Point(jnp.where(margin > 0, dual, -jnp.inf), violations, log_p, margin)
 
     def curvature(scaled: Array, at: Point) -> Array:
         rows = unit[:, None] * functions(at.log_p)
-        return _covariance(jnp.exp(at.log_p), rows) / (1.0 - (unit * scaled) @ kinds)
+        return _covariance(jnp.exp(at.log_p), rows, groups) / (1.0 - (unit * scaled) @ kinds)
 
     def wall(scaled: Array) -> tuple[Array, Array, Array]:
         inverse = 1.0 / (1.0 - (unit * scaled) @ kinds)
         return -jnp.log(inverse), -inverse * kinds, inverse**2 * jnp.outer(kinds, kinds)
 
     most = jnp.max(-logs, axis=1, where=support, initial=0.0)
-    least = jnp.min(h, axis=1, where=support, initial=jnp.inf)
+    least = jnp.min(
+        jnp.broadcast_to(h[:, None], (h.shape[0], *inside.shape)),
+        axis=2,
+        where=inside,
+        initial=jnp.inf,
+    )
+    least = jnp.where(masses > 0, least, 0.0) @ masses
     furthest = jnp.concatenate([jnp.where(hollow, jnp.inf, most), least])
     rounding = 8 * jnp.finfo(q.dtype).eps
     return Problem(
@@ -161,6 +186,12 @@ def reverse_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) ->
 def likelihood_problem(log_q: Array, likelihoods: Array, thresholds: Array) -> Problem:
     """KL(p‖q) → min subject to E_p[h_i] ≤ ε_i."""
     return mixed_problem(log_q, (likelihoods[:0], likelihoods), thresholds)
+
+
+def grouped_problem(log_q: Array, rows: tuple[Array, Array], thresholds: Array) -> Problem:
+    """The same for a p that has q's mass of each group; rows are (h_i [m, n], groups [k, n])."""
+    likelihoods, groups = rows
+    return mixed_problem(log_q, (likelihoods[:0], likelihoods), thresholds, groups)
 
 
 def forward_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) -> Problem:

@@ -316,7 +316,11 @@ def solve_forward_kl(
 
 
 def solve_likelihood(
-    log_q: ArrayLike, likelihoods: ArrayLike, thresholds: ArrayLike
+    log_q: ArrayLike,
+    likelihoods: ArrayLike,
+    thresholds: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
 ) -> DualSolution:
     """min_p KL(p‖q) subject to E_p[h_i] ≤ ε_i, on a finite space; convex in p.
 
@@ -324,20 +328,33 @@ def solve_likelihood(
     thresholds together the dual is unbounded: λ then grows until its value exceeds what any p
     costs, which is the proof. Source: arXiv 2605.30825.
 
+    With groups, p is a family p(·|k), and the problem min Σ_k q(k) KL(p(·|k)‖q(·|k)) subject to
+    Σ_k q(k) E_{p(·|k)}[h_i] ≤ ε_i: p keeps q's mass q(k) of each group of cells, which without them
+    it may move from one to another. p_λ(·|k) ∝ q(·|k) exp(−Σ_i λ_i h_i), and
+    g(λ) = −Σ_k q(k) log E_{q(·|k)}[exp(−Σ_i λ_i h_i)] − λᵀε.
+
     Args:
       log_q: log masses of the reference, [n]; −inf is an empty cell.
       likelihoods: h_i ≥ 0 of each cell, [m, n].
       thresholds: ε in units of h, [m].
+      groups: bool [k, n], of which each cell belongs to one; None is one group of all.
 
     Returns:
       A `DualSolution`, float64 under x64 and float32 otherwise: look at `attained`.
 
     Raises:
       ValueError: for shapes that do not fit, or (outside jit) masses that do not sum to one,
-        or likelihoods that are negative or not finite.
+        likelihoods that are negative or not finite, or a cell of no group or of several.
     """
-    data = _checked(log_q, likelihoods, thresholds, "likelihoods")
-    return _solution(closed_forms.likelihood_problem, *data)
+    log_q, rows, bounds = _checked(log_q, likelihoods, thresholds, "likelihoods")
+    if groups is None:
+        return _solution(closed_forms.likelihood_problem, log_q, rows, bounds)
+    if np.ndim(groups) != 2 or np.shape(groups)[1:] != log_q.shape:
+        raise ValueError(f"expected groups [k, {log_q.shape[0]}], got {list(np.shape(groups))}.")
+    if not isinstance(groups, jax.core.Tracer) and (np.asarray(groups).sum(axis=0) != 1).any():
+        raise ValueError("each cell must belong to one of the groups.")
+    rows = (rows, jnp.asarray(groups, bool))
+    return _solution(closed_forms.grouped_problem, log_q, rows, bounds)
 
 
 def solve_mixed(

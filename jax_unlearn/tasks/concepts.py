@@ -423,8 +423,12 @@ def _likelihood(
       ValueError: for a threshold below what any stored sample has.
     """
     apply, _, schedule, config = problem.pretrained
+    bases = np.array([one.base for one in problem.separated])
     first = dual_first.likelihood_multipliers(
-        pool.values, thresholds, key=jax.random.key(options.seed)
+        pool.values,
+        thresholds,
+        groups=bases[pool.separated],
+        key=jax.random.key(options.seed),
     )
     if not bool(first.solution.attained):
         least = ", ".join(f"{value:.3g}" for value in first.solution.largest_thresholds)
