@@ -25,16 +25,6 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(pipeline):
-    return load_text_to_image(pipeline)
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A folder with captions beside the images, and one without."""
     root = tmp_path_factory.mktemp("pictures")

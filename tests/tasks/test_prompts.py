@@ -38,16 +38,6 @@ WIDENED = {
 }
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(pipeline):
-    return load_text_to_image(pipeline)
-
-
 def flags(values):
     return [
         text
