@@ -225,7 +225,7 @@ _DEMO: dict[str, dict[str, Any]] = {
     },
     "likelihood": {
         "stored_samples": 160,
-        "classifier_draws": 3,
+        "classifier_draws": 2,
         "learning_rate": 2e-4,
     },
 }

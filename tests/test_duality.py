@@ -104,9 +104,12 @@ def test_groups_keep_their_masses_and_the_rest_is_optimal(seed):
         assert np.ptp(np.asarray(slope)[group]) < 1e-9
     assert found.primal_value == pytest.approx(kl(found.log_p, log_q), rel=1e-10)
     assert abs(found.gap) < 1e-8
-    ends = np.exp(log_q) @ np.where(
-        groups.any(axis=1)[:, None, None], np.where(groups[:, None], rows, np.inf), 0
-    ).min(axis=2)[groups.argmax(axis=0)]
+    ends = (
+        np.exp(log_q)
+        @ np.where(
+            groups.any(axis=1)[:, None, None], np.where(groups[:, None], rows, np.inf), 0
+        ).min(axis=2)[groups.argmax(axis=0)]
+    )
     np.testing.assert_allclose(found.largest_thresholds, ends, rtol=1e-10)
 
     def price(thresholds):

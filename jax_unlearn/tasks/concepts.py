@@ -180,7 +180,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             after.samples,
             {
                 "Forgotten": problem.forgotten,
-                **_nearest_first(conditions.drawn, distances),
+                **_nearest_first([c for c in conditions.drawn if c in problem.kept], distances),
                 "Shown, not trained on": problem.shown,
             },
             {c: f"{value:.3g} nats from what is forgotten" for c, value in distances.items()},
@@ -189,8 +189,13 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
 
 
 def _distances(problem: Problem, options: ConceptOptions, raw: Raw) -> dict[int, float]:
-    """Of each kept condition c: path KL of the reference, min_i KL(q(·|c) ‖ q(·|i_c)), in nats."""
+    """Of each kept condition c: path KL of the reference, min_i KL(q(·|c) ‖ q(·|i_c)), in nats.
+
+    Where it was not measured anyway, only if not all kept conditions are shown.
+    """
     if options.formulation != "reverse-kl":
+        if len(problem.kept) <= 2 * SHOWN:
+            return {}
         few = dataclasses.replace(options, evaluation_images=1)
         raw = _evaluator(problem, few, None)(problem.pretrained.params)
     return {
@@ -200,9 +205,9 @@ def _distances(problem: Problem, options: ConceptOptions, raw: Raw) -> dict[int,
     }
 
 
-def _nearest_first(drawn: Sequence[int], distances: dict[int, float]) -> dict[str, Sequence[int]]:
-    """Kept conditions in the groups that the report shows, by their distance."""
-    kept = sorted((c for c in distances if c in drawn), key=distances.__getitem__)
+def _nearest_first(kept: Sequence[int], distances: dict[int, float]) -> dict[str, Sequence[int]]:
+    """Kept conditions in the groups that the report shows, by their distance if it is known."""
+    kept = sorted(kept, key=lambda c: distances.get(c, 0.0))
     if len(kept) <= 2 * SHOWN:
         return {"Retained": kept}
     return {"Retained, nearest": kept[:SHOWN], "Retained, farthest": kept[-SHOWN:]}

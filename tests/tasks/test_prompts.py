@@ -220,22 +220,24 @@ def test_a_low_rank_change_is_written_alone(pipeline, tmp_path):
     assert (drawn[0] != drawn[1]).any()
 
 
-def test_kept_conditions_are_ordered_by_their_distance(model):
+def test_kept_conditions_are_ordered_by_their_distance(model, monkeypatch):
     options = options_of(evaluation_images=1)
     problem = make_prompt_problem(model, options)
     raw = concepts._evaluator(problem, options, None)(problem.pretrained.params)
-    for formulation in ("reverse-kl", "likelihood"):
-        given = dataclasses.replace(options, formulation=formulation)
+    likelihood = dataclasses.replace(options, formulation="likelihood")
+    assert concepts._distances(problem, likelihood, raw) == {}  # few enough to show them all
+    monkeypatch.setattr(concepts, "SHOWN", 2)
+    for given in (options, likelihood):
         found = concepts._distances(problem, given, raw)
         assert set(found) == set(problem.kept) - {problem.conditions.null}
         for c, value in found.items():
             each = raw.values[raw.cond == c].mean(axis=0)
             assert value == pytest.approx(each.min(), rel=1e-3)
-    many = {c: float(-c) for c in range(20)}
-    groups = concepts._nearest_first(tuple(range(1, 20)), many)
-    assert [*groups.values()] == [[19, 18, 17, 16, 15, 14], [6, 5, 4, 3, 2, 1]]
+    groups = concepts._nearest_first(range(1, 20), {c: float(-c) for c in range(20)})
+    assert [*groups.values()] == [[19, 18], [2, 1]]
     few = concepts._nearest_first((0, 1, 2), {0: 2.0, 2: 1.0, 1: 3.0})
     assert few == {"Retained": [2, 0, 1]}
+    assert concepts._nearest_first((2, 0, 1), {}) == {"Retained": [2, 0, 1]}
 
 
 @pytest.mark.slow
