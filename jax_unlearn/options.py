@@ -280,12 +280,12 @@ class ConceptOptions(ModelOptions):
     """Kept conditions a step."""
     forget_batch_size: int = 12
     """Forgotten conditions a step. Their part of all rows is their weight in the objective."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine. At the
     start the gradient is nearly zero, which Adam does not care for: "pathwise" at 2e-4 loses it."""
-    dual_learning_rate: float = 0.2
+    dual_learning_rate: float = 0.1
     """"reverse-kl": ascent rate of the multipliers, for violations relative to the thresholds."""
-    dual_damping: float = 0.5
+    dual_damping: float = 1.0
     """"reverse-kl": proportional gain of the multipliers' PI controller, on the same scale."""
     chain_steps: int = 10
     """Steps of the model's own ancestral sampler, along which it is trained ("reverse-kl") and path
