@@ -37,6 +37,7 @@ from concepts import (
 
 from jax_unlearn import data, embedded, metrics
 from jax_unlearn.embedded.captions import OBJECTS, STYLES, caption, forgetting
+from jax_unlearn.formulations import reverse_kl
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.subsets import subset_optimizer
@@ -77,7 +78,7 @@ LIKELIHOOD = {
     "learning_rate": 2e-4, "batch_size": 16, "forget_batch_size": 8,
 }  # fmt: skip
 EQUAL = (0.5,)
-METHODS = ("edit", "reverse", "likelihood", "esd")
+METHODS = ("edit", "reverse", "stop_gradient", "likelihood", "esd")
 STRENGTHS = (1.0, 3.0, 10.0)
 ESD_RATE = 2e-4
 
@@ -152,10 +153,23 @@ def study(name, seed, methods):
     if "edit" in methods:
         yield row("before", None, task.pretrained.params)
         yield row("closed-form edit", None, problem.start)
-    for weight in (None, *EQUAL) if "reverse" in methods else ():
-        fixed = None if weight is None else np.full(len(problem.concepts), weight * share)
-        params, found, seconds = constrained(task, silent, fixed)
-        label = "reverse KL" if weight is None else "reverse KL, equal weights"
+    if "reverse" in methods:
+        params, found, seconds = constrained(task, silent)
+        yield row("reverse KL", None, params, seconds, found)
+    # The trajectory held fixed: what training may do with it is the only difference.
+    apply, _, schedule, config = problem.pretrained
+    fixed = reverse_kl(
+        apply,
+        schedule,
+        estimator="stop_gradient",
+        shape=config.sample_shape,
+        steps=options.chain_steps,
+    )
+    fixed = task._replace(formulation=fixed._replace(project=task.formulation.project))
+    for weight in (None, *EQUAL) if "stop_gradient" in methods else ():
+        given = None if weight is None else np.full(len(problem.concepts), weight * share)
+        params, found, seconds = constrained(fixed, silent, given)
+        label = "reverse KL, stop_gradient" if weight is None else "the same, equal weights"
         yield row(label, weight, params, seconds, found)
     if "likelihood" in methods:
         likely = dataclasses.replace(silent, formulation="likelihood", **LIKELIHOOD)
