@@ -175,9 +175,7 @@ def study(seed, methods):
         params, found, seconds = constrained(task, reverse)
         yield row("reverse KL", None, params, seconds, found)
     if "equal" in methods:
-        shorter = dataclasses.replace(
-            reverse, steps=EQUAL_REVERSE_STEPS, learning_rate=FIXED_RATE
-        )
+        shorter = dataclasses.replace(reverse, steps=EQUAL_REVERSE_STEPS, learning_rate=FIXED_RATE)
         for weight in EQUAL_REVERSE:
             fixed = np.full(len(FORGET), weight * share)
             params, found, seconds = constrained(task, shorter, fixed)
