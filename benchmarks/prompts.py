@@ -153,9 +153,6 @@ def study(name, seed, methods):
     if "edit" in methods:
         yield row("before", None, task.pretrained.params)
         yield row("closed-form edit", None, problem.start)
-    if "reverse" in methods:
-        params, found, seconds = constrained(task, silent)
-        yield row("reverse KL", None, params, seconds, found)
     # The trajectory held fixed: what training may do with it is the only difference.
     apply, _, schedule, config = problem.pretrained
     fixed = reverse_kl(
@@ -166,11 +163,14 @@ def study(name, seed, methods):
         steps=options.chain_steps,
     )
     fixed = task._replace(formulation=fixed._replace(project=task.formulation.project))
-    for weight in (None, *EQUAL) if "stop_gradient" in methods else ():
-        given = None if weight is None else np.full(len(problem.concepts), weight * share)
-        params, found, seconds = constrained(fixed, silent, given)
-        label = "reverse KL, stop_gradient" if weight is None else "the same, equal weights"
-        yield row(label, weight, params, seconds, found)
+    for method, one, label, equal in (
+        ("reverse", task, "reverse KL", "reverse KL, equal weights"),
+        ("stop_gradient", fixed, "reverse KL, stop_gradient", "the same, equal weights"),
+    ):
+        for weight in (None, *EQUAL) if method in methods else ():
+            given = None if weight is None else np.full(len(problem.concepts), weight * share)
+            params, found, seconds = constrained(one, silent, given)
+            yield row(label if weight is None else equal, weight, params, seconds, found)
     if "likelihood" in methods:
         likely = dataclasses.replace(silent, formulation="likelihood", **LIKELIHOOD)
         other = concept_task(problem, likely, None)

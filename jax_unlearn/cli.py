@@ -110,12 +110,8 @@ def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
     from jax_unlearn.tasks import concept_problem, images
     from jax_unlearn.text_to_image import is_text_to_image
 
-    def named(pretrained: Any) -> Any:
-        config = dataclasses.replace(pretrained.config, name="the embedded model")
-        return pretrained._replace(config=config)
-
     if isinstance(options, DemoOptions):
-        pretrained = named(load_pretrained(embedded.model_path()))
+        pretrained = _named(load_pretrained(embedded.model_path()), "the embedded model")
         return (*images.from_embedded(pretrained, options), embedded.judge())
     assert isinstance(options, ModelOptions)
     own = options.model == "embedded"
@@ -126,7 +122,7 @@ def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
     )
     judge = embedded.judge() if own else None
     if own:
-        pretrained = named(pretrained)
+        pretrained = _named(pretrained, "the embedded model")
     if options.judge is not None:
         judge = load_judge(options.judge)
     if isinstance(options, DataOptions):
@@ -140,6 +136,11 @@ def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
     return problem, options, judge
 
 
+def _named(pretrained: Any, name: str) -> Any:
+    config = dataclasses.replace(pretrained.config, name=name)
+    return pretrained._replace(config=config)
+
+
 def _load_prompts(options: ModelOptions) -> tuple[Any, RunOptions, Any]:
     """`_load` for a model from text to image."""
     from jax_unlearn import embedded
@@ -151,10 +152,8 @@ def _load_prompts(options: ModelOptions) -> tuple[Any, RunOptions, Any]:
     path = embedded.text_model_path() if own else options.model
     model = load_text_to_image(path, dtype=options.dtype, remat=options.remat)
     if own:
-        pretrained = model.pretrained
-        name = "the embedded model from text to image"
-        config = dataclasses.replace(pretrained.config, name=name)
-        model = model._replace(pretrained=pretrained._replace(config=config))
+        named = _named(model.pretrained, "the embedded model from text to image")
+        model = model._replace(pretrained=named)
     folder = embedded.clip_path() if own and options.clip is None else options.clip
     clip = None if folder is None else load_clip(folder)
     if isinstance(options, DataOptions):
@@ -169,9 +168,18 @@ def _load_prompts(options: ModelOptions) -> tuple[Any, RunOptions, Any]:
 
 def _unlearn(command: str, options: RunOptions) -> int:
     from jax_unlearn import report
-    from jax_unlearn.run import Interrupted, NotFinite, check_batches, prepare_folder, run
+    from jax_unlearn.run import (
+        Interrupted,
+        NotFinite,
+        check_batches,
+        check_folder,
+        prepare_folder,
+        run,
+    )
 
-    # Everything is checked before anything is written.
+    # Everything is checked before anything is written, and the folder first: images and prompts
+    # may take minutes to encode.
+    check_folder(options)
     jobs = [(name, *_load(one)) for name, one in _jobs(command, options)]
     for _, problem, one, _ in jobs:
         check_batches(problem, one)

@@ -80,17 +80,13 @@ def likelihood_multipliers(
     values, bounds = _checked(values, thresholds, resamples, level)
     if not bool((values >= 0).all()):
         raise ValueError("likelihoods must not be negative.")
-    if groups is None:
-        return _with_bootstrap(_solve_likelihood, values, bounds, key, resamples, level)
-    if np.shape(groups) != values.shape[:1]:
-        raise ValueError(f"expected groups [{len(values)}], got {list(np.shape(groups))}.")
-    groups = np.unique(np.asarray(groups), return_inverse=True)[1]
+    groups = np.zeros(len(values), int) if groups is None else np.asarray(groups)
+    if groups.shape != values.shape[:1]:
+        raise ValueError(f"expected groups [{len(values)}], got {list(groups.shape)}.")
     # Group by group: a resample that draws within each leaves their places as they are.
     order = np.argsort(groups, kind="stable")
-    sizes = np.bincount(groups)
-    found = _with_bootstrap(
-        _solve_likelihood, values[order], bounds, key, resamples, level, tuple(sizes.tolist())
-    )
+    sizes = tuple(np.unique(groups, return_counts=True)[1].tolist())
+    found = _with_bootstrap(_solve_likelihood, values[order], bounds, sizes, key, resamples, level)
     log_p = found.solution.log_p[np.argsort(order)]
     return found._replace(solution=found.solution._replace(log_p=log_p))
 
@@ -124,7 +120,8 @@ def reverse_kl_multipliers(
         or no resamples.
     """
     log_ratios, bounds = _checked(log_ratios, thresholds, resamples, level)
-    return _with_bootstrap(_solve_reverse_kl, log_ratios, bounds, key, resamples, level)
+    one = log_ratios.shape[:1]
+    return _with_bootstrap(_solve_reverse_kl, log_ratios, bounds, one, key, resamples, level)
 
 
 def _uniform(values: Array) -> Array:
@@ -188,13 +185,12 @@ def _with_bootstrap(
     solve: Solve,
     values: Array,
     bounds: Array,
+    sizes: tuple[int, ...],
     key: Array | None,
     resamples: int,
     level: float,
-    sizes: tuple[int, ...] | None = None,
 ) -> DualFirst:
-    """Sizes are those of the groups that follow one another; None is one of all samples."""
-    sizes = values.shape[:1] if sizes is None else sizes
+    """Sizes are those of the groups, which follow one another."""
     solution = solve(values, bounds, sizes)
     weights = jnp.exp(solution.log_p)
     effective = 1.0 / (values.shape[0] * jnp.square(weights).sum())

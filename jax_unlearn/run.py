@@ -34,7 +34,15 @@ from jax_unlearn.tasks import concept_problem, concepts, image_task, images
 from jax_unlearn.tasks.base import Task
 from jax_unlearn.typing import Array, Params
 
-__all__ = ["Interrupted", "NotFinite", "Result", "check_batches", "prepare_folder", "run"]
+__all__ = [
+    "Interrupted",
+    "NotFinite",
+    "Result",
+    "check_batches",
+    "check_folder",
+    "prepare_folder",
+    "run",
+]
 
 _TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
     images.Problem: image_task.image_task,
@@ -76,24 +84,39 @@ def check_batches(problem: images.Problem | concept_problem.Problem, options: Ru
         sharding.check_rows(size, jax.device_count())
 
 
-def prepare_folder(options: RunOptions) -> None:
-    """Makes room for the outputs, or refuses.
+def _in_use(out: pathlib.Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def check_folder(options: RunOptions) -> None:
+    """Refuses what `prepare_folder` would refuse, and changes nothing.
 
     Raises:
-      ValueError: if the folder is in use and neither resume nor overwrite was asked for, if
-        there is nothing to resume, or if the folder cannot be made.
+      ValueError: if the folder is in use and neither resume nor overwrite was asked for, or if
+        there is nothing to resume.
     """
     out = options.out
     if options.resume:
         if not (out / "run.json").is_file():
             raise ValueError(f"nothing to resume: {out} has no run.json.")
+    elif _in_use(out) and not options.overwrite:
+        raise ValueError(
+            f"{out} is in use: choose another --out, or --resume, or --overwrite (which moves it "
+            "aside)."
+        )
+
+
+def prepare_folder(options: RunOptions) -> None:
+    """Makes room for the outputs, or refuses.
+
+    Raises:
+      ValueError: as `check_folder`, or if the folder cannot be made.
+    """
+    check_folder(options)
+    out = options.out
+    if options.resume:
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not options.overwrite:
-            raise ValueError(
-                f"{out} is in use: choose another --out, or --resume, or --overwrite (which "
-                "moves it aside)."
-            )
+    if _in_use(out):
         number = 1
         while (aside := out.with_name(f"{out.name}.previous-{number}")).exists():
             number += 1

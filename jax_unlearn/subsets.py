@@ -46,8 +46,6 @@ _ESD = {
     "esd-x-strict": "cross-attention-kv",
     "esd-u": "no-cross-attention",
 }
-
-
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -244,9 +242,9 @@ def load_lora(path: str | os.PathLike[str], params: Params) -> Params:
     for (*module, name), leaf in _flat(params).items():
         down = stored.get(diffusers_key(("unet", *module, "lora_A", name)))
         if name == "kernel" and down:
-            rank, ends = down[0], (*leaf.shape[:-1], leaf.shape[-1])
-            between = (1,) * (leaf.ndim - 2)
-            for factor, shape in (("A", (*ends[:-1], rank)), ("B", (*between, rank, ends[-1]))):
+            *first, last = leaf.shape
+            both = {"A": (*first, down[0]), "B": (*(1,) * (leaf.ndim - 2), down[0], last)}
+            for factor, shape in both.items():
                 shapes[*module, f"lora_{factor}", name] = jax.ShapeDtypeStruct(shape, jnp.float32)
     try:
         return read_params({"unet": traverse_util.unflatten_dict(shapes)}, [file])["unet"]

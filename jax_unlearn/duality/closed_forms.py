@@ -107,7 +107,7 @@ def mixed_problem(
     members = jnp.ones((1, q.shape[0]), bool) if groups is None else groups
     inside = members & support
     groups, masses = members.astype(q.dtype), jnp.where(inside, q, 0.0).sum(axis=1)
-    if members.shape[0] == 1:
+    if members.shape[0] == 1:  # It sums to one whatever the rounding, and has no derivative.
         masses = jnp.ones_like(masses)
     log_masses = jnp.log(jnp.where(masses > 0, masses, 1.0))
     log_q = jnp.where(support, log_q, 0.0)

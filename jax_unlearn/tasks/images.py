@@ -206,6 +206,7 @@ def from_captioned(model: TextToImage, options: DataOptions) -> Problem:
         shape = model.image_shape
         images = data.read_images(data.Source(path, None), shape=shape, resize=options.resize)
         count = len(images.names)
+        given = given and " ".join(given.split())  # as those that are read
         found = [given] * count if given else data.read_captions(images.names) or [None] * count
         labels = [numbers.setdefault(one, len(numbers)) for one in found]
         return images._replace(labels=np.array(labels, np.int32))
