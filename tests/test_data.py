@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jax_unlearn import data
-from jax_unlearn.data import Images, Source
+from jax_unlearn.data import Images, Source, batches
 
 NAMES = {0: "T-shirt/top", 1: "Trouser", 2: "Ankle boot", 3: "7"}
 MODEL = {"shape": (4, 4, 1), "num_labels": 3, "id2label": {i: NAMES[i] for i in range(3)}}
@@ -671,7 +671,7 @@ def test_batches_are_pure_in_seed_and_step():
         return data.batch_indices(seed=seed, step=step, size=8, count=50).tolist()
 
     forward = [batch(step) for step in range(60)]
-    data._permutation.cache_clear()
+    batches.permutation.cache_clear()
     assert [batch(step) for step in reversed(range(60))] == forward[::-1]
     batch(3)[0] = -1  # A caller's writing does not reach the cache.
     assert batch(3) == forward[3]

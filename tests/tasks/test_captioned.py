@@ -47,7 +47,7 @@ def options_of(pictures, **changes):
     given = {
         "model": "tiny",
         "forget": (str(pictures / "forget"),),
-        "retain": (str(pictures / "retain"), f"{pictures / 'plain'}:a: hen"),
+        "retain": (str(pictures / "retain"), f"{pictures / 'plain'}: a:  hen"),
         "batch_size": 6,
         "forget_batch_size": 4,
     }
@@ -211,6 +211,19 @@ def test_mistakes_are_one_clear_line(pipeline, pictures, tmp_path, capsys, more,
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_encoded(
+    pipeline, pictures, tmp_path, monkeypatch, capsys
+):
+    def never(*args, **kwargs):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(problems, "encode_images", never)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert cli.main(arguments(pipeline, pictures, tmp_path)) == 2
+    assert "is in use" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_options_of_prompts_are_refused_for_labels(tiny_model, tiny_images, tmp_path, capsys):
