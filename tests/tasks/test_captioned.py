@@ -115,6 +115,14 @@ def test_images_without_captions_are_shown_under_no_prompt(model, pictures):
     assert [problem.conditions.names[c] for c in problem.conditions.drawn] == ["no prompt"]
     assert problem.notes == ("1 retained images are also to be forgotten (the same pixels): "
                              "removed from the retained ones.",)  # fmt: skip
+    mixed = problems.from_captioned(
+        model, options_of(pictures, retain=(plain, f"{pictures / 'retain'}"))
+    )
+    without = [plain in name for name in mixed.retain.names]
+    assert set(mixed.retain.labels[without]) == {mixed.null}
+    assert mixed.null not in mixed.retain.labels[np.logical_not(without)]
+    unconditional = encode_prompts(model, [None])
+    np.testing.assert_allclose(mixed.cond(np.array([mixed.null])), unconditional, atol=1e-6)
 
 
 def test_many_prompts_are_encoded_as_each_alone(model):
