@@ -33,8 +33,7 @@ from jax_unlearn.tasks import concept_problem, concepts
 FORGET = ("Trouser", "Sneaker")
 COMMON = {"forget": FORGET, "samples": 16, "evaluation_images": 132, "chain_steps": 10}
 REVERSE = {
-    "steps": 60, "learning_rate": 1e-4, "batch_size": 12, "forget_batch_size": 6,
-    "dual_learning_rate": 0.2, "dual_damping": 0.5,
+    "steps": 60, "batch_size": 12, "forget_batch_size": 6,
 }  # fmt: skip
 # Of ESD and of equal weights, which do not have multipliers that swing.
 FIXED_RATE = 2e-4

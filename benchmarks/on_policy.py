@@ -16,15 +16,23 @@ size and learning rate of each are swept on the first seed; those that got there
 every seed, in turns. The path KL is measured along fresh trajectories of a chain that none is
 trained on, with the same noise every time; compilation and measurements are not on the clock. It is
 measured when the number of steps has grown by a tenth, so that times are right to a tenth.
+
+With `--model embedded-text` c is "a photo of a sneaker" and "a photo" stands for ∅. One more method
+is then ESD by hand in torch, on diffusers' network; it needs the torch extra, and its state, loss
+and gradient are first compared with those of `baselines` on the same noise.
 """
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 import pathlib
 import platform
+import tempfile
 import time
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +42,13 @@ import optax
 import jax_unlearn
 from jax_unlearn import baselines, embedded, schedules
 from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
+from jax_unlearn.networks import load_network
+from jax_unlearn.tasks.conditions import of_prompts
+from jax_unlearn.text_to_image import load_text_to_image
 
-ESD = "esd"
+ESD, TORCH = "esd", "torch"
 METHODS = {ESD: None, "stop_gradient": "stop_gradient", "pathwise": "pathwise"}
+PROMPTS = ("a photo of a sneaker", "a photo")
 
 
 def counting(apply, tally):
@@ -69,6 +81,23 @@ def counting(apply, tally):
 def small(params, x_t, t, cond):
     """A denoiser for the counts, which do not depend on what is inside; not linear."""
     return jnp.tanh(params["w"] * x_t + params["b"][cond][:, None, None, None])
+
+
+class Setting(NamedTuple):
+    """A model, and the numbers of what it forgets and of what that is held to."""
+
+    model: Any
+    forgotten: int
+    base: int
+
+
+def setting_of(options):
+    if options.model == "embedded":
+        model = jax_unlearn.load_pretrained(embedded.model_path())
+        return Setting(model, options.label, model.config.null_label)
+    model, _ = of_prompts(load_text_to_image(embedded.text_model_path()), PROMPTS)
+    schedule = dataclasses.replace(model.schedule, variance_type="fixed_geometric")
+    return Setting(model._replace(schedule=schedule), 0, 1)
 
 
 def forgotten(rows, null, label):
@@ -122,10 +151,24 @@ def count_passes(options):
     return found
 
 
-def make_step(name, model, rows, options):
-    """(params, learning rate) -> state, and (key, state) -> state; the parameters of a state."""
-    shape, null = model.config.sample_shape, model.config.null_label
-    batch = forgotten(rows, null, options.label)
+class Runner(NamedTuple):
+    """How a method trains.
+
+    Attributes:
+      init: (learning rate, seed) -> state.
+      step: (key, state) -> state, compiled.
+      params_of: state -> the parameters that it stands for.
+    """
+
+    init: Any
+    step: Any
+    params_of: Any
+
+
+def make_runner(name, setting, rows, options):
+    """The runner of one of `METHODS`."""
+    model = setting.model
+    shape, batch = model.config.sample_shape, forgotten(rows, setting.base, setting.forgotten)
     optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.0)
 
     def with_rate(opt_state, rate):
@@ -138,61 +181,103 @@ def make_step(name, model, rows, options):
         )  # fmt: skip
         train = baselines.train_step(loss, optimizer)
 
-        def init(rate):
+        def init(rate, seed):
             return model.params, with_rate(optimizer.init(model.params), rate)
 
         def step(key, state, reference):
             return train(key, *state, reference, batch)[:2]
 
-        return init, step, lambda state: state[0]
+        def params_of(state):
+            return state[0]
+    else:
+        formulation = reverse_kl(
+            model.apply, model.schedule, shape=shape, steps=options.chain_steps,
+            estimator=METHODS[name],
+        )  # fmt: skip
+        algorithm = jax_unlearn.primal_dual(formulation, optimizer, optax.set_to_zero())
 
-    formulation = reverse_kl(
-        model.apply, model.schedule, shape=shape, steps=options.chain_steps, estimator=METHODS[name]
+        def init(rate, seed):
+            multiplier = options.strength / (1 + options.strength)
+            state = algorithm.init(model.params, 0.0, multipliers=multiplier)
+            return state._replace(opt_state=with_rate(state.opt_state, rate))
+
+        def step(key, state, reference):
+            return algorithm.step(key, state, ConditionBatch(None, batch))[0]
+
+        def params_of(state):
+            return state.params
+
+    program = jax.jit(step).lower(jax.random.key(0), init(0.0, 0), model.params).compile()
+    return Runner(init, lambda key, state: program(key, state, model.params), params_of)
+
+
+def make_torch_runner(setting, rows, options):
+    """ESD in torch on the same weights, all of which train."""
+    # The other methods run without torch.
+    from text_to_image import TOLERANCE, Esd, compare
+
+    apply, params, schedule, config = setting.model
+    folder = embedded.text_model_path()
+    concept, base = (
+        np.repeat(np.asarray(apply.table)[number : number + 1], rows, axis=0)
+        for number in (setting.forgotten, setting.base)
     )
-    algorithm = jax_unlearn.primal_dual(formulation, optimizer, optax.set_to_zero())
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
 
-    def init(rate):
-        multiplier = options.strength / (1 + options.strength)
-        state = algorithm.init(model.params, 0.0, multipliers=multiplier)
-        return state._replace(opt_state=with_rate(state.opt_state, rate))
+    def init(rate, seed):
+        return Esd(
+            folder / "unet", options, concept, base,
+            scheduler=scheduler, trains=lambda name: True, rate=rate, seed=seed,
+        )  # fmt: skip
 
-    def step(key, state, reference):
-        return algorithm.step(key, state, ConditionBatch(None, batch))[0]
+    def step(key, esd):
+        esd()
+        return esd
 
-    return init, step, lambda state: state.params
+    def params_of(esd):
+        with tempfile.TemporaryDirectory() as temporary:
+            esd.model.save_pretrained(temporary)
+            return load_network(temporary).params
+
+    network = load_network(folder / "unet")
+    differences = compare(network, init(0.0, 0), options)
+    if max(differences.values()) > TOLERANCE:
+        raise SystemExit(f"the torch step is not the same computation: {differences}.")
+    return Runner(init, step, params_of)
 
 
-def make_measure(model, options):
-    """(params, label) -> path KLs of p(·|label) to q(·|∅) and to q(·|c), means and errors."""
-    null = model.config.null_label
+def make_measure(setting, options):
+    """(params, condition) -> path KLs of p(·|condition) to q(·|base) and to q(·|c), and errors."""
+    model = setting.model
     formulation = reverse_kl(
         model.apply, model.schedule, shape=model.config.sample_shape,
         steps=options.measure_steps, estimator="stop_gradient",
     )  # fmt: skip
-    batch, key = forgotten(options.measure_rows, null, options.label), jax.random.key(10**6)
+    batch = forgotten(options.measure_rows, setting.base, setting.forgotten)
+    key = jax.random.key(10**6)
 
     @jax.jit
-    def measure(params, reference, label):
-        rows = ConditionBatch(None, batch._replace(cond=jnp.full_like(batch.cond, label)))
+    def measure(params, reference, condition):
+        rows = ConditionBatch(None, batch._replace(cond=jnp.full_like(batch.cond, condition)))
         got = formulation.losses(params, reference, key, rows, None, jnp.zeros(1))
         both = jnp.stack([got.objective, got.constraint])
         return both.mean(axis=1), both.std(axis=1, ddof=1) / jnp.sqrt(options.measure_rows)
 
-    return lambda params, label: np.asarray(measure(params, model.params, label)).tolist()
+    return lambda params, condition: np.asarray(measure(params, model.params, condition)).tolist()
 
 
-def run(compiled, init, params_of, measure, threshold, most, limit, options, *, rate, seed):
+def run(runner, measure, threshold, most, limit, *, rate, seed):
     """Trains until both hold or to the limit; seconds are None if the limit came first."""
-    key, state = jax.random.key(seed), init(rate)
+    key, state = jax.random.key(seed), runner.init(rate, seed)
     seconds, done, curve, reached = 0.0, 0, [], False
     while seconds < limit:
         upto = max(done + 1, int(done * 1.1))
         started = time.perf_counter()
         for number in range(done, upto):
-            state = compiled(jax.random.fold_in(key, number), state)
+            state = runner.step(jax.random.fold_in(key, number), state)
         jax.block_until_ready(state)
         seconds, done = seconds + time.perf_counter() - started, upto
-        (held, value), (_, error) = measure(params_of(state), options.label)
+        (held, value), (_, error) = measure(runner.params_of(state))
         curve.append([done, *(round(number, 4) for number in (seconds, value, error, held))])
         reached = value >= threshold and held <= most
         if reached:
@@ -200,43 +285,40 @@ def run(compiled, init, params_of, measure, threshold, most, limit, options, *, 
     return {
         "rate": rate, "seed": seed, "steps": done, "reached": reached,
         "seconds": seconds if reached else None, "stopped_after": seconds,
-        "kl_to_null": curve[-1][4], "curve": curve,
+        "kl_to_base": curve[-1][4], "curve": curve,
     }  # fmt: skip
 
 
 def clock(options):
     """Sweeps, then runs the best of each method on every seed."""
-    model = jax_unlearn.load_pretrained(embedded.model_path())
-    measure = make_measure(model, options)
-    (_, base), (_, base_error) = measure(model.params, model.config.null_label)
+    setting = setting_of(options)
+    measure = make_measure(setting, options)
+    (_, base), (_, base_error) = measure(setting.model.params, setting.base)
     threshold, most = options.threshold * base, options.budget * base
     print(
-        f"KL(q(·|null)‖q(·|c)) = {base:.2f} ± {base_error:.2f} nats: to reach {threshold:.2f} "
-        f"within {most:.2f} of the null label",
+        f"KL(q(·|base)‖q(·|c)) = {base:.2f} ± {base_error:.2f} nats: to reach {threshold:.2f} "
+        f"within {most:.2f} of the base",
         flush=True,
     )
     runners, sweep, best = {}, [], {}
     for name in options.methods:
         fastest = None
         for rows in options.rows:
-            init, step, params_of = make_step(name, model, rows, options)
-            key = jax.random.key(0)
-            program = jax.jit(step).lower(key, init(0.0), model.params).compile()
-
-            def compiled(key, state, program=program):
-                return program(key, state, model.params)
-
-            jax.block_until_ready(compiled(key, init(0.0)))
-            runners[name, rows] = (compiled, init, params_of, measure, threshold, most)
+            make = make_torch_runner if name == TORCH else partial(make_runner, name)
+            runner = make(setting, rows, options)
+            jax.block_until_ready(runner.step(jax.random.key(0), runner.init(0.0, 0)))
+            runners[name, rows] = partial(
+                run, runner, partial(measure, condition=setting.forgotten), threshold, most
+            )
             for rate in options.rates:
                 # What is already slower than the fastest cannot be the best of the sweep.
                 limit = options.limit if fastest is None else min(options.limit, fastest)
-                got = run(*runners[name, rows], limit, options, rate=rate, seed=options.seeds[0])
+                got = runners[name, rows](limit, rate=rate, seed=options.seeds[0])
                 sweep.append({"method": name, "rows": rows, **got})
                 print(
                     f"{name:13} rows {rows:3} rate {rate:.0e}: {got['steps']:4} steps, "
-                    f"{got['stopped_after']:7.1f} s, KL to class {got['curve'][-1][2]:.0f} "
-                    f"and to null {got['kl_to_null']:.0f}"
+                    f"{got['stopped_after']:7.1f} s, KL to c {got['curve'][-1][2]:.0f} "
+                    f"and to base {got['kl_to_base']:.0f}"
                     f"{'' if got['reached'] else ', not reached'}",
                     flush=True,
                 )
@@ -245,7 +327,7 @@ def clock(options):
     runs = []
     for seed in options.seeds:
         for name, (rows, rate) in best.items():
-            got = run(*runners[name, rows], options.limit, options, rate=rate, seed=seed)
+            got = runners[name, rows](options.limit, rate=rate, seed=seed)
             runs.append({"method": name, "rows": rows, **got})
     summary = {}
     for name, (rows, rate) in best.items():
@@ -257,15 +339,16 @@ def clock(options):
             "seconds": seconds,
             "median_seconds": float(np.median(seconds)) if len(seconds) == len(mine) else None,
             "median_steps": float(np.median([one["steps"] for one in mine])),
-            "median_kl_to_null": float(np.median([one["kl_to_null"] for one in mine])),
+            "median_kl_to_base": float(np.median([one["kl_to_base"] for one in mine])),
         }
-    slow = summary.get(ESD, {}).get("median_seconds")
-    for one in summary.values():
-        if slow and one["median_seconds"]:
-            one["esd_over_this"] = slow / one["median_seconds"]
+    for slow in (ESD, TORCH):
+        seconds = summary.get(slow, {}).get("median_seconds")
+        for one in summary.values():
+            if seconds and one["median_seconds"]:
+                one[f"{slow}_over_this"] = seconds / one["median_seconds"]
     return {
-        "kl_null_to_class": base,
-        "kl_null_to_class_stderr": base_error,
+        "kl_base_to_c": base,
+        "kl_base_to_c_stderr": base_error,
         "threshold": threshold,
         "budget": most,
         "summary": summary,
@@ -278,7 +361,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smoke run: few steps, rows, seeds")
     parser.add_argument("--only", choices=["counts", "clock"])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--model", choices=["embedded", "embedded-text"], default="embedded")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, TORCH])
     parser.add_argument("--label", type=int, default=1, help="the class to forget: trousers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 16])
@@ -296,6 +380,10 @@ def main():
         "--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/on_policy.json")
     )
     options = parser.parse_args()
+    text = options.model == "embedded-text"
+    options.methods = options.methods or [*METHODS, *[TORCH] * text]
+    if TORCH in options.methods and not text:
+        parser.error("torch is for --model embedded-text.")
     if options.quick:
         options.seeds, options.rows, options.rates = [0], [2], [5e-4]
         options.esd_steps, options.chain_steps = 6, 4

@@ -49,7 +49,7 @@ from jax_unlearn.models.unet_2d_condition import (
     UNet2DConditionModel,
 )
 from jax_unlearn.networks import Network, load_network, save_network
-from jax_unlearn.subsets import subset_labels, subset_optimizer
+from jax_unlearn.subsets import subset_optimizer
 from jax_unlearn.weights import diffusers_key
 
 NETWORKS = {
@@ -136,9 +136,23 @@ def count_passes(estimator, network, options):
 
 
 class Esd:
-    """A step of ESD by hand; a call takes it."""
+    """A step of ESD by hand; a call takes it.
 
-    def __init__(self, folder, options):
+    Args:
+      folder: of the network.
+      options: guidance and strength, and esd_steps of the sampler.
+      concept: hidden states of what is forgotten, [rows, tokens, width].
+      empty: of the prompt that it is held to.
+      scheduler: a configuration of DDIM.
+      trains: which parameters, by their names.
+      rate: of Adam.
+      seed: of noise and of steps.
+    """
+
+    def __init__(
+        self, folder, options, concept, empty, *,
+        scheduler=SCHEDULER, trains=lambda name: "attn2" in name, rate=LEARNING_RATE, seed=0,
+    ):  # fmt: skip
         import torch
         from diffusers import DDIMScheduler, UNet2DConditionModel
 
@@ -150,20 +164,21 @@ class Esd:
         self.reference.requires_grad_(False)
         self.trained = {}
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_("attn2" in name)
-            if "attn2" in name:
+            parameter.requires_grad_(trains(name))
+            if trains(name):
                 self.trained[name] = parameter
-        self.optimizer = torch.optim.Adam(self.trained.values(), lr=LEARNING_RATE)
-        self.scheduler = DDIMScheduler.from_config(SCHEDULER)
+        self.optimizer = torch.optim.Adam(self.trained.values(), lr=rate)
+        self.scheduler = DDIMScheduler.from_config(scheduler)
         self.scheduler.set_timesteps(options.esd_steps)
-        self.concept, self.empty = (torch.tensor(part) for part in conditions(options))
+        self.concept, self.empty = (torch.tensor(np.asarray(part)) for part in (concept, empty))
         self.both = torch.cat([self.concept, self.empty])
         config = self.model.config
-        self.shape = options.rows, config.in_channels, config.sample_size, config.sample_size
+        self.shape = len(concept), config.in_channels, config.sample_size, config.sample_size
         self.passes = collections.Counter()
         for network in (self.model, self.reference):
             network.register_forward_hook(self.count)
-        self.generator = np.random.default_rng(0)
+        self.counts = np.random.default_rng(seed)
+        self.noise = torch.Generator().manual_seed(seed)
 
     def count(self, network, inputs, output):
         def backward(gradient):
@@ -192,8 +207,8 @@ class Esd:
         return x_t, self.torch.nn.functional.mse_loss(ours, target)
 
     def __call__(self):
-        count = int(self.generator.integers(self.options.esd_steps))
-        _, loss = self.loss(self.torch.randn(self.shape), count)
+        count = int(self.counts.integers(self.options.esd_steps))
+        _, loss = self.loss(self.torch.randn(self.shape, generator=self.noise), count)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -205,11 +220,14 @@ def compare(network, esd, options, count=2, factor=1.05):
     The trained network is the reference with its cross-attention scaled.
     """
     torch, apply = esd.torch, UNet2DConditionDenoiser(network.module.config)
-    schedule = schedules.from_diffusers(SCHEDULER)
-    concept, empty = (jnp.asarray(part) for part in conditions(options))
-    labels = subset_labels(network.params, "cross-attention")
-    params = jax.tree.map(
-        lambda leaf, label: factor * leaf if label == "trained" else leaf, network.params, labels
+    schedule = schedules.from_diffusers(esd.scheduler.config)
+    concept, empty = (jnp.asarray(part.numpy()) for part in (esd.concept, esd.empty))
+
+    def name_of(path):
+        return diffusers_key(tuple(part.key for part in path))
+
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: factor * leaf if name_of(path) in esd.trained else leaf, network.params
     )
     noise = np.random.default_rng(2).standard_normal(esd.shape).astype(np.float32)
 
@@ -236,14 +254,12 @@ def compare(network, esd, options, count=2, factor=1.05):
     their_x_t, their_loss = esd.loss(torch.tensor(noise), count)
     their_loss.backward()
     expected, found = [], []
-    for (path, leaf), label in zip(
-        jax.tree_util.tree_flatten_with_path(gradient)[0], jax.tree.leaves(labels), strict=True
-    ):
-        if label == "trained":
-            names = tuple(part.key for part in path)
-            leaf = np.asarray(leaf)
-            expected.append((leaf.T if names[-1] == "kernel" else leaf).ravel())
-            found.append(esd.trained[diffusers_key(names)].grad.numpy().ravel())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
+        if name_of(path) in esd.trained:
+            # Kernels are [(height, width,) in, out] here, and [out, in(, height, width)] there.
+            leaf = np.moveaxis(np.asarray(leaf), (-1, -2), (0, 1)) if leaf.ndim > 1 else leaf
+            expected.append(np.asarray(leaf).ravel())
+            found.append(esd.trained[name_of(path)].grad.numpy().ravel())
     assert len(found) == len(esd.trained)
 
     def relative(found, expected):
@@ -257,7 +273,9 @@ def compare(network, esd, options, count=2, factor=1.05):
 
 
 def make(name, folder, options):
-    return Esd(folder, options) if name == "torch" else Ours(name, load_network(folder), options)
+    if name == "torch":
+        return Esd(folder, options, *conditions(options))
+    return Ours(name, load_network(folder), options)
 
 
 def measure_peak(name, folder, options):
@@ -296,14 +314,14 @@ def benchmark(names, folder, options):
     network = load_network(folder)
     steps, passes, seconds = {}, {}, {name: [] for name in names}
     if "torch" in names:
-        differences = compare(network, Esd(folder, options), options)
+        differences = compare(network, Esd(folder, options, *conditions(options)), options)
         listed = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
         print(f"torch against ours on the same noise, relative: {listed}", flush=True)
         if max(differences.values()) > TOLERANCE:
             sys.exit(f"the torch step is not the same computation: above {TOLERANCE}.")
     for name in names:
         if name == "torch":
-            steps[name], passes[name] = Esd(folder, options), []
+            steps[name], passes[name] = make(name, folder, options), []
         else:
             counted = count_passes(name, network, options)
             steps[name] = Ours(name, network, options)

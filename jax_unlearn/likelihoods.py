@@ -30,6 +30,7 @@ __all__ = [
     "log_likelihood",
     "log_odds",
     "log_ratio",
+    "noised_weights",
     "posterior_odds",
 ]
 
@@ -45,18 +46,45 @@ def _mean(values: Array) -> Estimate:
     return Estimate(values.mean(axis=0), deviation / np.sqrt(values.shape[0]))
 
 
+def _path_weights(schedule: schedules.NoiseSchedule) -> Array:
+    if np.isneginf(np.asarray(schedule.log_snr)[-1]):
+        raise ValueError(
+            "the path-KL weights of this schedule are infinite at its zero terminal SNR, where "
+            "ε carries no image: pass finite `weights`, for instance with 0 at the last step."
+        )
+    return divergences.path_kl_weights(schedule)
+
+
+def noised_weights(schedule: schedules.NoiseSchedule, noise: float) -> Array:
+    """`divergences.path_kl_weights` of the steps whose σ_t is at least `noise`, else 0, [T].
+
+    With them an energy is the negative ELBO not of x_0 but of x_s ∼ q(x_s|x_0), on average, s the
+    last step left out: a classifier of the noised image, by Bayes' rule as the other is. Two
+    concepts differ by less there, but so do the errors of networks, which at low noise outweigh
+    what tells concepts apart; and the estimate needs fewer draws.
+
+    Args:
+      schedule: of the denoiser.
+      noise: standard deviation of the noise, α² + σ² = 1; 0 leaves nothing out.
+
+    Raises:
+      ValueError: if it leaves every step out, or for a zero terminal SNR.
+    """
+    weights = _path_weights(schedule)
+    sigma = np.sqrt(1 / (1 + np.exp(np.asarray(schedule.log_snr))))
+    if not (sigma >= noise).any():
+        raise ValueError(
+            f"no step has noise of {noise} or more: the last one's is {sigma[-1]:.3g}."
+        )
+    return jnp.where(sigma >= noise, weights, 0.0)
+
+
 def _time_weighting(
     schedule: schedules.NoiseSchedule,
     weights: ArrayLike | None,
     probabilities: ArrayLike | None,
 ) -> losses.TimeWeighting:
-    if weights is None:
-        if np.isneginf(np.asarray(schedule.log_snr)[-1]):
-            raise ValueError(
-                "the path-KL weights of this schedule are infinite at its zero terminal SNR, where "
-                "ε carries no image: pass finite `weights`, for instance with 0 at the last step."
-            )
-        weights = divergences.path_kl_weights(schedule)
+    weights = _path_weights(schedule) if weights is None else weights
     weights, log_snr = jnp.asarray(weights), schedule.log_snr
     if weights.shape != log_snr.shape:
         raise ValueError(f"weights must be {list(log_snr.shape)}, not {list(weights.shape)}.")
@@ -119,7 +147,8 @@ def concept_energies(
       concepts: conditions, a pytree with one leading axis: labels [concepts], embeddings
         [concepts, ...].
       draws: number of (t, ε) for each image.
-      weights: w_t, [T]; None takes `divergences.path_kl_weights`, in nats.
+      weights: w_t, [T]; None takes `divergences.path_kl_weights`, in nats; see also
+        `noised_weights`.
       probabilities: π_t, [T]; None draws half in proportion to w_t α_t, half to √w_t.
       concepts_at_once: how many concepts go into one forward pass; None takes all.
 

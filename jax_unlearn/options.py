@@ -72,6 +72,7 @@ class RunOptions:
         _check(self, _POSITIVE, lambda value: value > 0 and math.isfinite(value), "be positive")
         _check(self, _NOT_NEGATIVE, lambda v: v >= 0 and math.isfinite(v), "be 0 or more")
         _check(self, _SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        _check(self, _SHARES_BELOW_ONE, lambda value: 0 <= value < 1, "lie in [0, 1)")
         _check(self, _INSIDE, lambda value: 0 < value < 1, "lie in (0, 1)")
 
 
@@ -81,6 +82,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = ("dual_learning_rate", "dual_damping", "samples", "guidance", "seed")
 _SHARES = ("base_share", "null_share")
+_SHARES_BELOW_ONE = ("classifier_noise",)
 _INSIDE = ("held_out_share", "max_multiplier")
 
 
@@ -272,20 +274,19 @@ class ConceptOptions(ModelOptions):
     start: Literal["edited", "reference"] | None = None
     """Prompts: start from "edited" keys and values of cross-attention, which see the base in place
     of what is forgotten, or from the "reference". Default: edited, where --train trains them."""
-    estimator: Literal["pathwise", "stop_gradient"] = "pathwise"
-    """"reverse-kl": whether gradients go through the sampler; see jax_unlearn.reverse_kl."""
+    estimator: Literal["bounded", "pathwise", "stop_gradient"] = "bounded"
+    """"reverse-kl": how far gradients go through the sampler; see jax_unlearn.reverse_kl."""
     steps: int = 60
     """Primal-dual steps."""
     batch_size: int = 24
     """Kept conditions a step."""
     forget_batch_size: int = 12
     """Forgotten conditions a step. Their part of all rows is their weight in the objective."""
-    learning_rate: float = 5e-5
-    """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine. At the
-    start the gradient is nearly zero, which Adam does not care for: "pathwise" at 2e-4 loses it."""
-    dual_learning_rate: float = 0.1
+    learning_rate: float = 1e-4
+    """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
+    dual_learning_rate: float = 0.2
     """"reverse-kl": ascent rate of the multipliers, for violations relative to the thresholds."""
-    dual_damping: float = 1.0
+    dual_damping: float = 0.5
     """"reverse-kl": proportional gain of the multipliers' PI controller, on the same scale."""
     chain_steps: int = 10
     """Steps of the model's own ancestral sampler, along which it is trained ("reverse-kl") and path
@@ -295,6 +296,10 @@ class ConceptOptions(ModelOptions):
     of the kept labels each."""
     classifier_draws: int = 8
     """"likelihood": draws of noise for each image that h_c is estimated from, 2 or more."""
+    classifier_noise: float = 0.7
+    """"likelihood": h_c is the posterior at the image with noise of this standard deviation (that
+    of image and noise together is 1): details of an image tell concepts apart less than they
+    mislead networks. 0 is the image itself."""
 
     def validate(self) -> None:
         """Checks that the job is complete, and every number."""

@@ -460,6 +460,41 @@ def test_energies_bound_the_chains_log_likelihood():
     assert differences[1].max() < 0.03
 
 
+@pytest.mark.parametrize("noise", [0.3, 0.7])
+def test_noised_weights_are_those_of_the_noised_image(noise):
+    """Between concepts, E_c is the mean of −log q_c(x_s) over x_s ∼ q(x_s|x_0), for many steps."""
+    x_0 = np.array([[-0.7], [0.1], [1.2]])
+    means, deviations = np.array([-0.4, 0.3]), np.array([0.3, 0.6])
+    params = gaussians(means[:, None], deviations[:, None])
+    off = []
+    for steps in (100, 1000):
+        betas = np.linspace(0.1, 20.0, steps) / steps
+        schedule = schedules.noise_schedule(trained_betas=betas)
+        weights = likelihoods.noised_weights(schedule, noise)
+        energies = exact_energies(params, schedule, x_0, weights)
+        ab = np.cumprod(1 - betas)
+        s = np.flatnonzero(np.sqrt(1 - ab) < noise)[-1]
+        assert (np.asarray(weights) > 0).sum() == steps - s - 1
+        variance = ab[s] * deviations**2 + 1 - ab[s]
+        squares = ab[s] * (x_0 - means) ** 2 + 1 - ab[s]
+        exact = 0.5 * (squares / variance + np.log(variance))
+        got, wanted = energies[:, 1] - energies[:, 0], exact[:, 1] - exact[:, 0]
+        off.append(np.abs(got - wanted).max() / np.abs(wanted).max())
+    assert off[1] < 0.25 * off[0]
+    assert off[1] < 0.02
+
+
+def test_noised_weights_leave_nothing_or_not_everything_out():
+    all_of_them = likelihoods.noised_weights(SHORT, 0.0)
+    np.testing.assert_array_equal(all_of_them, divergences.path_kl_weights(SHORT))
+    with pytest.raises(
+        ValueError, match=r"no step has noise of 1.0 or more: the last one's is 0\."
+    ):
+        likelihoods.noised_weights(SHORT, 1.0)
+    with pytest.raises(ValueError, match="infinite at its zero terminal SNR"):
+        likelihoods.noised_weights(schedules.noise_schedule(rescale_betas_zero_snr=True), 0.5)
+
+
 CONCEPTS_2D = gaussians(
     [[-0.5, 0.2], [0.4, 0.5], [0.2, -0.5]], [[0.5, 0.4], [0.4, 0.6], [0.6, 0.5]]
 )

@@ -1,5 +1,6 @@
 """Likelihood constraints: p stays near q and E_p[h_i] falls to ε_i."""
 
+import math
 from collections.abc import Callable
 
 from jax_unlearn import losses, multipliers, schedules
@@ -89,7 +90,7 @@ def likelihood(
             on_policy.chain(schedule, shape, steps),
             likelihoods,
             gradients,
-            pathwise=estimator == "pathwise",
+            bound=math.inf if estimator == "pathwise" else 0.0,
         )
     project = multipliers.non_negative()
     return Formulation(evaluate, sign=-1.0, project=project, balance=None, name="likelihood")

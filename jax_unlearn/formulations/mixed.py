@@ -1,5 +1,6 @@
 """Both kinds of constraint in one problem: KL(p‖q_i) ≥ b_i and E_p[h_j] ≤ ε_j."""
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def mixed(
         on_policy.chain(schedule, shape, steps),
         likelihoods,
         gradients,
-        pathwise=estimator == "pathwise",
+        bound=math.inf if estimator == "pathwise" else 0.0,
         separations=separations,
     )
     sign = jnp.array([1.0] * separations + [-1.0] * others)

@@ -183,13 +183,47 @@ def chain(
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bounded(bound: float, prediction: Array, x_t: Array) -> tuple[Array, Array, Array]:
+    """(prediction, prediction, x_t): what a step's losses see, and what its sampler goes on with.
+
+    Backwards, the cotangents of the last two are shortened row by row until that of the prediction
+    is at most `bound` times as long as the losses' own.
+    """
+    del bound
+    return prediction, prediction, x_t
+
+
+def _bounded_forward(
+    bound: float, prediction: Array, x_t: Array
+) -> tuple[tuple[Array, Array, Array], None]:
+    return _bounded(bound, prediction, x_t), None
+
+
+def _bounded_backward(
+    bound: float, _: None, cotangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    own, later, carried = cotangents
+
+    def norm(values: Array) -> Array:
+        squares = jnp.square(values).sum(axis=tuple(range(1, values.ndim)), keepdims=True)
+        return jnp.sqrt(squares)
+
+    most = bound * norm(own)
+    scale = jnp.minimum(1.0, most / jnp.maximum(norm(later), jnp.finfo(own.dtype).tiny))
+    return own + scale * later, scale * carried
+
+
+_bounded.defvjp(_bounded_forward, _bounded_backward)
+
+
 def run(
     predict: Callable[[Array, Array], Array],
     compare: Callable[[Array, Array, Array, Array], Any],
     chain: Chain,
     keys: Array,
     *,
-    pathwise: bool,
+    bound: float,
 ) -> tuple[Any, Array]:
     """Samples one trajectory a row; compare(x_t, t, logSNR_t, ε_θ(x_t, t)) at each of its steps.
 
@@ -202,7 +236,8 @@ def run(
         schedule's clipped x̂_0, if it clips.
       chain: of the sampler.
       keys: of each row's noise, [n].
-      pathwise: whether derivatives go through the trajectory, or only through ε at given x_t.
+      bound: of the derivatives through the trajectory, row by row and step by step, relative to
+        those through ε at given x_t: 0 holds the trajectory fixed, ∞ is the whole derivative.
 
     Returns:
       The values, with a first axis of steps, and the ends x_0 of the trajectories.
@@ -221,11 +256,17 @@ def run(
         step, time, log_snr, following = inputs
         t = jnp.full((count,), time)
         prediction = predict(x_t, t)
+        if bound == 0:
+            going_on, x = jax.lax.stop_gradient(prediction), x_t
+        elif bound == np.inf:
+            going_on, x = prediction, x_t
+        else:
+            prediction, going_on, x = _bounded(bound, prediction, x_t)
         epsilon = schedules.clipped(prediction, chain.schedule, x_t=x_t, log_snr=log_snr).epsilon
         terms = compare(x_t, t, jnp.full((count,), log_snr), epsilon)
         x_s = samplers.ddpm_step(
-            prediction if pathwise else jax.lax.stop_gradient(prediction),
-            x_t=x_t,
+            going_on,
+            x_t=x,
             noise=noise(step),
             log_snr_t=log_snr,
             log_snr_s=following,
@@ -254,7 +295,7 @@ def path_losses(
     likelihoods: Callable[[Array], Array] = _no_likelihoods,
     gradients: Callable[[Array, Array], Array] | None = None,
     *,
-    pathwise: bool,
+    bound: float,
     separations: int = 0,
 ) -> Evaluate:
     """The losses of path KLs and of likelihoods at the ends of the same trajectories.
@@ -271,10 +312,11 @@ def path_losses(
       likelihoods: x_0 [f, ...] -> h [f, l].
       gradients: (x_t [f, ...], t [f]) -> ∇h, [f, l, ...]; None differentiates h at the
         reference's x̂_0.
-      pathwise: whether derivatives go through the trajectory.
+      bound: of derivatives through the trajectory, see `run`.
       separations: how many constraints on path KLs come before the likelihoods in the order of
         multipliers and thresholds.
     """
+    pathwise = bound > 0
 
     def evaluate(
         params: Params,
@@ -355,7 +397,7 @@ def path_losses(
             held, kl, separated = compare(x_t, t, log_snr, epsilon.epsilon)
             objective, path_kl, values = weight * held, weight * kl, for_each(weight) * separated
         else:
-            terms, x_0 = run(predict, compare, chain, rows.keys, pathwise=pathwise)
+            terms, x_0 = run(predict, compare, chain, rows.keys, bound=bound)
             objective, path_kl, values = (
                 (chain.weights[:, None] * term).sum(axis=0) for term in terms
             )

@@ -64,7 +64,7 @@ def trajectories(
             lambda x_t, t, log_snr, epsilon: x_t,
             chain,
             rows.keys,
-            pathwise=False,
+            bound=0.0,
         )
         kept = None if conditions.kept is None else x_t[:, : rows.kept]
         return Trajectories(conditions, (kept, x_t[:, rows.kept :]))

@@ -1,5 +1,7 @@
 """Reverse KL: p stays near q and moves away from each q_i, along its own trajectories."""
 
+import math
+
 import jax.numpy as jnp
 
 from jax_unlearn import losses, multipliers, schedules
@@ -9,7 +11,9 @@ from jax_unlearn.typing import Array, ArrayLike, Denoiser
 
 __all__ = ["reverse_kl"]
 
-ESTIMATORS = ("pathwise", "stop_gradient", "tilt")
+# Of the on-policy ones: how long derivatives through a trajectory may be; see `on_policy.run`.
+BOUNDS = {"pathwise": math.inf, "bounded": 1.0, "stop_gradient": 0.0}
+ESTIMATORS = (*BOUNDS, "tilt")
 
 
 def domain(shares: ArrayLike | None, margin: float) -> multipliers.Projection:
@@ -53,7 +57,13 @@ def reverse_kl(
 
     Estimators:
       "pathwise": the derivative goes through the sampler (each step run again in the backward
-        pass), which makes it the unbiased gradient of the path KLs. Batch: `ConditionBatch`.
+        pass), which makes it the unbiased gradient of the path KLs. On short chains of networks a
+        few trajectories amplify what is done to them, and their derivatives are most of the
+        gradient: its noise is then many times its mean. Batch: `ConditionBatch`.
+      "bounded": the same, but at each step of each trajectory the derivative that reaches the
+        network through later steps is shortened, where need be, to the length of the step's
+        own: each is at most twice as long as that of "stop_gradient", and where nothing is
+        amplified it is that of "pathwise". Batch: `ConditionBatch`.
       "stop_gradient": trajectories are held fixed, as by the erasure methods that regress on
         negative guidance. That ignores how θ moves p's trajectories. At every noise level it
         is stationary at the score s_q + Σ α_i (s_q − s_i), α_i = λ_i/(1−Λ), which is not that of
@@ -116,6 +126,6 @@ def reverse_kl(
         )
     else:
         chain = on_policy.chain(schedule, shape, steps)
-        pathwise = estimator == "pathwise"
-        evaluate = on_policy.path_losses(apply, reference_apply, chain, pathwise=pathwise)
+        bound = BOUNDS[estimator]
+        evaluate = on_policy.path_losses(apply, reference_apply, chain, bound=bound)
     return Formulation(evaluate, sign=1.0, project=project, balance=None, name="reverse_kl")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_unlearn import schedules
+from jax_unlearn import likelihoods, schedules
 from jax_unlearn.editing import edit_cross_attention
 from jax_unlearn.formulations import on_policy
 from jax_unlearn.options import ConceptOptions
@@ -305,4 +305,5 @@ def _on_chain(pretrained: Pretrained, options: ConceptOptions) -> Pretrained:
     schedule = dataclasses.replace(pretrained.schedule, variance_type="fixed_geometric")
     schedules.timesteps(schedule, options.sampling_steps)
     on_policy.chain(schedule, pretrained.config.sample_shape, options.chain_steps)
+    likelihoods.noised_weights(schedule, options.classifier_noise)
     return pretrained._replace(schedule=schedule)

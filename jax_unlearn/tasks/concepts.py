@@ -260,6 +260,7 @@ def _classifier(problem: Problem, options: ConceptOptions) -> Callable[[Array], 
             x_0=x_0,
             concepts=jnp.asarray(problem.candidates),
             draws=options.classifier_draws,
+            weights=likelihoods.noised_weights(schedule, options.classifier_noise),
         )
         return jnp.matmul(jnp.exp(posterior.value), members.T, precision="highest")
 

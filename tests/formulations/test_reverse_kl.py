@@ -23,6 +23,7 @@ from jax_unlearn.formulations import (
     SampleBatch,
     Samples,
     Separated,
+    replay,
     reverse_kl,
 )
 from jax_unlearn.primal_dual import primal_dual
@@ -119,6 +120,68 @@ def test_values_and_gradient_against_exact_chains(estimator, case):
     # The two differ by far more than the test's resolution.
     assert np.linalg.norm(total - partial) > 0.1 * np.linalg.norm(total)
     assert (np.abs(mean[3:] - other) > 10 * error[3:] + 1e-3).any()
+
+
+def by_hand(params, points, targets, weights, bound):
+    """Reverse mode through recorded chains of two coordinates, in float64 -> gradient, shares.
+
+    Args:
+      points: x_t at each step, [steps, 2].
+      targets: labels of the reference that the chain is compared with.
+      weights: of each comparison.
+      bound: largest length of what comes back to a prediction from later steps, to its own.
+    """
+    gradient, later, shortened = jax.tree.map(np.zeros_like, params), np.zeros(2), []
+    for x, (t, in_x_0, in_x, _, scale) in reversed(
+        list(zip(points, chains.steps_of(chains.ALL), strict=True))
+    ):
+        prediction = params["gain"][t] * x + params["bias"][2, t]
+        own, through_targets = np.zeros(2), np.zeros(2)
+        for target, weight in zip(targets, weights, strict=True):
+            theirs = REFERENCE["gain"][t] * x + REFERENCE["bias"][target, t]
+            part = (in_x_0 * chains.SIGMA[t] / chains.ALPHA[t]) ** 2 / scale * (prediction - theirs)
+            own += weight * part
+            through_targets -= weight * part * REFERENCE["gain"][t]
+        coming = -in_x_0 * chains.SIGMA[t] / chains.ALPHA[t] * later
+        share = min(1.0, bound * np.linalg.norm(own) / max(np.linalg.norm(coming), 1e-300))
+        shortened.append(share)
+        total = own + share * coming
+        gradient["gain"][t] += total @ x
+        gradient["bias"][2, t] += total.sum()
+        later = share * (in_x_0 / chains.ALPHA[t] + in_x) * later
+        later = later + through_targets + total * params["gain"][t]
+    return gradient, np.array(shortened)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "bound"), [("bounded", 1.0), ("pathwise", np.inf), ("stop_gradient", 0.0)]
+)
+def test_gradient_of_a_trajectory_by_hand(estimator, bound):
+    """ "bounded" shortens what comes from later steps; the others are its limits."""
+    with jax.enable_x64(True):
+        rng, rows = np.random.default_rng(2), 6
+        params = jax.tree.map(lambda leaf: leaf + 0.4 * rng.normal(size=leaf.shape), REFERENCE)
+        reference = jax.tree.map(jnp.asarray, REFERENCE)
+        label = jnp.full(rows, 2)
+        batch = ConditionBatch(None, Separated(label, 0 * label, label, 0 * label))
+        formulation = ON_POLICY(estimator=estimator, steps=5, shape=(2,))
+
+        def lagrangian(params):
+            got = formulation.losses(params, reference, KEY, batch, None, jnp.zeros(1))
+            return got.objective.mean() - 0.4 * got.constraint.mean()
+
+        found = jax.grad(lagrangian)(jax.tree.map(jnp.asarray, params))
+        visit = replay.trajectories(chains.apply, chains.SCHEDULE, shape=(2,), steps=5)
+        points = np.asarray(visit(jax.tree.map(jnp.asarray, params), KEY, batch).x_t[1])
+    each = [by_hand(params, points[:, row], (0, 2), (1.0, -0.4), bound) for row in range(rows)]
+    expected = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *(one for one, _ in each))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
+    if estimator == "bounded":
+        # Some are shortened and some are not; the last step has nothing after it.
+        shares = np.array([share for _, share in each])
+        assert 0.1 < (shares[:, 1:] < 1).mean() < 0.9
 
 
 def test_a_sub_grid_has_its_own_variances_and_weights():
