@@ -47,7 +47,7 @@ from jax_unlearn.tasks.conditions import of_prompts
 from jax_unlearn.text_to_image import load_text_to_image
 
 ESD, TORCH = "esd", "torch"
-METHODS = {ESD: None, "stop_gradient": "stop_gradient", "pathwise": "pathwise"}
+METHODS = {ESD: None} | {name: name for name in ("stop_gradient", "bounded", "pathwise")}
 PROMPTS = ("a photo of a sneaker", "a photo")
 
 

@@ -72,8 +72,8 @@ REVERSE = {
     "steps": 40, "threshold": ("calibrated",), "batch_size": 12, "forget_batch_size": 10,
 }  # fmt: skip
 LIKELIHOOD = {
-    "steps": 160, "stored_samples": 160, "classifier_draws": 2, "threshold": ("0.25x",),
-    "learning_rate": 2e-4, "batch_size": 16, "forget_batch_size": 8,
+    "steps": 240, "stored_samples": 480, "classifier_draws": 4, "threshold": ("0.25x",),
+    "learning_rate": 2e-4, "batch_size": 8, "forget_batch_size": 16, "evaluation_images": 240,
 }  # fmt: skip
 EQUAL = (0.5,)
 METHODS = ("edit", "reverse", "likelihood", "esd")

@@ -70,7 +70,7 @@ SCHEDULER = {
 }  # fmt: skip
 LEARNING_RATE = 1e-5
 TOLERANCE = 1e-3
-ESTIMATORS = ("stop_gradient", "pathwise")
+ESTIMATORS = ("stop_gradient", "bounded", "pathwise")
 VARIANTS = (*ESTIMATORS, "torch")
 
 

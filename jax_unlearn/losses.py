@@ -25,6 +25,7 @@ __all__ = [
     "example_keys",
     "importance",
     "mixture",
+    "noise_to_signal_weights",
     "predict_epsilon",
     "simple_weights",
     "squared_error",
@@ -42,6 +43,22 @@ class TimeWeighting(NamedTuple):
 def simple_weights(num_steps: int, dimensions: int) -> Array:
     """w_t = 1/(T d): with it the loss is the mean squared error of ε, a dimension and step."""
     return jnp.full((num_steps,), 1.0 / (num_steps * dimensions))
+
+
+def noise_to_signal_weights(log_snr: Array, dimensions: int, most: float = 10.0) -> Array:
+    """w_t ∝ min(σ_t/α_t, most), [T], with the sum 1/d of `simple_weights`.
+
+    Between the losses of ε, w = 1, and of x_0, w = σ²/α². A tilt p_λ ∝ q w_λ of whole images moves
+    x̂_0 where x_t leaves undecided which image it will be, and nowhere else: under uniform weights
+    steps of little noise bring their own noise to the gradient, and nothing of what is asked.
+
+    Args:
+      log_snr: of the schedule, [T].
+      dimensions: d, of one example.
+      most: the largest ratio, > 0.
+    """
+    ratios = jnp.minimum(jnp.exp(-0.5 * log_snr), most)
+    return ratios / (ratios.sum() * dimensions)
 
 
 def time_weighting(

@@ -112,6 +112,15 @@ def test_time_weighting():
     np.testing.assert_allclose(losses.simple_weights(4, 6), np.full(4, 1 / 24), rtol=1e-6)
 
 
+def test_noise_to_signal_weights():
+    alphas_cumprod = np.array([0.999, 0.8, 0.5, 0.1, 0.001])
+    log_snr = jnp.log(alphas_cumprod / (1 - alphas_cumprod))
+    got = np.asarray(losses.noise_to_signal_weights(log_snr, 6, most=10.0), np.float64)
+    np.testing.assert_allclose(got.sum(), 1 / 6, rtol=1e-5)
+    ratios = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+    np.testing.assert_allclose(got / got[2], [*ratios[:4], 10.0], rtol=1e-5)
+
+
 def every_draw(nodes, count):
     """All pairs of (t, node) as draws, and the probability that goes with each."""
     points, mass = np.polynomial.hermite_e.hermegauss(nodes)

@@ -48,14 +48,19 @@ SHOWN = 6
 
 
 class Raw(NamedTuple):
-    """One row for each trajectory: its condition, its path KL in nats, its constraints' values.
+    """What was measured, a row each.
 
-    Likelihoods are those of samples of the same condition; only separated conditions and anchors
-    have them.
+    Attributes:
+      cond: of each trajectory, [n].
+      path_kl: in nats, [n].
+      valued: the condition of each value, [v]: that of the trajectories; for likelihoods that of
+        samples, of separated conditions and of anchors whose values thresholds are calibrated on.
+      values: of the constraints, [v, m].
     """
 
     cond: np.ndarray
     path_kl: np.ndarray
+    valued: np.ndarray
     values: np.ndarray
 
 
@@ -75,8 +80,8 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
         real = None if other is None else other[kept].reshape(-1, *conditions.image_shape)
     pool = None if h is None else _stored(problem, options, h)
     bases = {one.base for one in problem.separated}
-    at_base = raw.values[np.isin(raw.cond, list(bases))] if pool is None else pool.values
-    at_anchor = raw.values[np.isin(raw.cond, [c for c, _ in problem.anchors])]
+    at_base = raw.values[np.isin(raw.valued, list(bases))] if pool is None else pool.values
+    at_anchor = raw.values[np.isin(raw.valued, [c for c, _ in problem.anchors])]
     # Without anchors no threshold is calibrated on them.
     anchored = at_anchor.mean(axis=0) if len(at_anchor) else at_base.mean(axis=0)
     if pool is not None:
@@ -104,7 +109,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             "violation": {
                 conditions.names[c]: {
                     concept: estimate(
-                        formulation.sign * (thresholds[i] - raw.values[raw.cond == c, i])
+                        formulation.sign * (thresholds[i] - raw.values[raw.valued == c, i])
                     )
                     for i, concept in enumerate(problem.concepts)
                 }
@@ -115,7 +120,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
         if samples is not None:
             found |= drawn.judge(samples, real)
         each = [
-            _average(raw.values[:, i], raw.cond, dict.fromkeys(separated, 1.0))
+            _average(raw.values[:, i], raw.valued, dict.fromkeys(separated, 1.0))
             for i in range(len(problem.concepts))
         ]
         return Measured(
@@ -199,7 +204,7 @@ def _distances(problem: Problem, options: ConceptOptions, raw: Raw) -> dict[int,
         few = dataclasses.replace(options, evaluation_images=1)
         raw = _evaluator(problem, few, None)(problem.pretrained.params)
     return {
-        c: float(raw.values[raw.cond == c].mean(axis=0).min())
+        c: float(raw.values[raw.valued == c].mean(axis=0).min())
         for c in problem.kept
         if c != problem.conditions.null
     }
@@ -308,15 +313,17 @@ def _evaluator(
     target = np.tile(np.array([targets for _, targets in rows.values()], np.int32), (each, 1))
     key = jax.random.key(options.seed + 1)
 
-    judged = [one.cond for one in problem.separated] + [c for c, _ in problem.anchors]
-    (places,) = np.nonzero(np.isin(cond, judged))
+    judged = [one.cond for one in problem.separated]
+    if "calibrated" in options.threshold:
+        judged += [c for c, _ in problem.anchors]
+    rows_each = max(options.evaluation_images // len(judged), LEAST_ROWS)
+    valued = cond if h is None else np.tile(np.array(judged, np.int32), rows_each)
 
     def evaluate(params: Params) -> Raw:
         path_kl, values = batched(partial(along, params), key, cond, base, target)
         if h is not None:
-            values = np.full((len(cond), count), np.nan, np.float32)
-            values[places] = batched(partial(shows, params), key, cond[places])
-        return Raw(cond, path_kl, values)
+            values = batched(partial(shows, params), key, valued)
+        return Raw(cond, path_kl, valued, values)
 
     return evaluate
 
@@ -460,7 +467,9 @@ def _likelihood(
         apply,
         schedule,
         estimator="tilt",
-        weighting=losses.time_weighting(losses.simple_weights(schedule.num_steps, dimensions)),
+        weighting=losses.time_weighting(
+            losses.noise_to_signal_weights(schedule.log_snr, dimensions)
+        ),
         control_variate=True,
     )
     return formulation, optax.set_to_zero(), np.asarray(first.multipliers) * share, note
