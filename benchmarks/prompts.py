@@ -72,8 +72,8 @@ REVERSE = {
     "steps": 40, "threshold": ("calibrated",), "batch_size": 12, "forget_batch_size": 10,
 }  # fmt: skip
 LIKELIHOOD = {
-    "steps": 240, "stored_samples": 480, "classifier_draws": 4, "threshold": ("0.25x",),
-    "learning_rate": 2e-4, "batch_size": 8, "forget_batch_size": 16, "evaluation_images": 240,
+    "steps": 240, "stored_samples": 320, "classifier_draws": 4, "threshold": ("0.25x",),
+    "learning_rate": 2e-4, "batch_size": 8, "forget_batch_size": 16, "evaluation_images": 160,
 }  # fmt: skip
 EQUAL = (0.5,)
 METHODS = ("edit", "reverse", "likelihood", "esd")
@@ -170,18 +170,33 @@ def study(name, seed, methods):
             yield row("ESD-x", strength, params, seconds)
 
 
-def print_table(name, table):
-    """The summary of a task as rows of Markdown."""
-    print("| forgotten | | UA | UA' | IRA | CRA | KID | path KL of kept | constraint | threshold |")
-    for entry in table:
+def print_table(name, rows):
+    """Means and deviations over the seeds of a task, as rows of Markdown; KID less that before."""
+    before = {row["seed"]: row["kid"] for row in rows if row["method"] == "before"}
+    for entry in summarise([row | {"kid": row["kid"] - before[row["seed"]]} for row in rows]):
+        likely = entry["method"] == "likelihood"
+        values, asked, spreads = np.atleast_1d(
+            entry["constraints"]["mean"], entry["thresholds"]["mean"], entry["constraints"]["sd"]
+        )
         cells = [
             name,
             " ".join(str(entry[key]) for key in ("method", "setting") if entry[key] is not None),
-            *(both(entry, key, 100, 3) for key in ("UA", "UA_paraphrases", "IRA", "CRA")),
+            *(percent(entry, key) for key in ("UA", "UA_paraphrases", "IRA", "CRA")),
             *(both(entry, key) for key in ("kid", "kept_path_kl")),
-            *(both(entry, key, digits=3) for key in ("constraints", "thresholds")),
+            ", ".join(
+                f"{value:.3f} ± {sd:.3f} of {least:.3f}"
+                if likely
+                else f"{value:.3g} ± {sd:.2g} of {least:.3g}"
+                for value, least, sd in zip(values, asked, spreads, strict=True)
+            ),
+            str(entry["seeds"]),
         ]
         print("|", " | ".join(cells), "|")
+
+
+def percent(entry, name):
+    mean, spread = (100 * entry[name][key] for key in ("mean", "sd"))
+    return f"{mean:.0f} ± {spread:.0f} %"
 
 
 def main() -> None:
@@ -215,8 +230,9 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
                 write()
     write()
+    print("| forgotten | | UA | UA' | IRA | CRA | KID | path KL of kept | constraint | seeds |")
     for name in dict.fromkeys(row["task"] for row in rows):
-        print_table(name, summarise([row for row in rows if row["task"] == name]))
+        print_table(name, [row for row in rows if row["task"] == name])
 
 
 if __name__ == "__main__":

@@ -207,10 +207,9 @@ def _bounded_backward(
 
     def norm(values: Array) -> Array:
         squares = jnp.square(values).sum(axis=tuple(range(1, values.ndim)), keepdims=True)
-        return jnp.sqrt(squares)
+        return jnp.sqrt(jnp.maximum(squares, jnp.finfo(values.dtype).tiny))
 
-    most = bound * norm(own)
-    scale = jnp.minimum(1.0, most / jnp.maximum(norm(later), jnp.finfo(own.dtype).tiny))
+    scale = jnp.minimum(1.0, bound * norm(own) / norm(later))
     return own + scale * later, scale * carried
 
 
