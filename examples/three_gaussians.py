@@ -53,7 +53,9 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 Q = mixture([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
 U = mixtures.select(Q, [0])
 THRESHOLD = {"RU": 14.0, "FU": 3.0, "LU": 0.01}
-RUNS = ["RU pathwise", "RU tilt", "RU stop_gradient", "FU", "LU tilt", "LU pathwise"]
+RUNS = [
+    "RU pathwise", "RU tilt", "RU stop_gradient", "FU", "LU tilt", "LU pathwise", "RU bounded",
+]  # fmt: skip
 
 
 def on_policy(kind, estimator, dual, steps, rows):
@@ -92,7 +94,7 @@ def unlearn(name, reference, key, measured, distill_steps):
         if estimator == "tilt":
             return run(reference, reference, threshold, first, key)
         dual = waiting(nu_pi(3e-4, 1e-3, 0.9) if kind == "RU" else nu_pi(4.0, 50.0, 0.9), 200)
-        run = on_policy(kind, estimator, dual, 700, 96 if estimator == "pathwise" else 48)
+        run = on_policy(kind, estimator, dual, 700, 48 if estimator == "stop_gradient" else 96)
     params, first, value = found = run(reference, reference, threshold, first, key)
     if kind == "LU":
         return found

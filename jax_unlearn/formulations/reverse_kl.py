@@ -63,9 +63,10 @@ def reverse_kl(
       "bounded": the same, but at each step of each trajectory the derivative that reaches the
         network through later steps is shortened, where need be, to the length of the step's
         own: each is at most twice as long as that of "stop_gradient", and where nothing is
-        amplified it is that of "pathwise". To differentiate through several steps of the
-        algorithm take "pathwise": here that would be bounded too, and has no forward mode.
-        Batch: `ConditionBatch`.
+        amplified it is that of "pathwise". What it is stationary at lies between theirs; of
+        Gaussians, which "pathwise" solves, nearer to "stop_gradient". To differentiate
+        through several steps of the algorithm take "pathwise": here that would be bounded
+        too, and has no forward mode. Batch: `ConditionBatch`.
       "stop_gradient": trajectories are held fixed, as by the erasure methods that regress on
         negative guidance. That ignores how θ moves p's trajectories. At every noise level it
         is stationary at the score s_q + Σ α_i (s_q − s_i), α_i = λ_i/(1−Λ), which is not that of
