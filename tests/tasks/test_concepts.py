@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_unlearn import cli, report
+from jax_unlearn import cli, divergences, likelihoods, report
 from jax_unlearn import run as running
 from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
 from jax_unlearn.pretrained import load_pretrained, relabelled
@@ -124,6 +124,41 @@ def test_batches_hold_each_condition_as_often(tiny_model, tmp_path):
         np.testing.assert_array_equal(batch.forget.constraint, np.tile([0, 1], (8, 1)))
 
 
+def test_the_classifier_sees_images_with_the_noise_that_is_asked_for(tiny_model, tmp_path):
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+    for noise in (0.0, 0.6):
+        options = options_of(tiny_model, tmp_path, formulation="likelihood", classifier_noise=noise)
+        problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
+        apply, params, schedule, _ = problem.pretrained
+        weights = divergences.path_kl_weights(schedule)
+        alphas_cumprod = 1 / (1 + np.exp(-np.float64(schedule.log_snr)))
+        expected = likelihoods.diffusion_classifier(
+            apply,
+            params,
+            schedule,
+            jax.random.key(options.seed),
+            x_0=x,
+            concepts=jnp.arange(3),
+            draws=options.classifier_draws,
+            weights=jnp.where(1 - alphas_cumprod >= noise**2, weights, 0.0),
+        )
+        found = concepts._classifier(problem, options)(x)
+        np.testing.assert_allclose(found[:, 0], jnp.exp(expected.value[:, 1]), rtol=1e-4)
+
+
+def test_likelihoods_are_measured_where_they_are_asked_for(tiny_model, tmp_path):
+    for threshold, wanted in (("0.9x", {1}), ("calibrated", {0, 1, 2})):
+        options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=(threshold,))
+        problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
+        h = concepts._classifier(problem, options)
+        raw = concepts._evaluator(problem, options, h)(problem.pretrained.params)
+        assert set(raw.valued) == wanted
+        each = np.bincount(raw.valued)[list(wanted)]
+        assert (each == max(options.evaluation_images // len(wanted), 8)).all()
+        assert raw.values.shape == (len(raw.valued), 1)
+        assert set(raw.cond) == {0, 1, 2, 3}
+
+
 def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_model, tmp_path):
     options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=("0.9x",))
     problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
@@ -149,6 +184,7 @@ def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_mo
         (["--forget", "dog", "--threshold", "-1"], "threshold"),
         (["--forget", "dog", "--chain-steps", "51"], "50"),
         (["--forget", "dog", "--chain-steps", "1"], "--chain-steps"),
+        (["--forget", "dog", "--classifier-noise", "1"], "--classifier-noise must lie in [0, 1)"),
         ([], "--forget"),
     ],
 )
