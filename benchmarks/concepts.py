@@ -227,10 +227,11 @@ def summarise(rows):
 
 
 def both(entry, name, factor=1.0, digits=2):
-    """Mean ± standard deviation over seeds, of one number or of several."""
+    """Mean ± standard deviation over seeds, of one number or of several; of one seed its own."""
     means, spreads = (np.atleast_1d(entry[name][key]) * factor for key in ("mean", "sd"))
     return ", ".join(
-        f"{mean:.{digits}g} ± {sd:.2g}" for mean, sd in zip(means, spreads, strict=True)
+        f"{mean:.{digits}g} ± {sd:.2g}" if entry["seeds"] > 1 else f"{mean:.{digits}g}"
+        for mean, sd in zip(means, spreads, strict=True)
     )
 
 

@@ -174,9 +174,9 @@ def print_table(name, rows):
     """Means and deviations over the seeds of a task, as rows of Markdown; KID less that before."""
     before = {row["seed"]: row["kid"] for row in rows if row["method"] == "before"}
     for entry in summarise([row | {"kid": row["kid"] - before[row["seed"]]} for row in rows]):
-        likely = entry["method"] == "likelihood"
-        values, asked, spreads = np.atleast_1d(
-            entry["constraints"]["mean"], entry["thresholds"]["mean"], entry["constraints"]["sd"]
+        digits = 2 if entry["method"] == "likelihood" else 3
+        reached, asked = (
+            both(entry, key, digits=digits).split(", ") for key in ("constraints", "thresholds")
         )
         cells = [
             name,
@@ -184,10 +184,8 @@ def print_table(name, rows):
             *(percent(entry, key) for key in ("UA", "UA_paraphrases", "IRA", "CRA")),
             *(both(entry, key) for key in ("kid", "kept_path_kl")),
             ", ".join(
-                f"{value:.3f} ± {sd:.3f} of {least:.3f}"
-                if likely
-                else f"{value:.3g} ± {sd:.2g} of {least:.3g}"
-                for value, least, sd in zip(values, asked, spreads, strict=True)
+                f"{value} of {least.split()[0]}"
+                for value, least in zip(reached, asked, strict=True)
             ),
             str(entry["seeds"]),
         ]
@@ -196,7 +194,7 @@ def print_table(name, rows):
 
 def percent(entry, name):
     mean, spread = (100 * entry[name][key] for key in ("mean", "sd"))
-    return f"{mean:.0f} ± {spread:.0f} %"
+    return f"{mean:.0f} ± {spread:.0f} %" if entry["seeds"] > 1 else f"{mean:.0f} %"
 
 
 def main() -> None:
