@@ -173,7 +173,8 @@ def study(name, seed, methods):
 def print_table(name, rows):
     """Means and deviations over the seeds of a task, as rows of Markdown; KID less that before."""
     before = {row["seed"]: row["kid"] for row in rows if row["method"] == "before"}
-    for entry in summarise([row | {"kid": row["kid"] - before[row["seed"]]} for row in rows]):
+    rows = [row | {"kid": row["kid"] - before.get(row["seed"], np.nan)} for row in rows]
+    for entry in summarise(rows):
         digits = 2 if entry["method"] == "likelihood" else 3
         reached, asked = (
             both(entry, key, digits=digits).split(", ") for key in ("constraints", "thresholds")
