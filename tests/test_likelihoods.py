@@ -437,11 +437,16 @@ def chain_log_p(x, mean, deviation, betas):
     return stats.norm.logpdf(x, center, np.sqrt(variance))
 
 
-def test_energies_bound_the_chains_log_likelihood():
-    """E_c + prior KL + ½ log(2π v_1) ≥ −log p_c(x): the gap closes between concepts alone."""
-    x_0 = np.array([[-0.7], [0.1], [1.2]])
+def two_gaussians():
+    """Points, and means, deviations and parameters of two concepts."""
     means, deviations = np.array([-0.4, 0.3]), np.array([0.3, 0.6])
     params = gaussians(means[:, None], deviations[:, None])
+    return np.array([[-0.7], [0.1], [1.2]]), means, deviations, params
+
+
+def test_energies_bound_the_chains_log_likelihood():
+    """E_c + prior KL + ½ log(2π v_1) ≥ −log p_c(x): the gap closes between concepts alone."""
+    x_0, means, deviations, params = two_gaussians()
     differences = []
     for steps in (100, 1000):
         betas = np.linspace(0.1, 20.0, steps) / steps
@@ -463,9 +468,7 @@ def test_energies_bound_the_chains_log_likelihood():
 @pytest.mark.parametrize("noise", [0.3, 0.7])
 def test_noised_weights_are_those_of_the_noised_image(noise):
     """Between concepts, E_c is the mean of −log q_c(x_s) over x_s ∼ q(x_s|x_0), for many steps."""
-    x_0 = np.array([[-0.7], [0.1], [1.2]])
-    means, deviations = np.array([-0.4, 0.3]), np.array([0.3, 0.6])
-    params = gaussians(means[:, None], deviations[:, None])
+    x_0, means, deviations, params = two_gaussians()
     off = []
     for steps in (100, 1000):
         betas = np.linspace(0.1, 20.0, steps) / steps
