@@ -80,8 +80,8 @@ def make_problem(pretrained: Pretrained, options: ConceptOptions) -> Problem:
 
     Raises:
       ValueError: for a model without labels, a label that it does not have, a base or anchor
-        that is to be forgotten, nothing left to keep, options of prompts, or more steps than the
-        schedule has.
+        that is to be forgotten, nothing left to keep, options of prompts, or more steps or
+        classifier noise than the schedule has.
     """
     config, null = pretrained.config, pretrained.config.null_label
     options.refuse(
@@ -142,7 +142,8 @@ def make_prompt_problem(model: TextToImage, options: ConceptOptions) -> Problem:
     Raises:
       ValueError: for a template without a place for a name, a prompt that is empty, too long, or
         both forgotten and kept, a base or anchor that is to be forgotten, calibrated thresholds
-        without an anchor, a judge of labels, or more steps than the schedule has.
+        without an anchor, a judge of labels, or more steps or classifier noise than the schedule
+        has.
     """
     options.refuse(("judge",), "models that are conditioned on labels; give --clip")
     templates = [_template(text) for text in options.template]
