@@ -1,6 +1,6 @@
 """How much of an on-policy gradient is noise: its mean and its deviation over batches.
 
-    python benchmarks/gradient_noise.py [--task blueprint] [--batches 16] [--seeds 0 1 2]
+    python benchmarks/gradient_noise.py [--task blueprint] [--batches 8] [--seeds 0 1 2]
 
 The gradient of reverse KL's Lagrangian at the start of a task of `prompts.py`, in all parameters,
 with every multiplier at a fifth of the domain, along 22 trajectories a batch. signal is the norm of
@@ -18,8 +18,8 @@ from prompts import COMMON, REVERSE, TASKS
 from jax_unlearn import embedded
 from jax_unlearn.formulations import reverse_kl
 from jax_unlearn.options import ConceptOptions
+from jax_unlearn.tasks.concept_formulations import condition_batch
 from jax_unlearn.tasks.concept_problem import make_prompt_problem
-from jax_unlearn.tasks.concepts import _conditions
 from jax_unlearn.text_to_image import load_text_to_image
 
 ESTIMATORS = ("stop_gradient", "bounded", "pathwise")
@@ -50,7 +50,7 @@ def gradients(problem, options, estimator, batches):
     key = jax.random.key(options.seed)
     return np.stack(
         [
-            np.asarray(gradient(jax.random.fold_in(key, n), _conditions(problem, options, n)))
+            np.asarray(gradient(jax.random.fold_in(key, n), condition_batch(problem, options, n)))
             for n in range(batches)
         ]
     )
@@ -59,7 +59,7 @@ def gradients(problem, options, estimator, batches):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=list(TASKS), default="blueprint")
-    parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     model = load_text_to_image(embedded.text_model_path())

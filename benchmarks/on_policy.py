@@ -47,7 +47,7 @@ from jax_unlearn.tasks.conditions import of_prompts
 from jax_unlearn.text_to_image import load_text_to_image
 
 ESD, TORCH = "esd", "torch"
-METHODS = {ESD: None} | {name: name for name in ("stop_gradient", "bounded", "pathwise")}
+METHODS = (ESD, "stop_gradient", "bounded", "pathwise")
 PROMPTS = ("a photo of a sneaker", "a photo")
 
 
@@ -112,13 +112,13 @@ def count_passes(options):
     batch, tally = forgotten(1, 0, 1), collections.Counter()
     apply = counting(small, tally)
     found = {}
-    for name, estimator in METHODS.items():
+    for name in METHODS:
         if name == ESD:
             loss = baselines.esd(apply, schedule, shape=shape, steps=options.esd_steps)
             points = 1
         else:
             formulation = reverse_kl(
-                apply, schedule, shape=shape, steps=options.chain_steps, estimator=estimator
+                apply, schedule, shape=shape, steps=options.chain_steps, estimator=name
             )
             points = options.chain_steps
 
@@ -192,7 +192,7 @@ def make_runner(name, setting, rows, options):
     else:
         formulation = reverse_kl(
             model.apply, model.schedule, shape=shape, steps=options.chain_steps,
-            estimator=METHODS[name],
+            estimator=name,
         )  # fmt: skip
         algorithm = jax_unlearn.primal_dual(formulation, optimizer, optax.set_to_zero())
 

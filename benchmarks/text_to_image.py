@@ -217,7 +217,7 @@ class Esd:
 def compare(network, esd, options, count=2, factor=1.05):
     """Relative differences of torch's state, loss and gradient from ours, on the same noise.
 
-    The trained network is the reference with its cross-attention scaled.
+    The trained network is the reference with what trains scaled.
     """
     torch, apply = esd.torch, UNet2DConditionDenoiser(network.module.config)
     schedule = schedules.from_diffusers(esd.scheduler.config)
@@ -257,8 +257,9 @@ def compare(network, esd, options, count=2, factor=1.05):
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
         if name_of(path) in esd.trained:
             # Kernels are [(height, width,) in, out] here, and [out, in(, height, width)] there.
-            leaf = np.moveaxis(np.asarray(leaf), (-1, -2), (0, 1)) if leaf.ndim > 1 else leaf
-            expected.append(np.asarray(leaf).ravel())
+            leaf = np.asarray(leaf)
+            leaf = np.moveaxis(leaf, (-1, -2), (0, 1)) if leaf.ndim > 1 else leaf
+            expected.append(leaf.ravel())
             found.append(esd.trained[name_of(path)].grad.numpy().ravel())
     assert len(found) == len(esd.trained)
 

@@ -74,6 +74,13 @@ class Problem(NamedTuple):
         """The separated conditions without the free branch."""
         return tuple(one.cond for one in self.separated if one.cond != self.conditions.null)
 
+    def rows(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Condition [n], base [n] and targets [n, concepts] of separated conditions, by place."""
+        cond, base, targets = (
+            np.asarray(part, np.int32) for part in zip(*self.separated, strict=True)
+        )
+        return cond[which], base[which], targets[which]
+
 
 def make_problem(pretrained: Pretrained, options: ConceptOptions) -> Problem:
     """Checks the options against a model with labels, before any expensive work.

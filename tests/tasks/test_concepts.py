@@ -14,7 +14,7 @@ from jax_unlearn import cli, divergences, likelihoods, report
 from jax_unlearn import run as running
 from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
 from jax_unlearn.pretrained import load_pretrained, relabelled
-from jax_unlearn.tasks import concept_problem, concepts
+from jax_unlearn.tasks import concept_evaluation, concept_formulations, concept_problem, concepts
 
 SMALL = {
     "steps": 4, "batch_size": 16, "forget_batch_size": 8, "samples": 2, "sampling_steps": 4,
@@ -114,7 +114,7 @@ def test_batches_hold_each_condition_as_often(tiny_model, tmp_path):
     problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
     assert [one.cond for one in problem.separated] == [1, 0, 3]
     assert problem.kept == (2,)
-    batches = [concepts._conditions(problem, options, step) for step in range(3)]
+    batches = [concept_formulations.condition_batch(problem, options, step) for step in range(3)]
     shown = np.concatenate([batch.forget.cond for batch in batches])
     np.testing.assert_array_equal(np.bincount(shown), [8, 8, 0, 8])
     for batch in batches:
@@ -142,7 +142,7 @@ def test_the_classifier_sees_images_with_the_noise_that_is_asked_for(tiny_model,
             draws=options.classifier_draws,
             weights=jnp.where(1 - alphas_cumprod >= noise**2, weights, 0.0),
         )
-        found = concepts._classifier(problem, options)(x)
+        found = concept_evaluation.classifier(problem, options)(x)
         np.testing.assert_allclose(found[:, 0], jnp.exp(expected.value[:, 1]), rtol=1e-4)
 
 
@@ -150,8 +150,8 @@ def test_likelihoods_are_measured_where_they_are_asked_for(tiny_model, tmp_path)
     for threshold, wanted in (("0.9x", {1}), ("calibrated", {0, 1, 2})):
         options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=(threshold,))
         problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
-        h = concepts._classifier(problem, options)
-        raw = concepts._evaluator(problem, options, h)(problem.pretrained.params)
+        h = concept_evaluation.classifier(problem, options)
+        raw = concept_evaluation.evaluator(problem, options, h)(problem.pretrained.params)
         assert set(raw.valued) == wanted
         each = np.bincount(raw.valued)[list(wanted)]
         assert (each == max(options.evaluation_images // len(wanted), 8)).all()

@@ -19,7 +19,7 @@ from jax_unlearn.options import ConceptOptions, SampleOptions
 from jax_unlearn.pretrained import load_pretrained
 from jax_unlearn.sampling import draw_grid
 from jax_unlearn.subsets import subset_labels
-from jax_unlearn.tasks import concepts
+from jax_unlearn.tasks import concept_evaluation, concept_formulations, concepts
 from jax_unlearn.tasks.concept_problem import make_prompt_problem
 from jax_unlearn.text_to_image import encode_prompts, load_text_to_image
 
@@ -95,7 +95,7 @@ def test_a_concept_is_its_names_in_the_templates(model):
 def test_each_condition_is_measured_against_its_own_template(model):
     problem = make_prompt_problem(model, options_of())
     number = {name.strip("“”"): c for c, name in enumerate(problem.conditions.names)}
-    compared = concepts._compared(problem)
+    compared = concept_evaluation.compared(problem)
     plain, oil = ((number["a cat"], number["a dog"]), (number["cat in oil"], number["dog in oil"]))
     assert compared[number["oil"]] == (number["oil"], oil)
     assert compared[number["no prompt"]] == (number["no prompt"], plain)
@@ -119,8 +119,8 @@ def test_the_probability_of_a_concept_is_that_of_its_prompts_together(model):
     options = options_of(formulation="likelihood")
     problem = make_prompt_problem(model, options)
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 4))
-    together = concepts._classifier(problem, options)(x)
-    each = concepts._classifier(
+    together = concept_evaluation.classifier(problem, options)(x)
+    each = concept_evaluation.classifier(
         problem._replace(members=np.eye(len(problem.candidates), dtype=bool)), options
     )(x)
     np.testing.assert_allclose(each.sum(axis=1), 1, atol=1e-5)
@@ -135,12 +135,12 @@ def test_rows_follow_their_own_base(model):
     rows = np.resize(np.arange(len(expected)), 18)
     bases = np.array([one.base for one in problem.separated])[rows]
     # Each stored sample is the number of the base that it was drawn from.
-    pool = concepts.Pool(
+    pool = concept_formulations.Pool(
         bases, np.zeros((18, 2)), rows, np.array(problem.kept), np.array(problem.kept)
     )
     for batch in (
-        partial(concepts._conditions, problem, options),
-        partial(concepts._samples, problem, options, pool),
+        partial(concept_formulations.condition_batch, problem, options),
+        partial(concept_formulations.sample_batch, problem, options, pool),
     ):
         seen = set()
         for step in range(6):
@@ -223,7 +223,7 @@ def test_a_low_rank_change_is_written_alone(pipeline, tmp_path):
 def test_kept_conditions_are_ordered_by_their_distance(model, monkeypatch):
     options = options_of(evaluation_images=1)
     problem = make_prompt_problem(model, options)
-    raw = concepts._evaluator(problem, options, None)(problem.pretrained.params)
+    raw = concept_evaluation.evaluator(problem, options, None)(problem.pretrained.params)
     likelihood = dataclasses.replace(options, formulation="likelihood")
     assert concepts._distances(problem, likelihood, raw) == {}  # few enough to show them all
     monkeypatch.setattr(concepts, "SHOWN", 2)

@@ -1,0 +1,142 @@
+"""What is measured of a model of concepts: path KLs, separations, and how likely concepts are."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_unlearn import likelihoods, samplers
+from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
+from jax_unlearn.options import ConceptOptions
+from jax_unlearn.tasks.base import batch_rows, in_batches
+from jax_unlearn.tasks.concept_problem import Problem
+from jax_unlearn.typing import Array, Params
+
+__all__ = ["Raw", "classifier", "compared", "draw", "evaluator"]
+
+LEAST_ROWS = 8
+
+
+class Raw(NamedTuple):
+    """What was measured, a row each.
+
+    Attributes:
+      cond: of each trajectory, [n].
+      path_kl: in nats, [n].
+      valued: the condition of each value, [v]: that of the trajectories; for likelihoods that of
+        samples, of separated conditions and of anchors whose values thresholds are calibrated on.
+      values: of the constraints, [v, m].
+    """
+
+    cond: np.ndarray
+    path_kl: np.ndarray
+    valued: np.ndarray
+    values: np.ndarray
+
+
+def evaluator(
+    problem: Problem, options: ConceptOptions, h: Callable[[Array], Array] | None
+) -> Callable[[Params], Raw]:
+    """Trajectories, and for likelihoods samples, of every condition; the same noise every time."""
+    apply, reference, schedule, config = problem.pretrained
+    count = len(problem.concepts)
+    formulation = reverse_kl(
+        apply,
+        schedule,
+        estimator="stop_gradient",
+        shape=config.sample_shape,
+        steps=options.chain_steps,
+    )
+
+    @jax.jit
+    def along(
+        params: Params, key: Array, cond: Array, base: Array, target: Array
+    ) -> tuple[Array, Array]:
+        # Likelihoods are of samples: along trajectories the concepts need not be evaluated.
+        shape = (cond.shape[0], count if h is None else 0)
+        constraint = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+        rows = Separated(cond, base, target if h is None else None, constraint)
+        found = formulation.losses(
+            params, reference, key, ConditionBatch(None, rows), None, jnp.zeros(count)
+        )
+        return found.objective, found.constraint.reshape(shape)
+
+    @jax.jit
+    def shows(params: Params, key: Array, cond: Array) -> Array:
+        assert h is not None
+        return h(draw(problem, options, params, key, cond))
+
+    batched = partial(in_batches, size=batch_rows(config.sample_shape))
+    rows = compared(problem)
+    each = max(options.evaluation_images // len(rows), LEAST_ROWS)
+    # Rows of all conditions in every batch, which also share its noise.
+    cond = np.tile(np.array(list(rows), np.int32), each)
+    base = np.tile(np.array([base for base, _ in rows.values()], np.int32), each)
+    target = np.tile(np.array([targets for _, targets in rows.values()], np.int32), (each, 1))
+    key = jax.random.key(options.seed + 1)
+
+    judged = [one.cond for one in problem.separated]
+    if "calibrated" in options.threshold:
+        judged += [c for c, _ in problem.anchors]
+    rows_each = max(options.evaluation_images // len(judged), LEAST_ROWS)
+    valued = cond if h is None else np.tile(np.array(judged, np.int32), rows_each)
+
+    def evaluate(params: Params) -> Raw:
+        path_kl, values = batched(partial(along, params), key, cond, base, target)
+        if h is not None:
+            values = batched(partial(shows, params), key, valued)
+        return Raw(cond, path_kl, valued, values)
+
+    return evaluate
+
+
+def compared(problem: Problem) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """What every condition is held to, and the concepts that it is measured against.
+
+    Those are of its own template: a base's are those of what is held to it.
+    """
+    own = {one.base: one.targets for one in reversed(problem.separated)} | dict(problem.anchors)
+    first = problem.separated[0].targets
+    separated = {one.cond: (one.base, one.targets) for one in problem.separated}
+    others = (*problem.kept, *problem.shown)
+    return separated | {c: (c, own.get(c, first)) for c in others}
+
+
+def classifier(problem: Problem, options: ConceptOptions) -> Callable[[Array], Array]:
+    """x_0 -> h [n, concepts], the reference's own posterior of each concept."""
+    apply, reference, schedule, _ = problem.pretrained
+    members = jnp.asarray(problem.members, jnp.float32)
+
+    def h(x_0: Array) -> Array:
+        posterior = likelihoods.diffusion_classifier(
+            apply,
+            reference,
+            schedule,
+            jax.random.key(options.seed),
+            x_0=x_0,
+            concepts=jnp.asarray(problem.candidates),
+            draws=options.classifier_draws,
+            weights=likelihoods.noised_weights(schedule, options.classifier_noise),
+        )
+        return jnp.matmul(jnp.exp(posterior.value), members.T, precision="highest")
+
+    return h
+
+
+def draw(
+    problem: Problem, options: ConceptOptions, params: Params, key: Array, cond: Array
+) -> Array:
+    """Unguided samples of p(·|cond) by DDIM: the few steps of an ancestral chain leave noise."""
+    apply, _, schedule, config = problem.pretrained
+    noise_key, key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, (cond.shape[0], *config.sample_shape))
+    return samplers.sample(
+        lambda x_t, t: apply(params, x_t, t, cond),
+        schedule,
+        key,
+        noise,
+        steps=options.sampling_steps,
+    ).x_0

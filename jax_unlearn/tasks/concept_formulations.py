@@ -1,0 +1,200 @@
+"""The two problems of concepts, and their batches: conditions alone, or stored samples."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_unlearn import data, dual_first, losses, multipliers
+from jax_unlearn.formulations import (
+    ConditionBatch,
+    Examples,
+    Formulation,
+    Held,
+    SampleBatch,
+    Samples,
+    Separated,
+    likelihood,
+    reverse_kl,
+)
+from jax_unlearn.options import ConceptOptions
+from jax_unlearn.tasks.base import batch_rows, in_batches
+from jax_unlearn.tasks.concept_evaluation import draw
+from jax_unlearn.tasks.concept_problem import Problem
+from jax_unlearn.typing import Array
+
+__all__ = [
+    "Pool",
+    "Posed",
+    "condition_batch",
+    "likelihood_problem",
+    "reverse_kl_problem",
+    "sample_batch",
+    "stored_samples",
+]
+
+
+class Posed(NamedTuple):
+    """What the algorithm runs.
+
+    Attributes:
+      formulation: with its dual domain.
+      dual: optimizer of the multipliers.
+      multipliers: to start from, [m] or a scalar.
+      batch: step -> what the formulation sees.
+      notes: what the owner should know.
+    """
+
+    formulation: Formulation
+    dual: optax.GradientTransformation
+    multipliers: np.ndarray | float
+    batch: Callable[[int], ConditionBatch | SampleBatch]
+    notes: tuple[str, ...]
+
+
+def reverse_kl_problem(
+    problem: Problem, options: ConceptOptions, thresholds: np.ndarray, share: float
+) -> Posed:
+    """On its own trajectories. The domain is Σ λ_i < share, as each λ_i meets 1/share there."""
+    apply, _, schedule, config = problem.pretrained
+    formulation = reverse_kl(
+        apply,
+        schedule,
+        estimator=options.estimator,
+        shape=config.sample_shape,
+        steps=options.chain_steps,
+    )
+    project = multipliers.capped_simplex(1 - options.max_multiplier * share)
+    scale = share / np.maximum(thresholds, 1e-12) / len(thresholds)
+    dual = multipliers.nu_pi(
+        integral=jnp.asarray(options.dual_learning_rate * scale, jnp.float32),
+        proportional=jnp.asarray(options.dual_damping * scale, jnp.float32),
+        nu=0.9,
+    )
+    batch = partial(condition_batch, problem, options)
+    return Posed(formulation._replace(project=project), dual, 0.0, batch, ())
+
+
+def condition_batch(problem: Problem, options: ConceptOptions, step: int) -> ConditionBatch:
+    """The conditions of a step: each as often as any other, give or take one."""
+    kept, separated = (
+        data.batch_indices(seed=options.seed, step=step, size=size, count=len(conditions))
+        for conditions, size in (
+            (problem.kept, options.batch_size),
+            (problem.separated, options.forget_batch_size),
+        )
+    )
+    held = np.asarray(problem.kept, np.int32)[kept]
+    cond, base, targets = problem.rows(separated)
+    constraint = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
+    return ConditionBatch(Held(held, held), Separated(cond, base, targets, constraint))
+
+
+class Pool(NamedTuple):
+    """Stored samples of the reference: of the bases, with h [n, m], and of the kept conditions.
+
+    `separated` says whose base each of the first was drawn from, `cond` what the others show.
+    """
+
+    base: np.ndarray
+    values: np.ndarray
+    separated: np.ndarray
+    kept: np.ndarray
+    cond: np.ndarray
+
+
+def stored_samples(problem: Problem, options: ConceptOptions, h: Callable[[Array], Array]) -> Pool:
+    """Unguided samples of the reference model: q itself is what the problem is about."""
+    of_reference = jax.jit(partial(draw, problem, options, problem.pretrained.params))
+    base_key, kept_key = jax.random.split(jax.random.key(options.seed + 2))
+    cond = np.resize(np.asarray(problem.kept, np.int32), options.stored_samples)
+    separated = np.resize(np.arange(len(problem.separated)), options.stored_samples)
+    batched = partial(in_batches, size=batch_rows(problem.pretrained.config.sample_shape))
+    base = batched(of_reference, base_key, problem.rows(separated)[1])
+    judged = jax.jit(h)
+    values = batched(lambda _, x: judged(x), base_key, base)
+    return Pool(base, values, separated, batched(of_reference, kept_key, cond), cond)
+
+
+def likelihood_problem(
+    problem: Problem, options: ConceptOptions, pool: Pool, thresholds: np.ndarray, share: float
+) -> Posed:
+    """Dual first: λ* on the stored samples, then weighted denoising with it held fixed.
+
+    Raises:
+      ValueError: for a threshold below what any stored sample has.
+    """
+    apply, _, schedule, config = problem.pretrained
+    bases = np.array([one.base for one in problem.separated])
+    first = dual_first.likelihood_multipliers(
+        pool.values,
+        thresholds,
+        groups=bases[pool.separated],
+        key=jax.random.key(options.seed),
+    )
+    if not bool(first.solution.attained):
+        least = ", ".join(f"{value:.3g}" for value in first.solution.largest_thresholds)
+        raise ValueError(
+            f"no reweighting of {len(pool.base)} stored samples meets the thresholds "
+            f"{', '.join(f'{b:.3g}' for b in thresholds)}: the least they can show are {least}."
+        )
+    assert first.interval is not None
+    shown = "; ".join(
+        f"{concept} {value:.3g} ({low:.3g} to {high:.3g})"
+        for concept, value, low, high in zip(
+            problem.concepts, first.multipliers, *first.interval, strict=True
+        )
+    )
+    note = (
+        f"Multipliers from {len(pool.base)} stored samples, for one forgotten condition alone, "
+        f"with 95 % bootstrap intervals: {shown}. They leave {float(first.effective):.0%} of the "
+        f"samples' effective number. In the certificate they are times {share:.3g}, the forgotten "
+        "conditions' part of the objective."
+    )
+    dimensions = int(np.prod(config.sample_shape))
+    formulation = likelihood(
+        apply,
+        schedule,
+        estimator="tilt",
+        weighting=losses.time_weighting(
+            losses.noise_to_signal_weights(schedule.log_snr, dimensions)
+        ),
+        control_variate=True,
+    )
+    return Posed(
+        formulation,
+        optax.set_to_zero(),
+        np.asarray(first.multipliers) * share,
+        partial(sample_batch, problem, options, pool),
+        (note,),
+    )
+
+
+def sample_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> SampleBatch:
+    """The stored samples of a step, each as often as any other."""
+    kept, chosen, which = (
+        data.batch_indices(seed=options.seed, step=step, size=size, count=count)
+        for size, count in (
+            (options.batch_size, len(pool.kept)),
+            (options.forget_batch_size, len(pool.base)),
+            (options.forget_batch_size, len(problem.separated)),
+        )
+    )
+    if len({one.base for one in problem.separated}) > 1:
+        which = pool.separated[chosen]
+    cond, base, _ = problem.rows(which)
+    values = pool.values[chosen]
+    return SampleBatch(
+        Examples(pool.kept[kept], pool.cond[kept]),
+        Samples(
+            pool.base[chosen],
+            cond,
+            base,
+            values,
+            np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape),
+        ),
+    )
