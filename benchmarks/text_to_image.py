@@ -1,9 +1,9 @@
 """What an on-policy step of a text-conditional network costs against ESD's in torch.
 
-    python benchmarks/text_to_image.py [--network tiny|bk-sdm-tiny] [--quick] [--skip-torch]
+    python benchmarks/text_to_image.py [--network tiny|bk-sdm-tiny|sd-1] [--quick] [--skip-torch]
 
 ours: one primal-dual step of reverse KL on latents, by both on-policy estimators; cross-attention
-trains (`subset_optimizer`), the empty prompt is the base and the concept is what is forgotten.
+trains (`jax_unlearn.subsets`), the empty prompt is the base and the concept is what is forgotten.
 torch: one step of ESD (Gandikota et al. 2023, 2303.07345) on diffusers' UNet2DConditionModel with
 the same random weights: DDIM from noise with guidance to a random one of its steps, the frozen
 network at the concept and at the empty prompt there, the squared distance to
@@ -13,12 +13,16 @@ gradient are compared with those of `baselines` on the same noise.
 A pass is one row through a network in one direction; a training point is a row that went backward
 through the trained network. Both are counted while steps run, in ours by a denoiser that reports
 to the host and in torch by hooks. ESD draws how many steps it samples, so that its step takes more
-or less; judge by milliseconds a pass. Our gradient is that of all parameters, torch's of
-cross-attention alone.
+or less; judge by milliseconds a pass. Passes are counted, and states compared, on the tiny network:
+neither depends on the size.
 
 All variants alternate in one process, so that a busy machine slows them alike: judge by the
 ratios. Peak memory is that of a process of its own for each variant, less what was resident when
-all was imported; compiling is in it.
+all was imported; compiling is in it. On a GPU, where both run if JAX finds one, it is the most that
+the allocator of JAX, or of torch, had given out.
+
+--dtype bfloat16 computes in it with float32 parameters, torch by autocast. float32 has the default
+precision of both on a GPU, TensorFloat-32 (torch is told to use it for matrix products too).
 """
 
 import argparse
@@ -43,13 +47,14 @@ from on_policy import counting
 import jax_unlearn
 from jax_unlearn import baselines, samplers, schedules, sharding
 from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
+from jax_unlearn.models import blocks
 from jax_unlearn.models.unet_2d_condition import (
     UNet2DConditionConfig,
     UNet2DConditionDenoiser,
     UNet2DConditionModel,
 )
 from jax_unlearn.networks import Network, load_network, save_network
-from jax_unlearn.subsets import subset_optimizer
+from jax_unlearn.subsets import subset_formulation, subset_optimizer
 from jax_unlearn.weights import diffusers_key
 
 NETWORKS = {
@@ -61,8 +66,13 @@ NETWORKS = {
         "channels": (320, 640, 1280), "layers_per_block": 1, "attention_head_dim": 8,
         "cross_attention_dim": 768, "mid_block_type": None, "sample_size": 16,
     },
+    "sd-1": {
+        "channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "sample_size": 64,
+    },
 }  # fmt: skip
-TOKENS = {"tiny": 32, "bk-sdm-tiny": 77}
+TOKENS = {"tiny": 32, "bk-sdm-tiny": 77, "sd-1": 77}
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
     "beta_end": 0.012, "num_train_timesteps": 1000, "clip_sample": False,
@@ -101,7 +111,9 @@ class Ours:
 
     def __init__(self, estimator, network, options, tallies=None):
         module_config, schedule = network.module.config, schedules.from_diffusers(SCHEDULER)
-        apply = reference_apply = UNet2DConditionDenoiser(module_config)
+        apply = reference_apply = UNet2DConditionDenoiser(
+            module_config, options.dtype and jnp.dtype(options.dtype), options.remat
+        )
         if tallies is not None:
             apply, reference_apply = (counting(apply, tally) for tally in tallies)
         formulation = reverse_kl(
@@ -109,6 +121,7 @@ class Ours:
             estimator=estimator, reference_apply=reference_apply,
         )  # fmt: skip
         optimizer = subset_optimizer(optax.adam(LEARNING_RATE), "cross-attention")
+        formulation = subset_formulation(formulation, "cross-attention")
         algorithm = jax_unlearn.primal_dual(formulation, optimizer, optax.sgd(1e-4))
         self.state = algorithm.init(
             jax.tree.map(jnp.copy, network.params), 1.0, multipliers=0.5,
@@ -158,8 +171,10 @@ class Esd:
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.torch, self.options = torch, options
+        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         self.model, self.reference = (
-            UNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=False) for _ in range(2)
+            UNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=False).to(self.device)
+            for _ in range(2)
         )
         self.reference.requires_grad_(False)
         self.trained = {}
@@ -170,7 +185,9 @@ class Esd:
         self.optimizer = torch.optim.Adam(self.trained.values(), lr=rate)
         self.scheduler = DDIMScheduler.from_config(scheduler)
         self.scheduler.set_timesteps(options.esd_steps)
-        self.concept, self.empty = (torch.tensor(np.asarray(part)) for part in (concept, empty))
+        self.concept, self.empty = (
+            torch.tensor(np.asarray(part), device=self.device) for part in (concept, empty)
+        )
         self.both = torch.cat([self.concept, self.empty])
         config = self.model.config
         self.shape = len(concept), config.in_channels, config.sample_size, config.sample_size
@@ -208,20 +225,25 @@ class Esd:
 
     def __call__(self):
         count = int(self.counts.integers(self.options.esd_steps))
-        _, loss = self.loss(self.torch.randn(self.shape, generator=self.noise), count)
+        noise = self.torch.randn(self.shape, generator=self.noise).to(self.device)
+        low = self.options.dtype == "bfloat16"
+        with self.torch.autocast(self.device, self.torch.bfloat16, enabled=low):
+            _, loss = self.loss(noise, count)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
 
 
 def compare(network, esd, options, count=2, factor=1.05):
     """Relative differences of torch's state, loss and gradient from ours, on the same noise.
 
-    The trained network is the reference with what trains scaled.
+    The trained network is the reference with what trains scaled. In full float32.
     """
     torch, apply = esd.torch, UNet2DConditionDenoiser(network.module.config)
     schedule = schedules.from_diffusers(esd.scheduler.config)
-    concept, empty = (jnp.asarray(part.numpy()) for part in (esd.concept, esd.empty))
+    concept, empty = (jnp.asarray(part.cpu().numpy()) for part in (esd.concept, esd.empty))
 
     def name_of(path):
         return diffusers_key(tuple(part.key for part in path))
@@ -247,11 +269,12 @@ def compare(network, esd, options, count=2, factor=1.05):
 
         return x_t, *jax.value_and_grad(loss)(params)
 
-    x_t, loss, gradient = evaluate(params, network.params, noise.transpose(0, 2, 3, 1))
+    with jax.default_matmul_precision("highest"):
+        x_t, loss, gradient = evaluate(params, network.params, noise.transpose(0, 2, 3, 1))
     with torch.no_grad():
         for parameter in esd.trained.values():
             parameter.mul_(factor)
-    their_x_t, their_loss = esd.loss(torch.tensor(noise), count)
+    their_x_t, their_loss = esd.loss(torch.tensor(noise, device=esd.device), count)
     their_loss.backward()
     expected, found = [], []
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
@@ -260,14 +283,14 @@ def compare(network, esd, options, count=2, factor=1.05):
             leaf = np.asarray(leaf)
             leaf = np.moveaxis(leaf, (-1, -2), (0, 1)) if leaf.ndim > 1 else leaf
             expected.append(leaf.ravel())
-            found.append(esd.trained[name_of(path)].grad.numpy().ravel())
+            found.append(esd.trained[name_of(path)].grad.cpu().numpy().ravel())
     assert len(found) == len(esd.trained)
 
     def relative(found, expected):
         return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
     return {
-        "state": relative(their_x_t.numpy().transpose(0, 2, 3, 1), np.asarray(x_t)),
+        "state": relative(their_x_t.cpu().numpy().transpose(0, 2, 3, 1), np.asarray(x_t)),
         "loss": abs(their_loss.item() / float(loss) - 1),
         "gradient": relative(np.concatenate(found), np.concatenate(expected)),
     }
@@ -275,6 +298,9 @@ def compare(network, esd, options, count=2, factor=1.05):
 
 def make(name, folder, options):
     if name == "torch":
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         return Esd(folder, options, *conditions(options))
     return Ours(name, load_network(folder), options)
 
@@ -289,7 +315,22 @@ def measure_peak(name, folder, options):
     ready = resident()
     for _ in range(options.rounds):
         once()
+    if jax.default_backend() == "gpu":
+        most = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+        if name == "torch":
+            most = once.torch.cuda.max_memory_allocated()
+        print(json.dumps({"peak on the GPU": most / 2**20}))
+        return
     print(json.dumps({"peak": resident("VmHWM") - before, "before the first step": ready - before}))
+
+
+def write(folder, options):
+    """A random network, written to a folder."""
+    config = config_for(options)
+    module = UNet2DConditionModel(UNet2DConditionConfig.from_diffusers(config))
+    network = Network(module, random_params(config), config)
+    save_network(folder, network)
+    return network
 
 
 def peak(name, arguments):
@@ -302,6 +343,8 @@ def peak(name, arguments):
 
 def machine():
     model = platform.processor() or platform.machine()
+    if jax.default_backend() == "gpu":
+        model = f"{jax.devices()[0].device_kind}, {model}"
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     return f"{model}, {cores} of {os.cpu_count()} cores, load {load:.1f}"
 
@@ -314,8 +357,10 @@ def quartiles(values, unit=""):
 def benchmark(names, folder, options):
     network = load_network(folder)
     steps, passes, seconds = {}, {}, {name: [] for name in names}
+    tiny = argparse.Namespace(**{**vars(options), "network": "tiny", "size": None, "dtype": None})
+    small = write(folder / "tiny", tiny)
     if "torch" in names:
-        differences = compare(network, Esd(folder, options, *conditions(options)), options)
+        differences = compare(small, Esd(folder / "tiny", tiny, *conditions(tiny)), tiny)
         listed = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
         print(f"torch against ours on the same noise, relative: {listed}", flush=True)
         if max(differences.values()) > TOLERANCE:
@@ -324,7 +369,7 @@ def benchmark(names, folder, options):
         if name == "torch":
             steps[name], passes[name] = make(name, folder, options), []
         else:
-            counted = count_passes(name, network, options)
+            counted = count_passes(name, small, tiny)
             steps[name] = Ours(name, network, options)
             passes[name] = [counted] * options.rounds
         started = time.perf_counter()
@@ -371,6 +416,10 @@ def main():
     parser.add_argument("--guidance", type=float, default=3.0, help="of ESD's sampling")
     parser.add_argument("--strength", type=float, default=1.0, help="ESD's eta")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--dtype", choices=["bfloat16"], help="computing dtype; default float32")
+    parser.add_argument("--remat", action="store_true", help="ours with rematerialised blocks")
+    parser.add_argument("--xla-attention", action="store_true", help="no flash kernel in ours")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--quick", action="store_true", help="a smoke run: short chains")
     parser.add_argument("--skip-torch", action="store_true", help="without the torch extra")
     parser.add_argument("--skip-memory", action="store_true")
@@ -380,23 +429,24 @@ def main():
     if options.quick:
         options.chain_steps, options.esd_steps = 3, 6
     options.rounds = options.rounds or (3 if options.quick else 20)
+    if options.xla_attention:
+        blocks._kernel = lambda dtype, head_dim: None
     if options.peak:
         measure_peak(options.peak, options.folder, options)
         return
 
-    names = [name for name in VARIANTS if not (options.skip_torch and name == "torch")]
+    names = [name for name in options.variants if not (options.skip_torch and name == "torch")]
     packages = ["jax", "jaxlib", "flax", "optax", *(["torch", "diffusers"] * ("torch" in names))]
     print(machine(), f"; python {platform.python_version()}", sep="")
     print(", ".join(f"{name} {version(name)}" for name in packages))
     with tempfile.TemporaryDirectory() as temporary:
-        folder, config = pathlib.Path(temporary) / "unet", config_for(options)
-        module = UNet2DConditionModel(UNet2DConditionConfig.from_diffusers(config))
-        params = random_params(config)
-        save_network(folder, Network(module, params, config))
+        folder = pathlib.Path(temporary) / "unet"
+        _, params, config = write(folder, options)
         count = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
         del params
         print(
-            f"{options.network}: {count:.1f} million parameters, latents of side "
+            f"{options.network}: {count:.1f} million parameters, {options.dtype or 'float32'}"
+            f"{', rematerialised' * options.remat}, latents of side "
             f"{config['sample_size']}, {options.rows} rows, chains of {options.chain_steps} steps, "
             f"ESD's of {options.esd_steps}, {options.rounds} alternating rounds"
         )
@@ -405,6 +455,9 @@ def main():
             arguments = [
                 "--network", options.network, "--rows", str(options.rows), "--rounds", "3",
                 "--size", str(config["sample_size"]), "--folder", str(folder),
+                *(["--dtype", options.dtype] if options.dtype else []),
+                *["--remat"] * options.remat,
+                *["--xla-attention"] * options.xla_attention,
                 *(["--quick"] if options.quick else [
                     "--chain-steps", str(options.chain_steps),
                     "--esd-steps", str(options.esd_steps),

@@ -28,6 +28,7 @@ from jax_unlearn.subsets import (
     lora_merge,
     parse_subset,
     save_lora,
+    subset_formulation,
     subset_optimizer,
 )
 from jax_unlearn.tasks import concept_problem, concepts, image_task, images
@@ -244,6 +245,7 @@ def _run(
         formulation = lora_formulation(formulation)
         start = lora_init(start, jax.random.key(options.seed), rank=rank, part=part)
     elif part != "full":
+        formulation = subset_formulation(formulation, part)
         optimizer = subset_optimizer(optimizer, part)
     algorithm = primal_dual(formulation, optimizer, task.dual)
     # Only what trains is copied: the step does not donate the reference.

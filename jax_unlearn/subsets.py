@@ -35,6 +35,7 @@ __all__ = [
     "lora_merge",
     "parse_subset",
     "save_lora",
+    "subset_formulation",
     "subset_labels",
     "subset_optimizer",
 ]
@@ -126,6 +127,25 @@ def subset_optimizer(
         {"trained": optimizer, "frozen": optax.set_to_zero()},
         partial(subset_labels, part=part),
     )
+
+
+def subset_formulation(formulation: Formulation, part: str) -> Formulation:
+    """The same problem with derivatives in one part of the parameters.
+
+    Those in the others are zero, and are not computed. For `subset_optimizer`, which does without
+    them; `PrimalDualInfo.gradient_norm` is then that of the part.
+    """
+
+    def losses(params: Params, *rest: Any) -> Losses:
+        labels = subset_labels(params, part)
+        params = jax.tree.map(
+            lambda leaf, label: leaf if label == "trained" else jax.lax.stop_gradient(leaf),
+            params,
+            labels,
+        )
+        return formulation.losses(params, *rest)
+
+    return formulation._replace(losses=losses)
 
 
 def lora_init(params: Params, key: Array, *, rank: int, part: str = "cross-attention") -> Params:

@@ -11,7 +11,7 @@ two-pass with an explicit epsilon, paddings are explicit, and gelu is exact.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -210,6 +210,21 @@ class LabelEmbedding(nn.Module):
         return rows if self.dtype is None else rows.astype(self.dtype)
 
 
+def _kernel(dtype: Any, head_dim: int) -> Literal["cudnn"] | None:
+    """The kernel of `jax.nn.dot_product_attention`, which never picks a flash kernel by itself.
+
+    cuDNN has one for half precision and heads of some widths, on GPUs of NVIDIA since Ampere. It
+    has no forward-mode derivative. None leaves attention to XLA, as float32 does everywhere.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
+        return None
+    capability = float(device.compute_capability)
+    widest = 256 if capability >= 9 else 128
+    fits = head_dim % 8 == 0 and head_dim <= widest
+    return "cudnn" if capability >= 8 and fits and dtype in (jnp.bfloat16, jnp.float16) else None
+
+
 class Attention(nn.Module):
     """Multi-head attention over pixels: softmax(QKᵀ/√d) V, projected, then (x + ·) / rescale.
 
@@ -245,8 +260,12 @@ class Attention(nn.Module):
             dense = nn.Dense(inner, use_bias=self.qkv_bias, dtype=self.dtype, name=name)
             return dense(values).reshape(*values.shape[:2], self.heads, self.head_dim)
 
+        queries = project("to_q", tokens)
         mixed = jax.nn.dot_product_attention(
-            project("to_q", tokens), project("to_k", source), project("to_v", source)
+            queries,
+            project("to_k", source),
+            project("to_v", source),
+            implementation=_kernel(queries.dtype, self.head_dim),
         ).reshape(*tokens.shape[:2], inner)
         out = nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(mixed).reshape(x.shape)
         out = out + x if self.residual else out
