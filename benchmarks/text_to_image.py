@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 import jax
@@ -271,6 +272,7 @@ def compare(network, esd, options, count=2, factor=1.05):
 
     with jax.default_matmul_precision("highest"):
         x_t, loss, gradient = evaluate(params, network.params, noise.transpose(0, 2, 3, 1))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with torch.no_grad():
         for parameter in esd.trained.values():
             parameter.mul_(factor)
@@ -356,7 +358,7 @@ def quartiles(values, unit=""):
 
 def benchmark(names, folder, options):
     network = load_network(folder)
-    steps, passes, seconds = {}, {}, {name: [] for name in names}
+    passes, seconds = {name: [] for name in names}, {name: [] for name in names}
     tiny = argparse.Namespace(**{**vars(options), "network": "tiny", "size": None, "dtype": None})
     small = write(folder / "tiny", tiny)
     if "torch" in names:
@@ -365,16 +367,20 @@ def benchmark(names, folder, options):
         print(f"torch against ours on the same noise, relative: {listed}", flush=True)
         if max(differences.values()) > TOLERANCE:
             sys.exit(f"the torch step is not the same computation: above {TOLERANCE}.")
-    for name in names:
-        if name == "torch":
-            steps[name], passes[name] = make(name, folder, options), []
-        else:
-            counted = count_passes(name, small, tiny)
-            steps[name] = Ours(name, network, options)
-            passes[name] = [counted] * options.rounds
+
+    def begin(name):
+        if name != "torch":
+            with jax.default_device(jax.devices("cpu")[0]):
+                passes[name] = [count_passes(name, small, tiny)] * options.rounds
+        once = Ours(name, network, options) if name != "torch" else make(name, folder, options)
         started = time.perf_counter()
-        steps[name]()
+        once()
         print(f"{name}: first step {time.perf_counter() - started:.1f} s", flush=True)
+        return once
+
+    # Compiling large networks takes minutes, in threads of its own.
+    with ThreadPoolExecutor() as pool:
+        steps = dict(zip(names, pool.map(begin, names), strict=True))
     for _ in range(options.rounds):
         for name in names:
             if name == "torch":
