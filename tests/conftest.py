@@ -22,6 +22,15 @@ import numpy as np
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _frees_programs():
+    """A program compiled for CPUs holds memory maps; past vm.max_map_count, 65,530, XLA crashes."""
+    import jax
+
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder with a random class-conditional UNet of 8×8 grey images: three labels and null."""

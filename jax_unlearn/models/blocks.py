@@ -210,18 +210,19 @@ class LabelEmbedding(nn.Module):
         return rows if self.dtype is None else rows.astype(self.dtype)
 
 
-def _kernel(dtype: Any, head_dim: int) -> Literal["cudnn"] | None:
+def _kernel(dtype: Any, head_dim: int, keys: int) -> Literal["cudnn"] | None:
     """The kernel of `jax.nn.dot_product_attention`, which never picks a flash kernel by itself.
 
-    cuDNN has one for half precision and heads of some widths, on GPUs of NVIDIA since Ampere. It
-    has no forward-mode derivative. None leaves attention to XLA, as float32 does everywhere.
+    cuDNN has one for half precision, heads of some widths and, in training, an even number of keys,
+    on GPUs of NVIDIA since Ampere. It has no forward-mode derivative. None leaves attention to XLA,
+    as float32 does everywhere and the 77 tokens of CLIP do.
     """
     device = jax.devices()[0]
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
         return None
     capability = float(device.compute_capability)
     widest = 256 if capability >= 9 else 128
-    fits = head_dim % 8 == 0 and head_dim <= widest
+    fits = keys % 2 == 0 and head_dim % 8 == 0 and head_dim <= widest
     return "cudnn" if capability >= 8 and fits and dtype in (jnp.bfloat16, jnp.float16) else None
 
 
@@ -265,7 +266,7 @@ class Attention(nn.Module):
             queries,
             project("to_k", source),
             project("to_v", source),
-            implementation=_kernel(queries.dtype, self.head_dim),
+            implementation=_kernel(queries.dtype, self.head_dim, source.shape[1]),
         ).reshape(*tokens.shape[:2], inner)
         out = nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(mixed).reshape(x.shape)
         out = out + x if self.residual else out
