@@ -19,7 +19,8 @@ measured when the number of steps has grown by a tenth, so that times are right 
 
 With `--model embedded-text` c is "a photo of a sneaker" and "a photo" stands for ∅. One more method
 is then ESD by hand in torch, on diffusers' network; it needs the torch extra, and its state, loss
-and gradient are first compared with those of `baselines` on the same noise.
+and gradient are first compared with those of `baselines` on the same noise. `--train
+cross-attention` trains that alone, by every method, as ESD-x does.
 """
 
 import argparse
@@ -43,6 +44,7 @@ import jax_unlearn
 from jax_unlearn import baselines, embedded, schedules
 from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
 from jax_unlearn.networks import load_network
+from jax_unlearn.subsets import subset_formulation, subset_optimizer, subset_params
 from jax_unlearn.tasks.conditions import of_prompts
 from jax_unlearn.text_to_image import load_text_to_image
 
@@ -169,7 +171,12 @@ def make_runner(name, setting, rows, options):
     """The runner of one of `METHODS`."""
     model = setting.model
     shape, batch = model.config.sample_shape, forgotten(rows, setting.base, setting.forgotten)
-    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.0)
+
+    @optax.inject_hyperparams
+    def adam(learning_rate):
+        return subset_optimizer(optax.adam(learning_rate), options.train)
+
+    optimizer = adam(learning_rate=0.0)
 
     def with_rate(opt_state, rate):
         return opt_state._replace(hyperparams={"learning_rate": jnp.float32(rate)})
@@ -179,7 +186,9 @@ def make_runner(name, setting, rows, options):
             model.apply, model.schedule, shape=shape, strength=options.strength,
             guidance=options.guidance, steps=options.esd_steps,
         )  # fmt: skip
-        train = baselines.train_step(loss, optimizer)
+        train = baselines.train_step(
+            lambda params, *rest: loss(subset_params(params, options.train), *rest), optimizer
+        )
 
         def init(rate, seed):
             return model.params, with_rate(optimizer.init(model.params), rate)
@@ -194,6 +203,7 @@ def make_runner(name, setting, rows, options):
             model.apply, model.schedule, shape=shape, steps=options.chain_steps,
             estimator=name,
         )  # fmt: skip
+        formulation = subset_formulation(formulation, options.train)
         algorithm = jax_unlearn.primal_dual(formulation, optimizer, optax.set_to_zero())
 
         def init(rate, seed):
@@ -212,7 +222,7 @@ def make_runner(name, setting, rows, options):
 
 
 def make_torch_runner(setting, rows, options):
-    """ESD in torch on the same weights, all of which train."""
+    """ESD in torch on the same weights."""
     # The other methods run without torch.
     from text_to_image import TOLERANCE, Esd, compare
 
@@ -227,7 +237,8 @@ def make_torch_runner(setting, rows, options):
     def init(rate, seed):
         return Esd(
             folder / "unet", options, concept, base,
-            scheduler=scheduler, trains=lambda name: True, rate=rate, seed=seed,
+            scheduler=scheduler, rate=rate, seed=seed,
+            trains=lambda name: options.train == "full" or "attn2" in name,
         )  # fmt: skip
 
     def step(key, esd):
@@ -363,6 +374,7 @@ def main():
     parser.add_argument("--only", choices=["counts", "clock"])
     parser.add_argument("--model", choices=["embedded", "embedded-text"], default="embedded")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, TORCH])
+    parser.add_argument("--train", choices=["full", "cross-attention"], default="full")
     parser.add_argument("--label", type=int, default=1, help="the class to forget: trousers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 16])

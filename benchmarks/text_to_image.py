@@ -227,7 +227,7 @@ class Esd:
     def __call__(self):
         count = int(self.counts.integers(self.options.esd_steps))
         noise = self.torch.randn(self.shape, generator=self.noise).to(self.device)
-        low = self.options.dtype == "bfloat16"
+        low = getattr(self.options, "dtype", None) == "bfloat16"
         with self.torch.autocast(self.device, self.torch.bfloat16, enabled=low):
             _, loss = self.loss(noise, count)
         self.optimizer.zero_grad(set_to_none=True)

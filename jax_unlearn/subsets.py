@@ -38,6 +38,7 @@ __all__ = [
     "subset_formulation",
     "subset_labels",
     "subset_optimizer",
+    "subset_params",
 ]
 
 _PARTS = ("full", "cross-attention", "cross-attention-kv", "no-cross-attention")
@@ -129,21 +130,28 @@ def subset_optimizer(
     )
 
 
-def subset_formulation(formulation: Formulation, part: str) -> Formulation:
-    """The same problem with derivatives in one part of the parameters.
+def subset_params(params: Params, part: str) -> Params:
+    """The same values, of which those outside a part are constants to differentiation.
 
-    Those in the others are zero, and are not computed. For `subset_optimizer`, which does without
-    them; `PrimalDualInfo.gradient_norm` is then that of the part.
+    Their derivatives are zero, and are not computed. Errors as `subset_labels`.
+    """
+    labels = subset_labels(params, part)
+    return jax.tree.map(
+        lambda leaf, label: leaf if label == "trained" else jax.lax.stop_gradient(leaf),
+        params,
+        labels,
+    )
+
+
+def subset_formulation(formulation: Formulation, part: str) -> Formulation:
+    """The same problem, differentiated in one part of the parameters: `subset_params`.
+
+    For `subset_optimizer`, which does without the other derivatives;
+    `PrimalDualInfo.gradient_norm` is then that of the part.
     """
 
     def losses(params: Params, *rest: Any) -> Losses:
-        labels = subset_labels(params, part)
-        params = jax.tree.map(
-            lambda leaf, label: leaf if label == "trained" else jax.lax.stop_gradient(leaf),
-            params,
-            labels,
-        )
-        return formulation.losses(params, *rest)
+        return formulation.losses(subset_params(params, part), *rest)
 
     return formulation._replace(losses=losses)
 
