@@ -30,6 +30,7 @@ from jax_unlearn.formulations import Separated, reverse_kl
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.pretrained import load_pretrained
 from jax_unlearn.primal_dual import primal_dual
+from jax_unlearn.subsets import subset_formulation, subset_optimizer
 from jax_unlearn.tasks import concept_problem, concepts
 
 FORGET = ("Trouser", "Sneaker")
@@ -61,8 +62,11 @@ def optimizer_of(peak, steps):
 def constrained(task, options, weights=None):
     """Trains a task's problem; with weights, the multipliers stay as given."""
     dual = task.dual if weights is None else optax.set_to_zero()
+    optimizer = optimizer_of(options.learning_rate, options.steps)
     algorithm = primal_dual(
-        task.formulation, optimizer_of(options.learning_rate, options.steps), dual
+        subset_formulation(task.formulation, options.train),
+        subset_optimizer(optimizer, options.train),
+        dual,
     )
     reference = task.pretrained.params
     start = task.multipliers if weights is None else weights
