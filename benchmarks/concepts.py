@@ -81,6 +81,9 @@ def constrained(task, options, weights=None):
     jax.block_until_ready(info)
     started = time.monotonic()
     for number in range(1, options.steps):
+        if weights is None and task.correct is not None and number in task.corrections:
+            found = task.correct(number, state.params, state.multipliers)
+            state = state._replace(multipliers=jnp.asarray(found, state.multipliers.dtype))
         state, info = step(state, task.batch(number))
     jax.block_until_ready(info)
     return state.params, np.asarray(state.multipliers), time.monotonic() - started

@@ -17,7 +17,12 @@ import numpy as np
 from jax_unlearn import duality
 from jax_unlearn.typing import Array, ArrayLike
 
-__all__ = ["DualFirst", "likelihood_multipliers", "reverse_kl_multipliers"]
+__all__ = [
+    "DualFirst",
+    "likelihood_correction",
+    "likelihood_multipliers",
+    "reverse_kl_multipliers",
+]
 
 Solve = Callable[[Array, Array, tuple[int, ...]], duality.DualSolution]
 
@@ -89,6 +94,44 @@ def likelihood_multipliers(
     found = _with_bootstrap(_solve_likelihood, values[order], bounds, sizes, key, resamples, level)
     log_p = found.solution.log_p[np.argsort(order)]
     return found._replace(solution=found.solution._replace(log_p=log_p))
+
+
+def likelihood_correction(
+    values: ArrayLike, thresholds: ArrayLike, multipliers: ArrayLike
+) -> Array:
+    """One Newton step of dual ascent from samples of the model itself, in place of q's.
+
+    λ + Cov(h)⁻¹ (E h − ε): the dual of λ ↦ min_p KL(p‖q) + λᵀ(E_p h − ε) has the gradient E_p h − ε
+    and the Hessian −Cov_p(h) at p = p_λ. A network that has distilled only a part of p_λ meets its
+    constraints at a larger λ than p_λ would. No λ_i falls by more than half, or rises by more than
+    max(λ_i, 1).
+
+    Args:
+      values: h_i(x_n) ≥ 0 at samples x_n of the model, [n, m], n ≥ 2.
+      thresholds: ε, [m].
+      multipliers: λ, [m], in nats per unit of h.
+
+    Returns:
+      The new multipliers, [m].
+
+    Raises:
+      ValueError: for shapes that do not fit, a single sample, or values that are not finite.
+    """
+    values, thresholds = _checked(values, thresholds, 1, 0.5)
+    multipliers = jnp.asarray(multipliers, values.dtype)
+    if values.shape[0] < 2 or multipliers.shape != thresholds.shape:
+        raise ValueError(
+            f"expected two samples or more and {thresholds.shape[0]} multipliers, got "
+            f"{values.shape[0]} and {list(multipliers.shape)}."
+        )
+    centred = values - values.mean(axis=0)
+    covariance = jnp.matmul(centred.T, centred, precision="highest") / values.shape[0]
+    # Where all samples say the same the step is as long as it may be.
+    ridge = jnp.finfo(values.dtype).tiny + 1e-6 * jnp.trace(covariance)
+    step = jnp.linalg.solve(
+        covariance + ridge * jnp.eye(len(multipliers)), values.mean(axis=0) - thresholds
+    )
+    return multipliers + jnp.clip(step, -0.5 * multipliers, jnp.maximum(multipliers, 1.0))
 
 
 def reverse_kl_multipliers(

@@ -294,6 +294,9 @@ class ConceptOptions(ModelOptions):
     stored_samples: int = 512
     """"likelihood": samples of the reference that are drawn once and trained on, of --base and
     of the kept labels each."""
+    corrections: int = 3
+    """"likelihood": how often, at equal distances, the multipliers are corrected by what samples of
+    the model itself show by then, a quarter of --stored-samples each time."""
     classifier_draws: int = 8
     """"likelihood": draws of noise for each image that h_c is estimated from, 2 or more."""
     classifier_noise: float = 0.7
@@ -311,6 +314,8 @@ class ConceptOptions(ModelOptions):
         for name in ("chain_steps", "classifier_draws"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')} must be 2 or more.")
+        if self.corrections < 0:
+            raise ValueError("--corrections must be 0 or more.")
         _check_thresholds(self.threshold, self.forget)
 
 

@@ -273,12 +273,23 @@ def _run(
             state, _ = checkpoints.restore(state)
             say(f"resuming after step {int(state.step)}")
         elapsed = _keep_rows(metrics_path, int(state.step))
+
+        def corrected(done: int, state: PrimalDualState) -> PrimalDualState:
+            if task.correct is None or done not in task.corrections:
+                return state
+            params = state.params if rank is None else lora_merge(state.reference, state.params)
+            found = task.correct(done, params, state.multipliers)
+            found = jnp.asarray(found, state.multipliers.dtype)
+            return state._replace(
+                multipliers=found if mesh is None else sharding.replicate(found, mesh)
+            )
+
         state, timing["first_step"] = _train(
             task,
             options,
             command,
             state,
-            lambda state, batch: compiled(key, state, batch),
+            lambda done, state, batch: compiled(key, corrected(done, state), batch),
             lambda batch: batch if mesh is None else sharding.shard_batch(batch, mesh),
             checkpoints,
             metrics_path,
@@ -326,7 +337,7 @@ def _train(
     options: RunOptions,
     command: str,
     state: PrimalDualState,
-    step: Callable[[PrimalDualState, Any], Any],
+    step: Callable[[int, PrimalDualState, Any], Any],
     place: Callable[[Any], Any],
     checkpoints: Checkpoints,
     metrics_path: pathlib.Path,
@@ -374,7 +385,7 @@ def _train(
         pending = None
         for number in range(first + 1, options.steps + 1):
             batch = place(task.batch(number - 1))
-            state, info = step(state, batch)
+            state, info = step(number - 1, state, batch)
             # The step before is logged while this one runs.
             if pending is not None:
                 record(*pending)

@@ -147,3 +147,43 @@ def test_bad_arguments_are_refused(arguments, options, word):
 def test_negative_likelihoods_are_refused():
     with pytest.raises(ValueError, match="negative"):
         dual_first.likelihood_multipliers(np.full((5, 1), -1.0), [1.0])
+
+
+def test_corrections_lead_to_the_exact_multipliers():
+    """Newton's steps on samples of p_λ itself, redrawn for each λ, and on those of a weaker p."""
+    q, thresholds = mixtures.sample(Q, KEY, 20_000), jnp.array([0.02, 0.04])
+    h = densities(q)
+    exact = dual_first.likelihood_multipliers(h, thresholds).multipliers
+
+    rng = np.random.default_rng(0)
+
+    def drawn(current):
+        weights = np.exp(-np.asarray(h, np.float64) @ np.asarray(current, np.float64))
+        return h[rng.choice(len(h), len(h), p=weights / weights.sum())]
+
+    current, halved = jnp.array([1.0, 1.0]), jnp.array([1.0, 1.0])
+    for _ in range(12):
+        current = dual_first.likelihood_correction(drawn(current), thresholds, current)
+        halved = dual_first.likelihood_correction(drawn(0.5 * halved), thresholds, halved)
+    np.testing.assert_allclose(current, exact, rtol=0.1)
+    # A model that follows λ half of the way meets the same constraints at twice the λ.
+    np.testing.assert_allclose(halved, 2 * exact, rtol=0.1)
+
+
+def test_a_correction_is_newtons_step_within_bounds():
+    values = np.random.default_rng(0).uniform(size=(50, 2))
+    current, thresholds = np.array([3.0, 2.0]), np.array([0.45, 0.55])
+    expected = current + np.linalg.solve(np.cov(values.T, bias=True), values.mean(0) - thresholds)
+    found = dual_first.likelihood_correction(values, thresholds, current)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    same = np.full((4, 2), 0.3)
+    for thresholds, factor in (([0.1, 0.1], [2.0, 2.0]), ([0.5, 0.1], [0.5, 2.0])):
+        found = dual_first.likelihood_correction(same, thresholds, current)
+        np.testing.assert_allclose(found, current * factor)
+    np.testing.assert_allclose(
+        dual_first.likelihood_correction(same, [0.1, 0.5], np.zeros(2)), [1.0, 0.0]
+    )
+    with pytest.raises(ValueError, match="two samples or more and 2 multipliers, got 1 and"):
+        dual_first.likelihood_correction(same[:1], [0.1, 0.1], current)
+    with pytest.raises(ValueError, match=r"4 and \[3\]"):
+        dual_first.likelihood_correction(same, [0.1, 0.1], np.ones(3))

@@ -61,6 +61,8 @@ class Task(NamedTuple):
       objective: what it is, in words.
       captions: metric -> its "unit" or "description".
       grids: the pictures of the report, from the measurements after.
+      corrections: after how many steps `correct` is due.
+      correct: (step, params, multipliers) -> multipliers, by what the model itself shows.
     """
 
     pretrained: Pretrained
@@ -80,6 +82,8 @@ class Task(NamedTuple):
     objective: str
     captions: dict[str, dict[str, str]]
     grids: Callable[[Measured], list[Grid]]
+    corrections: tuple[int, ...] = ()
+    correct: Callable[[int, Params, Array], ArrayLike] | None = None
 
 
 def estimate(values: np.ndarray) -> Estimate:

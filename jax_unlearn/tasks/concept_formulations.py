@@ -25,12 +25,13 @@ from jax_unlearn.options import ConceptOptions
 from jax_unlearn.tasks.base import batch_rows, in_batches
 from jax_unlearn.tasks.concept_evaluation import draw
 from jax_unlearn.tasks.concept_problem import Problem
-from jax_unlearn.typing import Array
+from jax_unlearn.typing import Array, Params
 
 __all__ = [
     "Pool",
     "Posed",
     "condition_batch",
+    "corrected",
     "likelihood_problem",
     "reverse_kl_problem",
     "sample_batch",
@@ -123,7 +124,7 @@ def stored_samples(problem: Problem, options: ConceptOptions, h: Callable[[Array
 def likelihood_problem(
     problem: Problem, options: ConceptOptions, pool: Pool, thresholds: np.ndarray, share: float
 ) -> Posed:
-    """Dual first: λ* on the stored samples, then weighted denoising with it held fixed.
+    """Dual first: λ* on the stored samples, then weighted denoising; `corrected` moves λ.
 
     Raises:
       ValueError: for a threshold below what any stored sample has.
@@ -153,7 +154,8 @@ def likelihood_problem(
         f"Multipliers from {len(pool.base)} stored samples, for one forgotten condition alone, "
         f"with 95 % bootstrap intervals: {shown}. They leave {float(first.effective):.0%} of the "
         f"samples' effective number. In the certificate they are times {share:.3g}, the forgotten "
-        "conditions' part of the objective."
+        f"conditions' part of the objective, and corrected {options.corrections} times by what "
+        "samples of the model itself showed."
     )
     dimensions = int(np.prod(config.sample_shape))
     formulation = likelihood(
@@ -172,6 +174,32 @@ def likelihood_problem(
         partial(sample_batch, problem, options, pool),
         (note,),
     )
+
+
+def corrected(
+    problem: Problem,
+    options: ConceptOptions,
+    h: Callable[[Array], Array],
+    thresholds: np.ndarray,
+    share: float,
+) -> Callable[[int, Params, Array], Array]:
+    """(step, params, λ) -> λ after a step of dual ascent on fresh samples of the model."""
+    count = max(options.stored_samples // 4, 2)
+    cond = np.resize(np.array([one.cond for one in problem.separated], np.int32), count)
+
+    @jax.jit
+    def shows(params: Params, key: Array, cond: Array) -> Array:
+        return h(draw(problem, options, params, key, cond))
+
+    def correct(step: int, params: Params, current: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(options.seed + 3), step)
+        size = batch_rows(problem.pretrained.config.sample_shape)
+        values = in_batches(partial(shows, params), key, cond, size=size)
+        # As of one forgotten condition alone: the objective has only their share of all rows.
+        alone = dual_first.likelihood_correction(values, thresholds, current / share)
+        return share * alone
+
+    return correct
 
 
 def sample_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> SampleBatch:

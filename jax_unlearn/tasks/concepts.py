@@ -22,6 +22,7 @@ from jax_unlearn.options import ConceptOptions, parse_threshold
 from jax_unlearn.tasks.base import Measured, Task, estimate
 from jax_unlearn.tasks.concept_evaluation import Raw, classifier, evaluator
 from jax_unlearn.tasks.concept_formulations import (
+    corrected,
     likelihood_problem,
     reverse_kl_problem,
     stored_samples,
@@ -160,7 +161,15 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             },
             {c: f"{value:.3g} nats from what is forgotten" for c, value in distances.items()},
         ),
+        corrections=() if h is None else _between(options.steps, options.corrections),
+        correct=None if h is None else corrected(problem, options, h, thresholds, share),
     )
+
+
+def _between(steps: int, count: int) -> tuple[int, ...]:
+    """`count` numbers of steps that cut a run into equal parts; fewer in one that is shorter."""
+    cuts = {steps * number // (count + 1) for number in range(1, count + 1)}
+    return tuple(sorted(cuts - {0}))
 
 
 def _distances(problem: Problem, options: ConceptOptions, raw: Raw) -> dict[int, float]:

@@ -83,8 +83,9 @@ def test_runs_of_several_formulations_stand_side_by_side(finished):
         report.write_comparison(finished, ["reverse-kl", "elsewhere"])
 
 
-def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path):
-    options = options_of(tiny_model, tmp_path / "stopped")
+@pytest.mark.parametrize("formulation", ["reverse-kl", "likelihood"])
+def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, formulation):
+    options = options_of(tiny_model, tmp_path / "stopped", formulation=formulation)
     problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
 
     def stop(step):
@@ -95,8 +96,13 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         running.run(problem, options, command="concept", progress=False, after_step=stop)
     assert cli.main(["concept", "--out", str(options.out), "--resume"]) == 0
-    for ours, theirs in zip(leaves(options.out), leaves(finished / "reverse-kl"), strict=True):
+    for ours, theirs in zip(leaves(options.out), leaves(finished / formulation), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    ours, theirs = (
+        [row["multipliers"] for row in report.read_rows(folder / "metrics.jsonl")]
+        for folder in (options.out, finished / formulation)
+    )
+    assert ours == theirs
 
 
 def test_forgotten_labels_start_as_the_base(tiny_model):
@@ -172,6 +178,24 @@ def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_mo
     assert h.std() > 0
 
 
+def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_path):
+    rows = report.read_rows(finished / "likelihood" / "metrics.jsonl")
+    assert len({tuple(row["multipliers"]) for row in rows}) == 4  # before each step but the first
+    options = options_of(tiny_model, tmp_path, formulation="likelihood", corrections=1)
+    problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
+    task = concepts.concept_task(problem, options, None)
+    assert task.corrections == (2,)
+    # Its 16 samples, all of the forgotten label, and its constraint alone: 8 of 24 rows.
+    key = jax.random.fold_in(jax.random.key(options.seed + 3), 2)
+    x = concept_evaluation.draw(
+        problem, options, task.params, jax.random.fold_in(key, 0), jnp.ones(16, int)
+    )
+    h = np.asarray(concept_evaluation.classifier(problem, options)(x), np.float64)
+    step = np.clip((h.mean() - task.thresholds[0]) / h.var(), -1.5, 3.0)
+    found = task.correct(2, task.params, jnp.array([1.0], jnp.float32))
+    np.testing.assert_allclose(found, [(3.0 + step) / 3], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -184,6 +208,7 @@ def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_mo
         (["--forget", "dog", "--threshold", "-1"], "threshold"),
         (["--forget", "dog", "--chain-steps", "51"], "50"),
         (["--forget", "dog", "--chain-steps", "1"], "--chain-steps"),
+        (["--forget", "dog", "--corrections", "-1"], "--corrections must be 0 or more"),
         (["--forget", "dog", "--classifier-noise", "1"], "--classifier-noise must lie in [0, 1)"),
         ([], "--forget"),
     ],
