@@ -144,6 +144,7 @@ def study(name, seed, methods):
             **judged(params),
             "kept_path_kl": float(np.mean([kl[c].value for c in kept])),
             "constraints": [float(v) for v in measured.constraints.value],
+            "constraints_stderr": [float(v) for v in measured.constraints.stderr],
             "thresholds": [float(v) for v in of.thresholds],
             "multipliers": None if found is None else [float(v) for v in found],
             "seconds": seconds,
