@@ -184,8 +184,8 @@ def corrected(
     share: float,
 ) -> Callable[[int, Params, Array], Array]:
     """(step, params, λ) -> λ after a step of dual ascent on fresh samples of the model."""
-    count = max(options.stored_samples // 4, 2)
-    cond = np.resize(np.array([one.cond for one in problem.separated], np.int32), count)
+    separated = np.array([one.cond for one in problem.separated], np.int32)
+    cond = np.tile(separated, max(options.stored_samples // (4 * len(separated)), 2))
 
     @jax.jit
     def shows(params: Params, key: Array, cond: Array) -> Array:
