@@ -154,9 +154,10 @@ def likelihood_problem(
         f"Multipliers from {len(pool.base)} stored samples, for one forgotten condition alone, "
         f"with 95 % bootstrap intervals: {shown}. They leave {float(first.effective):.0%} of the "
         f"samples' effective number. In the certificate they are times {share:.3g}, the forgotten "
-        f"conditions' part of the objective, and corrected {options.corrections} times by what "
-        "samples of the model itself showed."
+        "conditions' part of the objective."
     )
+    if options.corrections:
+        note += " During the run they are corrected by what samples of the model itself show."
     dimensions = int(np.prod(config.sample_shape))
     formulation = likelihood(
         apply,
