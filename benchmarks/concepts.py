@@ -30,7 +30,7 @@ from jax_unlearn.formulations import Separated, reverse_kl
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.pretrained import load_pretrained
 from jax_unlearn.primal_dual import primal_dual
-from jax_unlearn.subsets import subset_formulation, subset_optimizer
+from jax_unlearn.subsets import subset_formulation, subset_optimizer, subset_params
 from jax_unlearn.tasks import concept_problem, concepts
 
 FORGET = ("Trouser", "Sneaker")
@@ -82,16 +82,16 @@ def constrained(task, options, weights=None):
     jax.block_until_ready(info)
     started = time.monotonic()
     for number in range(1, options.steps):
-        if weights is None and task.correct is not None and number in task.corrections:
-            found = task.correct(number, state.params, state.multipliers)
-            state = state._replace(multipliers=jnp.asarray(found, state.multipliers.dtype))
+        if weights is None and number in task.corrections:
+            found = task.corrections[number](state.params, state.multipliers)
+            state = state._replace(multipliers=found)
         state, info = step(state, task.batch(number))
     jax.block_until_ready(info)
     return state.params, np.asarray(state.multipliers), time.monotonic() - started
 
 
-def make_esd(problem, options, optimizer):
-    """A function (start, η) -> trained parameters; compiled once for all strengths."""
+def make_esd(problem, options, optimizer, part="full"):
+    """A function (start, η) -> parameters of which a part is trained; one program for all η."""
     apply, reference, schedule, config = problem.pretrained
     rows = np.resize(np.asarray(problem.forgotten, np.int32), ESD_ROWS)
     null = np.full_like(rows, problem.conditions.null)
@@ -107,10 +107,15 @@ def make_esd(problem, options, optimizer):
             guidance=options.guidance,
             steps=options.sampling_steps,
         )
-        return baselines.train_step(loss, optimizer)(key, params, state, reference, batch)
+
+        def of_part(params, *rest):
+            return loss(subset_params(params, part), *rest)
+
+        train_step = baselines.train_step(of_part, subset_optimizer(optimizer, part))
+        return train_step(key, params, state, reference, batch)
 
     def train(start, strength):
-        params, state = start, optimizer.init(start)
+        params, state = start, subset_optimizer(optimizer, part).init(start)
         started = time.monotonic()
         for number in range(ESD_STEPS):
             key = jax.random.fold_in(jax.random.key(options.seed), number)

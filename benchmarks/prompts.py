@@ -39,7 +39,6 @@ from jax_unlearn import data, embedded, metrics
 from jax_unlearn.embedded.captions import OBJECTS, STYLES, caption, forgetting
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ConceptOptions
-from jax_unlearn.subsets import subset_optimizer
 from jax_unlearn.tasks.concept_problem import make_prompt_problem
 from jax_unlearn.tasks.concepts import concept_task
 from jax_unlearn.tasks.drawing import drawing, features_of
@@ -165,8 +164,7 @@ def study(name, seed, methods):
         params, found, seconds = constrained(other, likely, None)
         yield row("likelihood", None, params, seconds, found, other)
     if "esd" in methods:
-        optimizer = subset_optimizer(optimizer_of(ESD_RATE, ESD_STEPS), "cross-attention")
-        train = make_esd(problem, options, optimizer)
+        train = make_esd(problem, options, optimizer_of(ESD_RATE, ESD_STEPS), "cross-attention")
         for strength in STRENGTHS:
             params, seconds = train(problem.pretrained.params, strength)
             yield row("ESD-x", strength, params, seconds)

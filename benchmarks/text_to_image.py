@@ -1,9 +1,9 @@
 """What an on-policy step of a text-conditional network costs against ESD's in torch.
 
-    python benchmarks/text_to_image.py [--network tiny|bk-sdm-tiny|sd-1] [--quick] [--skip-torch]
+    python benchmarks/text_to_image.py [--network tiny|bk-sdm-tiny|sd-1] [--quick]
 
-ours: one primal-dual step of reverse KL on latents, by both on-policy estimators; cross-attention
-trains (`jax_unlearn.subsets`), the empty prompt is the base and the concept is what is forgotten.
+ours: one primal-dual step of reverse KL on latents, by each estimator; cross-attention trains
+(`jax_unlearn.subsets`), the empty prompt is the base and the concept is what is forgotten.
 torch: one step of ESD (Gandikota et al. 2023, 2303.07345) on diffusers' UNet2DConditionModel with
 the same random weights: DDIM from noise with guidance to a random one of its steps, the frozen
 network at the concept and at the empty prompt there, the squared distance to
@@ -48,7 +48,6 @@ from on_policy import counting
 import jax_unlearn
 from jax_unlearn import baselines, samplers, schedules, sharding
 from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
-from jax_unlearn.models import blocks
 from jax_unlearn.models.unet_2d_condition import (
     UNet2DConditionConfig,
     UNet2DConditionDenoiser,
@@ -161,17 +160,19 @@ class Esd:
       trains: which parameters, by their names.
       rate: of Adam.
       seed: of noise and of steps.
+      low: whether to compute in bfloat16.
     """
 
     def __init__(
         self, folder, options, concept, empty, *,
         scheduler=SCHEDULER, trains=lambda name: "attn2" in name, rate=LEARNING_RATE, seed=0,
+        low=False,
     ):  # fmt: skip
         import torch
         from diffusers import DDIMScheduler, UNet2DConditionModel
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self.torch, self.options = torch, options
+        self.torch, self.options, self.low = torch, options, low
         self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         self.model, self.reference = (
             UNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=False).to(self.device)
@@ -227,8 +228,7 @@ class Esd:
     def __call__(self):
         count = int(self.counts.integers(self.options.esd_steps))
         noise = self.torch.randn(self.shape, generator=self.noise).to(self.device)
-        low = getattr(self.options, "dtype", None) == "bfloat16"
-        with self.torch.autocast(self.device, self.torch.bfloat16, enabled=low):
+        with self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.low):
             _, loss = self.loss(noise, count)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -303,7 +303,7 @@ def make(name, folder, options):
         import torch
 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        return Esd(folder, options, *conditions(options))
+        return Esd(folder, options, *conditions(options), low=options.dtype is not None)
     return Ours(name, load_network(folder), options)
 
 
@@ -424,10 +424,8 @@ def main():
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--dtype", choices=["bfloat16"], help="computing dtype; default float32")
     parser.add_argument("--remat", action="store_true", help="ours with rematerialised blocks")
-    parser.add_argument("--xla-attention", action="store_true", help="no flash kernel in ours")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--quick", action="store_true", help="a smoke run: short chains")
-    parser.add_argument("--skip-torch", action="store_true", help="without the torch extra")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
@@ -435,13 +433,11 @@ def main():
     if options.quick:
         options.chain_steps, options.esd_steps = 3, 6
     options.rounds = options.rounds or (3 if options.quick else 20)
-    if options.xla_attention:
-        blocks._kernel = lambda *_: None
     if options.peak:
         measure_peak(options.peak, options.folder, options)
         return
 
-    names = [name for name in options.variants if not (options.skip_torch and name == "torch")]
+    names = options.variants
     packages = ["jax", "jaxlib", "flax", "optax", *(["torch", "diffusers"] * ("torch" in names))]
     print(machine(), f"; python {platform.python_version()}", sep="")
     print(", ".join(f"{name} {version(name)}" for name in packages))
@@ -463,7 +459,6 @@ def main():
                 "--size", str(config["sample_size"]), "--folder", str(folder),
                 *(["--dtype", options.dtype] if options.dtype else []),
                 *["--remat"] * options.remat,
-                *["--xla-attention"] * options.xla_attention,
                 *(["--quick"] if options.quick else [
                     "--chain-steps", str(options.chain_steps),
                     "--esd-steps", str(options.esd_steps),

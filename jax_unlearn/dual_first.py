@@ -82,7 +82,7 @@ def likelihood_multipliers(
       ValueError: for shapes that do not fit, values that are negative or not finite, a level
         outside (0, 1), or no resamples.
     """
-    values, bounds = _checked(values, thresholds, resamples, level)
+    values, bounds = _checked(values, thresholds)
     if not bool((values >= 0).all()):
         raise ValueError("likelihoods must not be negative.")
     groups = np.zeros(len(values), int) if groups is None else np.asarray(groups)
@@ -101,13 +101,13 @@ def likelihood_correction(
 ) -> Array:
     """One Newton step of dual ascent from samples of the model itself, in place of q's.
 
-    λ + Cov(h)⁻¹ (E h − ε): the dual of λ ↦ min_p KL(p‖q) + λᵀ(E_p h − ε) has the gradient E_p h − ε
-    and the Hessian −Cov_p(h) at p = p_λ. A network that has distilled only a part of p_λ meets its
-    constraints at a larger λ than p_λ would. No λ_i falls by more than half, or rises by more than
-    max(λ_i, 1).
+    λ + Cov(h)⁻¹ (E h − ε): the dual function min_p KL(p‖q) + λᵀ(E_p h − ε) has the gradient
+    E_p h − ε and the Hessian −Cov_p(h) at p = p_λ. A network that has distilled only a part of p_λ
+    meets its constraints at a larger λ than p_λ would. No λ_i falls by more than half, or rises by
+    more than max(λ_i, 1).
 
     Args:
-      values: h_i(x_n) ≥ 0 at samples x_n of the model, [n, m], n ≥ 2.
+      values: h_i(x_n) at samples x_n of the model, [n, m], n ≥ 2.
       thresholds: ε, [m].
       multipliers: λ, [m], in nats per unit of h.
 
@@ -117,7 +117,7 @@ def likelihood_correction(
     Raises:
       ValueError: for shapes that do not fit, a single sample, or values that are not finite.
     """
-    values, thresholds = _checked(values, thresholds, 1, 0.5)
+    values, thresholds = _checked(values, thresholds)
     multipliers = jnp.asarray(multipliers, values.dtype)
     if values.shape[0] < 2 or multipliers.shape != thresholds.shape:
         raise ValueError(
@@ -162,7 +162,7 @@ def reverse_kl_multipliers(
       ValueError: for shapes that do not fit, ratios that are not finite, a level outside (0, 1),
         or no resamples.
     """
-    log_ratios, bounds = _checked(log_ratios, thresholds, resamples, level)
+    log_ratios, bounds = _checked(log_ratios, thresholds)
     one = log_ratios.shape[:1]
     return _with_bootstrap(_solve_reverse_kl, log_ratios, bounds, one, key, resamples, level)
 
@@ -204,9 +204,7 @@ def _resample(
     return jax.lax.map(one, keys)
 
 
-def _checked(
-    values: ArrayLike, thresholds: ArrayLike, resamples: int, level: float
-) -> tuple[Array, Array]:
+def _checked(values: ArrayLike, thresholds: ArrayLike) -> tuple[Array, Array]:
     dtype = jnp.result_type(float)
     values, thresholds = jnp.asarray(values, dtype), jnp.asarray(thresholds, dtype)
     if values.ndim != 2 or values.shape[1:] != thresholds.shape:
@@ -216,11 +214,6 @@ def _checked(
         )
     if not bool(jnp.isfinite(values).all()):
         raise ValueError("values at the samples must be finite.")
-    if resamples < 1 or not 0 < level < 1:
-        raise ValueError(
-            "expected at least one resample and a level inside (0, 1), got "
-            f"{resamples} and {level}."
-        )
     return values, thresholds
 
 
@@ -234,6 +227,11 @@ def _with_bootstrap(
     level: float,
 ) -> DualFirst:
     """Sizes are those of the groups, which follow one another."""
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(
+            "expected at least one resample and a level inside (0, 1), got "
+            f"{resamples} and {level}."
+        )
     solution = solve(values, bounds, sizes)
     weights = jnp.exp(solution.log_p)
     effective = 1.0 / (values.shape[0] * jnp.square(weights).sum())

@@ -275,11 +275,10 @@ def _run(
         elapsed = _keep_rows(metrics_path, int(state.step))
 
         def corrected(done: int, state: PrimalDualState) -> PrimalDualState:
-            if task.correct is None or done not in task.corrections:
+            if done not in task.corrections:
                 return state
             params = state.params if rank is None else lora_merge(state.reference, state.params)
-            found = task.correct(done, params, state.multipliers)
-            found = jnp.asarray(found, state.multipliers.dtype)
+            found = task.corrections[done](params, state.multipliers)
             return state._replace(
                 multipliers=found if mesh is None else sharding.replicate(found, mesh)
             )

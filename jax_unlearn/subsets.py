@@ -122,7 +122,8 @@ def subset_optimizer(
 ) -> optax.GradientTransformation:
     """An optimizer of one part of the parameters, with no state for the others.
 
-    It sees the gradient of that part alone, so that a clipping inside it does too.
+    It sees the gradient of that part alone, so that a clipping inside it does too. Use it with
+    `subset_formulation`, or `subset_params`, which spare the other derivatives.
     """
     return optax.multi_transform(
         {"trained": optimizer, "frozen": optax.set_to_zero()},
@@ -146,7 +147,6 @@ def subset_params(params: Params, part: str) -> Params:
 def subset_formulation(formulation: Formulation, part: str) -> Formulation:
     """The same problem, differentiated in one part of the parameters: `subset_params`.
 
-    For `subset_optimizer`, which does without the other derivatives;
     `PrimalDualInfo.gradient_norm` is then that of the part.
     """
 

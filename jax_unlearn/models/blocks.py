@@ -217,8 +217,8 @@ def _kernel(dtype: Any, head_dim: int, keys: int) -> Literal["cudnn"] | None:
     on GPUs of NVIDIA since Ampere. It has no forward-mode derivative. None leaves attention to XLA,
     as float32 does everywhere and the 77 tokens of CLIP do.
     """
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
+    device = jax.config.jax_default_device or jax.devices()[0]  # pyrefly: ignore
+    if getattr(device, "platform", "") != "gpu" or "NVIDIA" not in device.device_kind:
         return None
     capability = float(device.compute_capability)
     widest = 256 if capability >= 9 else 128

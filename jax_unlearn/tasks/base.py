@@ -1,6 +1,6 @@
 """What a task is: an unlearning job made ready for the loop that `run` runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,8 +61,8 @@ class Task(NamedTuple):
       objective: what it is, in words.
       captions: metric -> its "unit" or "description".
       grids: the pictures of the report, from the measurements after.
-      corrections: after how many steps `correct` is due.
-      correct: (step, params, multipliers) -> multipliers, by what the model itself shows.
+      corrections: number of steps done -> (params, multipliers) -> multipliers, by what the model
+        itself shows by then.
     """
 
     pretrained: Pretrained
@@ -82,8 +82,7 @@ class Task(NamedTuple):
     objective: str
     captions: dict[str, dict[str, str]]
     grids: Callable[[Measured], list[Grid]]
-    corrections: tuple[int, ...] = ()
-    correct: Callable[[int, Params, Array], ArrayLike] | None = None
+    corrections: Mapping[int, Callable[[Params, Array], Array]] = {}
 
 
 def estimate(values: np.ndarray) -> Estimate:

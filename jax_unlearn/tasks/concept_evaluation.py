@@ -15,7 +15,15 @@ from jax_unlearn.tasks.base import batch_rows, in_batches
 from jax_unlearn.tasks.concept_problem import Problem
 from jax_unlearn.typing import Array, Params
 
-__all__ = ["Raw", "classifier", "compared", "draw", "evaluator"]
+__all__ = [
+    "Raw",
+    "Shows",
+    "classifier",
+    "compared",
+    "draw",
+    "evaluator",
+    "likelihoods_of_samples",
+]
 
 LEAST_ROWS = 8
 
@@ -37,10 +45,32 @@ class Raw(NamedTuple):
     values: np.ndarray
 
 
+Shows = Callable[[Params, Array, np.ndarray], np.ndarray]
+
+
+def likelihoods_of_samples(
+    problem: Problem, options: ConceptOptions, h: Callable[[Array], Array]
+) -> Shows:
+    """(params, key, conditions [n]) -> h of a sample of each, [n, m]."""
+
+    @jax.jit
+    def shows(params: Params, key: Array, cond: Array) -> Array:
+        return h(draw(problem, options, params, key, cond))
+
+    size = batch_rows(problem.pretrained.config.sample_shape)
+    return lambda params, key, cond: in_batches(partial(shows, params), key, cond, size=size)
+
+
 def evaluator(
-    problem: Problem, options: ConceptOptions, h: Callable[[Array], Array] | None
+    problem: Problem, options: ConceptOptions, shows: Shows | None
 ) -> Callable[[Params], Raw]:
-    """Trajectories, and for likelihoods samples, of every condition; the same noise every time."""
+    """Trajectories of every condition, the same noise every time; values are theirs, or of samples.
+
+    Args:
+      problem: whose conditions.
+      options: how many.
+      shows: `likelihoods_of_samples`, for constraints on these.
+    """
     apply, reference, schedule, config = problem.pretrained
     count = len(problem.concepts)
     formulation = reverse_kl(
@@ -56,18 +86,13 @@ def evaluator(
         params: Params, key: Array, cond: Array, base: Array, target: Array
     ) -> tuple[Array, Array]:
         # Likelihoods are of samples: along trajectories the concepts need not be evaluated.
-        shape = (cond.shape[0], count if h is None else 0)
+        shape = (cond.shape[0], count if shows is None else 0)
         constraint = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-        rows = Separated(cond, base, target if h is None else None, constraint)
+        rows = Separated(cond, base, target if shows is None else None, constraint)
         found = formulation.losses(
             params, reference, key, ConditionBatch(None, rows), None, jnp.zeros(count)
         )
         return found.objective, found.constraint.reshape(shape)
-
-    @jax.jit
-    def shows(params: Params, key: Array, cond: Array) -> Array:
-        assert h is not None
-        return h(draw(problem, options, params, key, cond))
 
     batched = partial(in_batches, size=batch_rows(config.sample_shape))
     rows = compared(problem)
@@ -82,12 +107,12 @@ def evaluator(
     if "calibrated" in options.threshold:
         judged += [c for c, _ in problem.anchors]
     rows_each = max(options.evaluation_images // len(judged), LEAST_ROWS)
-    valued = cond if h is None else np.tile(np.array(judged, np.int32), rows_each)
+    valued = cond if shows is None else np.tile(np.array(judged, np.int32), rows_each)
 
     def evaluate(params: Params) -> Raw:
         path_kl, values = batched(partial(along, params), key, cond, base, target)
-        if h is not None:
-            values = batched(partial(shows, params), key, valued)
+        if shows is not None:
+            values = shows(params, key, valued)
         return Raw(cond, path_kl, valued, values)
 
     return evaluate

@@ -23,7 +23,7 @@ from jax_unlearn.formulations import (
 )
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.tasks.base import batch_rows, in_batches
-from jax_unlearn.tasks.concept_evaluation import draw
+from jax_unlearn.tasks.concept_evaluation import Shows, draw
 from jax_unlearn.tasks.concept_problem import Problem
 from jax_unlearn.typing import Array, Params
 
@@ -31,7 +31,7 @@ __all__ = [
     "Pool",
     "Posed",
     "condition_batch",
-    "corrected",
+    "corrections",
     "likelihood_problem",
     "reverse_kl_problem",
     "sample_batch",
@@ -124,7 +124,7 @@ def stored_samples(problem: Problem, options: ConceptOptions, h: Callable[[Array
 def likelihood_problem(
     problem: Problem, options: ConceptOptions, pool: Pool, thresholds: np.ndarray, share: float
 ) -> Posed:
-    """Dual first: λ* on the stored samples, then weighted denoising; `corrected` moves λ.
+    """Dual first: λ* on the stored samples, then weighted denoising; `corrections` move λ.
 
     Raises:
       ValueError: for a threshold below what any stored sample has.
@@ -177,30 +177,26 @@ def likelihood_problem(
     )
 
 
-def corrected(
+def corrections(
     problem: Problem,
     options: ConceptOptions,
-    h: Callable[[Array], Array],
+    shows: Shows,
     thresholds: np.ndarray,
     share: float,
-) -> Callable[[int, Params, Array], Array]:
-    """(step, params, λ) -> λ after a step of dual ascent on fresh samples of the model."""
+) -> dict[int, Callable[[Params, Array], Array]]:
+    """Steps that cut the run into equal parts -> (params, λ) -> λ after a step of dual ascent."""
     separated = np.array([one.cond for one in problem.separated], np.int32)
     cond = np.tile(separated, max(options.stored_samples // (4 * len(separated)), 2))
 
-    @jax.jit
-    def shows(params: Params, key: Array, cond: Array) -> Array:
-        return h(draw(problem, options, params, key, cond))
-
     def correct(step: int, params: Params, current: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(options.seed + 3), step)
-        size = batch_rows(problem.pretrained.config.sample_shape)
-        values = in_batches(partial(shows, params), key, cond, size=size)
+        values = shows(params, jax.random.fold_in(jax.random.key(options.seed + 3), step), cond)
         # As of one forgotten condition alone: the objective has only their share of all rows.
         alone = dual_first.likelihood_correction(values, thresholds, current / share)
-        return share * alone
+        return (share * alone).astype(current.dtype)
 
-    return correct
+    parts = options.corrections + 1
+    steps = {options.steps * part // parts for part in range(1, parts)} - {0}
+    return {step: partial(correct, step) for step in sorted(steps)}
 
 
 def sample_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> SampleBatch:

@@ -20,9 +20,14 @@ import numpy as np
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ConceptOptions, parse_threshold
 from jax_unlearn.tasks.base import Measured, Task, estimate
-from jax_unlearn.tasks.concept_evaluation import Raw, classifier, evaluator
+from jax_unlearn.tasks.concept_evaluation import (
+    Raw,
+    classifier,
+    evaluator,
+    likelihoods_of_samples,
+)
 from jax_unlearn.tasks.concept_formulations import (
-    corrected,
+    corrections,
     likelihood_problem,
     reverse_kl_problem,
     stored_samples,
@@ -42,7 +47,8 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
     pretrained, conditions = problem.pretrained, problem.conditions
     reverse = options.formulation == "reverse-kl"
     h = None if reverse else classifier(problem, options)
-    evaluate = evaluator(problem, options, h)
+    shows = None if h is None else likelihoods_of_samples(problem, options, h)
+    evaluate = evaluator(problem, options, shows)
     raw = evaluate(pretrained.params)
     drawn = drawing(pretrained, conditions, options, judge, problem.forgotten, problem.shown)
     real = problem.real
@@ -161,15 +167,10 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             },
             {c: f"{value:.3g} nats from what is forgotten" for c, value in distances.items()},
         ),
-        corrections=() if h is None else _between(options.steps, options.corrections),
-        correct=None if h is None else corrected(problem, options, h, thresholds, share),
+        corrections={}
+        if shows is None
+        else corrections(problem, options, shows, thresholds, share),
     )
-
-
-def _between(steps: int, count: int) -> tuple[int, ...]:
-    """`count` numbers of steps that cut a run into equal parts; fewer in one that is shorter."""
-    cuts = {steps * number // (count + 1) for number in range(1, count + 1)}
-    return tuple(sorted(cuts - {0}))
 
 
 def _distances(problem: Problem, options: ConceptOptions, raw: Raw) -> dict[int, float]:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,12 +153,34 @@ def test_conv_vmaps_over_kernels():
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "capability", "dtype", "head_dim", "keys", "flash"),
+    [
+        ("NVIDIA H100", "9.0", jnp.bfloat16, 160, 256, True),
+        ("NVIDIA A100", "8.0", jnp.float16, 40, 4096, True),
+        ("NVIDIA A100", "8.0", jnp.bfloat16, 160, 256, False),
+        ("NVIDIA V100", "7.0", jnp.bfloat16, 40, 256, False),
+        ("NVIDIA H100", "9.0", jnp.float32, 40, 256, False),
+        ("NVIDIA H100", "9.0", jnp.bfloat16, 40, 77, False),
+        ("NVIDIA H100", "9.0", jnp.bfloat16, 42, 256, False),
+        ("AMD Instinct MI300X", "gfx942", jnp.bfloat16, 40, 256, False),
+    ],
+)
+def test_flash_kernel_where_there_is_one(
+    monkeypatch, kind, capability, dtype, head_dim, keys, flash
+):
+    device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert blocks._kernel(jnp.dtype(dtype), head_dim, keys) == ("cudnn" if flash else None)
+    monkeypatch.undo()
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert blocks._kernel(jnp.dtype(dtype), head_dim, keys) is None
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU with cuDNN")
 @pytest.mark.parametrize("head_dim", [40, 160])
 def test_flash_kernel_is_attention(head_dim):
     assert blocks._kernel(jnp.bfloat16, head_dim, 256) == "cudnn"
-    assert blocks._kernel(jnp.bfloat16, head_dim, 77) is None
-    assert blocks._kernel(jnp.float32, head_dim, 256) is None
     x, weight = jax.random.normal(jax.random.key(1), (2, 2, 256, 8 * head_dim))
 
     def loss(params, dtype):

@@ -157,7 +157,8 @@ def test_likelihoods_are_measured_where_they_are_asked_for(tiny_model, tmp_path)
         options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=(threshold,))
         problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
         h = concept_evaluation.classifier(problem, options)
-        raw = concept_evaluation.evaluator(problem, options, h)(problem.pretrained.params)
+        shows = concept_evaluation.likelihoods_of_samples(problem, options, h)
+        raw = concept_evaluation.evaluator(problem, options, shows)(problem.pretrained.params)
         assert set(raw.valued) == wanted
         each = np.bincount(raw.valued)[list(wanted)]
         assert (each == max(options.evaluation_images // len(wanted), 8)).all()
@@ -184,7 +185,7 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
     options = options_of(tiny_model, tmp_path, formulation="likelihood", corrections=1)
     problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
     task = concepts.concept_task(problem, options, None)
-    assert task.corrections == (2,)
+    assert list(task.corrections) == [2]
     # Its 16 samples, all of the forgotten label, and its constraint alone: 8 of 24 rows.
     key = jax.random.fold_in(jax.random.key(options.seed + 3), 2)
     x = concept_evaluation.draw(
@@ -192,7 +193,7 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
     )
     h = np.asarray(concept_evaluation.classifier(problem, options)(x), np.float64)
     step = np.clip((h.mean() - task.thresholds[0]) / h.var(), -1.5, 3.0)
-    found = task.correct(2, task.params, jnp.array([1.0], jnp.float32))
+    found = task.corrections[2](task.params, jnp.array([1.0], jnp.float32))
     np.testing.assert_allclose(found, [(3.0 + step) / 3], rtol=1e-4)
 
 
