@@ -170,10 +170,10 @@ def test_flash_kernel_where_there_is_one(
     monkeypatch, kind, capability, dtype, head_dim, keys, flash
 ):
     device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    (cpu, *_) = jax.devices("cpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert blocks._kernel(jnp.dtype(dtype), head_dim, keys) == ("cudnn" if flash else None)
-    monkeypatch.undo()
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(cpu):
         assert blocks._kernel(jnp.dtype(dtype), head_dim, keys) is None
 
 
