@@ -41,6 +41,7 @@ REVERSE = {
 # Of ESD and of equal weights, which do not have multipliers that swing.
 FIXED_RATE = 2e-4
 LIKELIHOOD = {
+    "target_steps": 0,
     "steps": 50, "learning_rate": 5e-4, "batch_size": 64, "forget_batch_size": 32,
     "stored_samples": 256, "classifier_draws": 4, "classifier_noise": 0.0, "samples": 0,
     "corrections": 0,

@@ -234,6 +234,7 @@ _DEMO: dict[str, dict[str, Any]] = {
     "likelihood": {
         "stored_samples": 160,
         "classifier_draws": 2,
+        "target_steps": 0,
         "corrections": 0,
         "learning_rate": 2e-4,
     },
@@ -249,6 +250,7 @@ _DEMO_TEXT: dict[str, dict[str, Any]] = {
         "steps": 40,
         "stored_samples": 160,
         "classifier_draws": 2,
+        "target_steps": 0,
         "corrections": 0,
         "threshold": ("0.25x",),
         "learning_rate": 2e-4,

@@ -294,6 +294,11 @@ class ConceptOptions(ModelOptions):
     stored_samples: int = 512
     """"likelihood": samples of the reference that are drawn once and trained on, of --base and
     of the kept labels each."""
+    target_steps: int = 10
+    """"likelihood": noise levels of each stored sample at which the optimum's own score is computed
+    beforehand, from the reference's predictions at all concepts, for the training to regress on, 2
+    or more; 0 trains on the samples themselves, weighted, which is cheaper to set up and forgets
+    less for more."""
     corrections: int = 3
     """"likelihood": how often, at equal distances, the multipliers are corrected by what samples of
     the model itself show by then, a quarter of --stored-samples each time."""
@@ -314,6 +319,8 @@ class ConceptOptions(ModelOptions):
         for name in ("chain_steps", "classifier_draws"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')} must be 2 or more.")
+        if self.target_steps < 0 or self.target_steps == 1:
+            raise ValueError("--target-steps must be 0, or 2 or more.")
         if self.corrections < 0:
             raise ValueError("--corrections must be 0 or more.")
         _check_thresholds(self.threshold, self.forget)

@@ -5,6 +5,7 @@ from jax_unlearn.formulations.forward_kl import ESTIMATORS, Batch, Forget, forwa
 from jax_unlearn.formulations.likelihood import likelihood
 from jax_unlearn.formulations.mixed import mixed
 from jax_unlearn.formulations.on_policy import ConditionBatch, Held, Separated, Stored
+from jax_unlearn.formulations.posterior import Points, PosteriorBatch
 from jax_unlearn.formulations.reverse_kl import reverse_kl
 from jax_unlearn.formulations.tilt import SampleBatch, Samples
 
@@ -17,6 +18,8 @@ __all__ = [
     "Formulation",
     "Held",
     "Losses",
+    "Points",
+    "PosteriorBatch",
     "SampleBatch",
     "Samples",
     "Separated",

@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable
 
 from jax_unlearn import losses, multipliers, schedules
-from jax_unlearn.formulations import on_policy, tilt
+from jax_unlearn.formulations import on_policy, posterior, tilt
 from jax_unlearn.formulations.base import Formulation
 from jax_unlearn.typing import Array, Denoiser
 
 __all__ = ["likelihood"]
 
-ESTIMATORS = ("tilt", "guidance", "pathwise")
+ESTIMATORS = ("tilt", "posterior", "guidance", "pathwise")
 
 
 def likelihood(
@@ -37,6 +37,9 @@ def likelihood(
       "tilt": weighted denoising of stored samples x of q(·|base), min_θ E_q w_λ ‖ε − ε_θ‖² with
         w_λ = exp(−Σ_i λ_i h_i), whose exact minimiser is the denoiser of p_λ. h is read from the
         batch and never differentiated; batch, objective and constraint values: see `SampleBatch`.
+      "posterior": regression on the score of p_λ where each h_i is 0 or 1, as a decided classifier
+        is, from posteriors of the concepts at stored points (`posteriors`): no Monte-Carlo noise,
+        and known where p_λ has no samples. Batch and constraint values: see `PosteriorBatch`.
       "guidance": along the model's own trajectories, held fixed, regression on
         ε_q + σ_t Σ_i λ_i ∇h_i, the score s_q − Σ_i λ_i ∇h_i. The gradient is taken at x_t of
         h_i(x̂_0(x_t)), x̂_0 the reference's, or given. Exact only as the noise vanishes: noising p_λ
@@ -55,14 +58,15 @@ def likelihood(
       estimator: see above.
       shape: of one example, without the batch axis ("pathwise", "guidance").
       steps: of the chain, at least 2 ("pathwise", "guidance").
-      weighting: of the denoising loss ("tilt").
+      weighting: of the denoising loss ("tilt", "posterior").
       reference_apply: the denoiser of q, called with the reference's parameters; default
         `apply`.
       gradients: (x_t [f, ...], t [f]) -> ∇h at the rows of `forget`, [f, m, ...] ("guidance").
       control_variate: of "tilt"; see `SampleBatch`.
 
     Returns:
-      A Formulation over `SampleBatch` or `ConditionBatch`; the multipliers are non-negative, in
+      A Formulation over `SampleBatch`, `PosteriorBatch` or `ConditionBatch`; the multipliers are
+      non-negative, in
       nats per unit of h.
 
     Raises:
@@ -81,6 +85,8 @@ def likelihood(
             values=lambda log_p, h: h,
             control_variate=control_variate,
         )
+    elif estimator == "posterior":
+        evaluate = posterior.losses_of(apply, reference_apply, schedule, weighting)
     else:
         if likelihoods is None:
             raise ValueError(f"the {estimator} estimator needs likelihoods, x_0 -> h [n, m].")

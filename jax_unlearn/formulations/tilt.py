@@ -109,8 +109,9 @@ def losses_of(
         count = sum(part.x_0.shape[0] for part in parts)
         kept = count - constraint.shape[0]
         log_w = log_weights(reach(constraint, current, count, axis_name), given)
-        log_p = log_w - _log_mean(log_w, constraint[:, 0], current.shape[0], axis_name)
-        tilted = jnp.exp(log_p)
+        tilted, log_p, diagnostics = normalised(
+            log_w, constraint[:, 0], current.shape[0], count, axis_name
+        )
         drawn = [
             losses.draw(part_key, part.x_0, weighting.probabilities, axis_name=axis_name)
             for part_key, part in zip(jax.random.split(key, 2)[-len(parts) :], parts, strict=True)
@@ -141,14 +142,27 @@ def losses_of(
             objective=losses.importance(weighting, t) * jnp.concatenate([held[:kept], weighted]),
             constraint=(tilted[:, None] * values(log_p, given)).reshape(-1),
             index=constraint.reshape(-1),
-            diagnostics={
-                "ess": losses.effective_sample_size(tilted, axis_name=axis_name),
-                "tilt_kl": psum((tilted * log_p).sum(), axis_name)
-                / psum(jnp.asarray(1.0 * count), axis_name),
-            },
+            diagnostics=diagnostics,
         )
 
     return evaluate
+
+
+def normalised(
+    log_w: Array, group: Array, groups: int, count: int, axis_name: str | None
+) -> tuple[Array, Array, dict[str, Array]]:
+    """w̃ = w/mean(w) over each row's group, [f], its logarithm, and the diagnostics.
+
+    `count` is that of all rows, kept ones too.
+    """
+    log_p = log_w - _log_mean(log_w, group, groups, axis_name)
+    tilted = jnp.exp(log_p)
+    diagnostics = {
+        "ess": losses.effective_sample_size(tilted, axis_name=axis_name),
+        "tilt_kl": psum((tilted * log_p).sum(), axis_name)
+        / psum(jnp.asarray(1.0 * count), axis_name),
+    }
+    return tilted, log_p, diagnostics
 
 
 def _log_mean(log_w: Array, group: Array, groups: int, axis_name: str | None) -> Array:

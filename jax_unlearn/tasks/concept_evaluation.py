@@ -23,6 +23,7 @@ __all__ = [
     "draw",
     "evaluator",
     "likelihoods_of_samples",
+    "log_posterior",
 ]
 
 LEAST_ROWS = 8
@@ -130,13 +131,12 @@ def compared(problem: Problem) -> dict[int, tuple[int, tuple[int, ...]]]:
     return separated | {c: (c, own.get(c, first)) for c in others}
 
 
-def classifier(problem: Problem, options: ConceptOptions) -> Callable[[Array], Array]:
-    """x_0 -> h [n, concepts], the reference's own posterior of each concept."""
+def log_posterior(problem: Problem, options: ConceptOptions) -> Callable[[Array], Array]:
+    """x_0 -> the reference's own log-posterior of each candidate, [n, candidates]."""
     apply, reference, schedule, _ = problem.pretrained
-    members = jnp.asarray(problem.members, jnp.float32)
 
-    def h(x_0: Array) -> Array:
-        posterior = likelihoods.diffusion_classifier(
+    def posterior(x_0: Array) -> Array:
+        return likelihoods.diffusion_classifier(
             apply,
             reference,
             schedule,
@@ -145,10 +145,16 @@ def classifier(problem: Problem, options: ConceptOptions) -> Callable[[Array], A
             concepts=jnp.asarray(problem.candidates),
             draws=options.classifier_draws,
             weights=likelihoods.noised_weights(schedule, options.classifier_noise),
-        )
-        return jnp.matmul(jnp.exp(posterior.value), members.T, precision="highest")
+        ).value
 
-    return h
+    return posterior
+
+
+def classifier(problem: Problem, options: ConceptOptions) -> Callable[[Array], Array]:
+    """x_0 -> h [n, concepts], the reference's own posterior of each concept."""
+    posterior = log_posterior(problem, options)
+    members = jnp.asarray(problem.members, jnp.float32)
+    return lambda x_0: jnp.matmul(jnp.exp(posterior(x_0)), members.T, precision="highest")
 
 
 def draw(

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_unlearn import data, dual_first, losses, multipliers
+from jax_unlearn import data, dual_first, losses, multipliers, posteriors
 from jax_unlearn.formulations import (
     ConditionBatch,
     Examples,
     Formulation,
     Held,
+    Points,
+    PosteriorBatch,
     SampleBatch,
     Samples,
     Separated,
@@ -23,7 +25,7 @@ from jax_unlearn.formulations import (
 )
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.tasks.base import batch_rows, in_batches
-from jax_unlearn.tasks.concept_evaluation import Shows, draw
+from jax_unlearn.tasks.concept_evaluation import Shows, draw, log_posterior
 from jax_unlearn.tasks.concept_problem import Problem
 from jax_unlearn.typing import Array, Params
 
@@ -33,6 +35,7 @@ __all__ = [
     "condition_batch",
     "corrections",
     "likelihood_problem",
+    "point_batch",
     "reverse_kl_problem",
     "sample_batch",
     "stored_samples",
@@ -53,7 +56,7 @@ class Posed(NamedTuple):
     formulation: Formulation
     dual: optax.GradientTransformation
     multipliers: np.ndarray | float
-    batch: Callable[[int], ConditionBatch | SampleBatch]
+    batch: Callable[[int], ConditionBatch | SampleBatch | PosteriorBatch]
     notes: tuple[str, ...]
 
 
@@ -95,10 +98,21 @@ def condition_batch(problem: Problem, options: ConceptOptions, step: int) -> Con
     return ConditionBatch(Held(held, held), Separated(cond, base, targets, constraint))
 
 
+class Path(NamedTuple):
+    """Points of a noising path of each stored sample: [n, steps, ...]; see `Points`."""
+
+    x_t: Any
+    t: Any
+    epsilon: Any
+    posterior: Any
+    push: Any
+
+
 class Pool(NamedTuple):
     """Stored samples of the reference: of the bases, with h [n, m], and of the kept conditions.
 
-    `separated` says whose base each of the first was drawn from, `cond` what the others show.
+    `separated` says whose base each of the first was drawn from, `cond` what the others show;
+    `path` is None without --target-steps.
     """
 
     base: np.ndarray
@@ -106,9 +120,10 @@ class Pool(NamedTuple):
     separated: np.ndarray
     kept: np.ndarray
     cond: np.ndarray
+    path: Path | None
 
 
-def stored_samples(problem: Problem, options: ConceptOptions, h: Callable[[Array], Array]) -> Pool:
+def stored_samples(problem: Problem, options: ConceptOptions) -> Pool:
     """Unguided samples of the reference model: q itself is what the problem is about."""
     of_reference = jax.jit(partial(draw, problem, options, problem.pretrained.params))
     base_key, kept_key = jax.random.split(jax.random.key(options.seed + 2))
@@ -116,9 +131,63 @@ def stored_samples(problem: Problem, options: ConceptOptions, h: Callable[[Array
     separated = np.resize(np.arange(len(problem.separated)), options.stored_samples)
     batched = partial(in_batches, size=batch_rows(problem.pretrained.config.sample_shape))
     base = batched(of_reference, base_key, problem.rows(separated)[1])
-    judged = jax.jit(h)
-    values = batched(lambda _, x: judged(x), base_key, base)
-    return Pool(base, values, separated, batched(of_reference, kept_key, cond), cond)
+    judged = jax.jit(log_posterior(problem, options))
+    log_p = batched(lambda _, x: judged(x), base_key, base)
+    values = np.exp(log_p) @ problem.members.T.astype(np.float32)
+    kept = batched(of_reference, kept_key, cond)
+    path = None
+    if options.target_steps:
+        path = _paths(problem, options, base, separated, log_p)
+    return Pool(base, values, separated, kept, cond, path)
+
+
+def _paths(
+    problem: Problem,
+    options: ConceptOptions,
+    base: np.ndarray,
+    separated: np.ndarray,
+    log_p: np.ndarray,
+) -> Path:
+    """Noises the stored samples, each base taken as the mixture of candidates that fits it best."""
+    apply, reference, schedule, config = problem.pretrained
+    bases = problem.rows(separated)[1]
+    # What is held to a base is among what the base shows: it would explain all by itself.
+    told_apart = ~np.isin(problem.candidates, bases)
+    if problem.members[:, told_apart].any(axis=0).all():
+        told_apart[:] = True
+    members = problem.members[:, told_apart].astype(np.float32)
+    concepts = jnp.asarray(np.asarray(problem.candidates)[told_apart])
+    prior = np.zeros((len(base), len(concepts)), np.float32)
+    for one in np.unique(bases):
+        of_base = bases == one
+        prior[of_base] = np.log(posteriors.mixture_shares(log_p[of_base][:, told_apart]))
+
+    @jax.jit
+    def follow(key: Array, x_0: Array, base: Array, prior: Array, times: Array) -> Path:
+        found = posteriors.posterior_path(
+            apply, reference, schedule, key,
+            x_0=x_0, times=times, concepts=concepts, members=members, log_prior=prior,
+        )  # fmt: skip
+
+        def predict(point: tuple[Array, Array]) -> Array:
+            x_t, t = point[0], jnp.full(base.shape, point[1])
+            return losses.predict_epsilon(
+                apply, reference, schedule, x_t=x_t, t=t, cond=base, clip=True
+            )
+
+        steps = jnp.broadcast_to(times[:, None], (len(times), len(base)))
+        epsilon = jax.lax.map(predict, (found.x_t, times))
+        parts = (found.x_t, steps, epsilon, found.posterior, found.push)
+        return Path(*(part.swapaxes(0, 1) for part in parts))
+
+    weighting, rng = posteriors.path_weighting(schedule), np.random.default_rng(options.seed)
+
+    def batch(key: Array, x_0: Array, base: Array, prior: Array) -> Path:
+        times = posteriors.path_times(weighting, options.target_steps, rng)
+        return follow(key, x_0, base, prior, times)
+
+    key = jax.random.key(options.seed + 4)
+    return in_batches(batch, key, base, bases, prior, size=batch_rows(config.sample_shape))
 
 
 def likelihood_problem(
@@ -158,21 +227,24 @@ def likelihood_problem(
     )
     if options.corrections:
         note += " During the run they are corrected by what samples of the model itself show."
-    dimensions = int(np.prod(config.sample_shape))
-    formulation = likelihood(
-        apply,
-        schedule,
-        estimator="tilt",
-        weighting=losses.time_weighting(
-            losses.noise_to_signal_weights(schedule.log_snr, dimensions)
-        ),
-        control_variate=True,
-    )
+    if pool.path is None:
+        dimensions = int(np.prod(config.sample_shape))
+        weights = losses.noise_to_signal_weights(schedule.log_snr, dimensions)
+        formulation = likelihood(
+            apply,
+            schedule,
+            estimator="tilt",
+            weighting=losses.time_weighting(weights),
+            control_variate=True,
+        )
+    else:
+        weighting = posteriors.path_weighting(schedule)
+        formulation = likelihood(apply, schedule, estimator="posterior", weighting=weighting)
     return Posed(
         formulation,
         optax.set_to_zero(),
         np.asarray(first.multipliers) * share,
-        partial(sample_batch, problem, options, pool),
+        partial(sample_batch if pool.path is None else point_batch, problem, options, pool),
         (note,),
     )
 
@@ -201,25 +273,38 @@ def corrections(
 
 def sample_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> SampleBatch:
     """The stored samples of a step, each as often as any other."""
+    kept, chosen, cond, base = _chosen(problem, options, pool, step, len(pool.base))
+    values = pool.values[chosen]
+    constraint = np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape)
+    return SampleBatch(kept, Samples(pool.base[chosen], cond, base, values, constraint))
+
+
+def point_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> PosteriorBatch:
+    """The points of a step, each of each stored sample as often as any other."""
+    assert pool.path is not None
+    steps = pool.path.t.shape[1]
+    kept, point, cond, _ = _chosen(problem, options, pool, step, len(pool.base) * steps)
+    chosen, place = np.divmod(point, steps)
+    x_t, t, epsilon, posterior, push = (part[chosen, place] for part in pool.path)
+    values = pool.values[chosen]
+    constraint = np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape)
+    points = Points(x_t, t, cond, epsilon, posterior, push, values, constraint)
+    return PosteriorBatch(kept, points)
+
+
+def _chosen(
+    problem: Problem, options: ConceptOptions, pool: Pool, step: int, count: int
+) -> tuple[Examples, np.ndarray, np.ndarray, np.ndarray]:
+    """Kept samples, places below `count`, some for each stored sample, and their conditions."""
     kept, chosen, which = (
-        data.batch_indices(seed=options.seed, step=step, size=size, count=count)
-        for size, count in (
+        data.batch_indices(seed=options.seed, step=step, size=size, count=one)
+        for size, one in (
             (options.batch_size, len(pool.kept)),
-            (options.forget_batch_size, len(pool.base)),
+            (options.forget_batch_size, count),
             (options.forget_batch_size, len(problem.separated)),
         )
     )
     if len({one.base for one in problem.separated}) > 1:
-        which = pool.separated[chosen]
+        which = pool.separated[chosen // (count // len(pool.base))]
     cond, base, _ = problem.rows(which)
-    values = pool.values[chosen]
-    return SampleBatch(
-        Examples(pool.kept[kept], pool.cond[kept]),
-        Samples(
-            pool.base[chosen],
-            cond,
-            base,
-            values,
-            np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape),
-        ),
-    )
+    return Examples(pool.kept[kept], pool.cond[kept]), chosen, cond, base

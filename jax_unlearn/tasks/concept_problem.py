@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_unlearn import likelihoods, schedules
+from jax_unlearn import likelihoods, posteriors, schedules
 from jax_unlearn.editing import edit_cross_attention
 from jax_unlearn.formulations import on_policy
 from jax_unlearn.options import ConceptOptions
@@ -314,4 +314,7 @@ def _on_chain(pretrained: Pretrained, options: ConceptOptions) -> Pretrained:
     schedules.timesteps(schedule, options.sampling_steps)
     on_policy.chain(schedule, pretrained.config.sample_shape, options.chain_steps)
     likelihoods.noised_weights(schedule, options.classifier_noise)
+    if options.formulation == "likelihood" and options.target_steps:
+        rng = np.random.default_rng()
+        posteriors.path_times(posteriors.path_weighting(schedule), options.target_steps, rng)
     return pretrained._replace(schedule=schedule)

@@ -57,7 +57,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
         other = drawn.draw(pretrained.params, 1)
         kept = [place for place, c in enumerate(drawn.drawn) if c in problem.kept]
         real = None if other is None else other[kept].reshape(-1, *conditions.image_shape)
-    pool = None if h is None else stored_samples(problem, options, h)
+    pool = None if h is None else stored_samples(problem, options)
     bases = {one.base for one in problem.separated}
     at_base = raw.values[np.isin(raw.valued, list(bases))] if pool is None else pool.values
     at_anchor = raw.values[np.isin(raw.valued, [c for c, _ in problem.anchors])]
