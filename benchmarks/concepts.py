@@ -5,8 +5,8 @@
 
 Reverse-KL and likelihood constraints (as `jax-unlearn concept` has them, reverse KL by its own
 estimator, "bounded", and by "pathwise"), Lagrangians with equal fixed weights ("pathwise"), and ESD
-with its strength swept. The likelihood is that of the image itself, without noise, and λ that of
-the stored samples, uncorrected. Every model is measured by the same function: what the judge says
+with its strength swept. The likelihood is that of the image itself, without noise, trained on
+weighted samples ("tilt"), and λ that of the stored samples, uncorrected. Every model is measured by the same function: what the judge says
 of guided samples, KID of the kept labels, and path KL to the reference.
 ESD starts at the pretrained model, as published, and at the constrained methods' own start, where
 forgotten labels are embedded as the null label is ("ESD from base").
@@ -41,10 +41,9 @@ REVERSE = {
 # Of ESD and of equal weights, which do not have multipliers that swing.
 FIXED_RATE = 2e-4
 LIKELIHOOD = {
-    "target_steps": 0,
     "steps": 50, "learning_rate": 5e-4, "batch_size": 64, "forget_batch_size": 32,
     "stored_samples": 256, "classifier_draws": 4, "classifier_noise": 0.0, "samples": 0,
-    "corrections": 0,
+    "target_steps": 0, "corrections": 0,
 }  # fmt: skip
 STRENGTHS = (0.0, 0.3, 1.0, 2.0, 3.0, 5.0)
 FROM_BASE = (1.0,)

@@ -72,8 +72,8 @@ REVERSE = {
 }  # fmt: skip
 LIKELIHOOD = {
     "steps": 600, "stored_samples": 320, "classifier_draws": 4, "threshold": ("0.25x",),
-    "learning_rate": 1e-3, "batch_size": 8, "forget_batch_size": 24, "evaluation_images": 160,
-    "train": "cross-attention-kv", "corrections": 8,
+    "learning_rate": 2e-4, "batch_size": 8, "forget_batch_size": 24, "evaluation_images": 160,
+    "corrections": 5,
 }  # fmt: skip
 EQUAL = (0.5,)
 METHODS = ("edit", "reverse", "likelihood", "esd")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_unlearn import cli, divergences, likelihoods, report
+from jax_unlearn import cli, divergences, likelihoods, losses, report
 from jax_unlearn import run as running
 from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
 from jax_unlearn.pretrained import load_pretrained, relabelled
@@ -19,7 +19,7 @@ from jax_unlearn.tasks import concept_evaluation, concept_formulations, concept_
 SMALL = {
     "steps": 4, "batch_size": 16, "forget_batch_size": 8, "samples": 2, "sampling_steps": 4,
     "evaluation_images": 32, "checkpoint_every": 2, "chain_steps": 3, "stored_samples": 64,
-    "classifier_draws": 2,
+    "classifier_draws": 2, "target_steps": 3,
 }  # fmt: skip
 
 
@@ -167,7 +167,9 @@ def test_likelihoods_are_measured_where_they_are_asked_for(tiny_model, tmp_path)
 
 
 def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_model, tmp_path):
-    options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=("0.9x",))
+    options = options_of(
+        tiny_model, tmp_path, formulation="likelihood", threshold=("0.9x",), target_steps=0
+    )
     problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
     task = concepts.concept_task(problem, options, None)
     batches = [task.batch(step).forget for step in range(8)]  # every stored sample once
@@ -177,6 +179,31 @@ def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_mo
     assert (weights * h).mean() / weights.mean() == pytest.approx(0.9 * h.mean(), rel=1e-3)
     assert ((h >= 0) & (h <= 1)).all()
     assert h.std() > 0
+
+
+def test_points_are_of_the_reference_at_the_base(tiny_model, tmp_path):
+    options = options_of(tiny_model, tmp_path, formulation="likelihood")
+    problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
+    task = concepts.concept_task(problem, options, None)
+    apply, params, schedule, _ = problem.pretrained
+    seen = []
+    for step in range(24):  # 64 samples, three points each, every one once
+        forget = task.batch(step).forget
+        base = np.full(8, problem.separated[0].base)
+        expected = losses.predict_epsilon(
+            apply, params, schedule, x_t=forget.x_t, t=forget.t, cond=base, clip=True
+        )
+        np.testing.assert_allclose(forget.epsilon, expected, rtol=1e-4, atol=1e-4)
+        assert ((forget.posterior > 0) & (forget.posterior < 1)).all()
+        seen += [x.tobytes() for x in forget.x_t]
+    assert len(set(seen)) == 192
+    # The candidates are all labels, so that the posterior of all of them does not move.
+    everyone = problem._replace(members=np.ones((1, 3), bool))
+    pool = concept_formulations.stored_samples(everyone, options)
+    assert pool.path.push.shape == (64, 3, 1, *problem.pretrained.config.sample_shape)
+    np.testing.assert_allclose(pool.path.posterior, 1, rtol=1e-5)
+    np.testing.assert_allclose(pool.path.push, 0, atol=1e-5)
+    assert (np.diff(pool.path.t, axis=1) < 0).all()
 
 
 def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_path):
@@ -209,6 +236,11 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
         (["--forget", "dog", "--threshold", "-1"], "threshold"),
         (["--forget", "dog", "--chain-steps", "51"], "50"),
         (["--forget", "dog", "--chain-steps", "1"], "--chain-steps"),
+        (["--forget", "dog", "--target-steps", "1"], "--target-steps must be 0, or 2 or more"),
+        (
+            ["--forget", "dog", "--formulation", "likelihood", "--target-steps", "51"],
+            "steps must be 1 to",
+        ),
         (["--forget", "dog", "--corrections", "-1"], "--corrections must be 0 or more"),
         (["--forget", "dog", "--classifier-noise", "1"], "--classifier-noise must lie in [0, 1)"),
         ([], "--forget"),

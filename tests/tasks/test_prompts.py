@@ -12,8 +12,8 @@ import pytest
 from clip_vocabulary import write_tokenizer
 from pipelines import write_pipeline
 
-from jax_unlearn import cli
-from jax_unlearn.formulations import Samples
+from jax_unlearn import cli, posteriors
+from jax_unlearn.formulations import Points, Samples
 from jax_unlearn.networks import load_network
 from jax_unlearn.options import ConceptOptions, SampleOptions
 from jax_unlearn.pretrained import load_pretrained
@@ -27,7 +27,7 @@ CLIP = pathlib.Path(__file__).parent.parent / "fixtures" / "clip"
 SMALL = {
     "steps": 3, "batch_size": 8, "forget_batch_size": 8, "samples": 2, "sampling_steps": 3,
     "evaluation_images": 16, "checkpoint_every": 2, "chain_steps": 2, "stored_samples": 16,
-    "classifier_draws": 2,
+    "classifier_draws": 2, "target_steps": 3,
 }  # fmt: skip
 WIDENED = {
     "forget": ("cat|kitty", "dog"),
@@ -128,6 +128,30 @@ def test_the_probability_of_a_concept_is_that_of_its_prompts_together(model):
         np.testing.assert_allclose(together[:, i], each[:, row].sum(axis=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("retain", [(), ("a hen", "oil")])
+def test_a_base_does_not_explain_itself(model, retain, monkeypatch):
+    """Unless there is nothing else to tell concepts from."""
+    options = options_of(
+        formulation="likelihood", threshold=("0.9x",), anchor=None, retain=retain,
+        template=("{} in oil => oil",),
+    )  # fmt: skip
+    problem = make_prompt_problem(model, options)
+    seen = []
+    follow = posteriors.posterior_path
+
+    def recorded(*given, **named):
+        seen.append((np.asarray(named["concepts"]), np.asarray(named["members"])))
+        return follow(*given, **named)
+
+    monkeypatch.setattr(posteriors, "posterior_path", recorded)
+    concept_formulations.stored_samples(problem, options)
+    ((concepts_seen, members),) = seen  # compiled once
+    names = [problem.conditions.names[c] for c in concepts_seen]
+    shown = ["“cat in oil”", "“dog in oil”"]
+    assert names == [*shown, "“a hen”"] if retain else [*shown, "“oil”"]
+    np.testing.assert_array_equal(members, [[1, 0, 0], [0, 1, 0]])
+
+
 def test_rows_follow_their_own_base(model):
     options = options_of()
     problem = make_prompt_problem(model, options)
@@ -135,17 +159,20 @@ def test_rows_follow_their_own_base(model):
     rows = np.resize(np.arange(len(expected)), 18)
     bases = np.array([one.base for one in problem.separated])[rows]
     # Each stored sample is the number of the base that it was drawn from.
+    path = concept_formulations.Path(*[np.stack([bases, bases, bases], axis=1)] * 5)
     pool = concept_formulations.Pool(
-        bases, np.zeros((18, 2)), rows, np.array(problem.kept), np.array(problem.kept)
+        bases, np.zeros((18, 2)), rows, np.array(problem.kept), np.array(problem.kept), path
     )
     for batch in (
         partial(concept_formulations.condition_batch, problem, options),
         partial(concept_formulations.sample_batch, problem, options, pool),
+        partial(concept_formulations.point_batch, problem, options, pool),
     ):
         seen = set()
         for step in range(6):
             forget = batch(step).forget
-            assert [expected[c] for c in forget.cond.tolist()] == forget.base.tolist()
+            base = forget.x_t if isinstance(forget, Points) else forget.base
+            assert [expected[c] for c in forget.cond.tolist()] == base.tolist()
             if isinstance(forget, Samples):
                 np.testing.assert_array_equal(forget.x_0, forget.base)
             seen |= set(forget.cond.tolist())
