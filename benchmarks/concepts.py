@@ -6,8 +6,9 @@
 Reverse-KL and likelihood constraints (as `jax-unlearn concept` has them, reverse KL by its own
 estimator, "bounded", and by "pathwise"), Lagrangians with equal fixed weights ("pathwise"), and ESD
 with its strength swept. The likelihood is that of the image itself, without noise, trained on
-weighted samples ("tilt"), and λ that of the stored samples, uncorrected. Every model is measured by the same function: what the judge says
-of guided samples, KID of the kept labels, and path KL to the reference.
+weighted samples ("tilt"), and λ that of the stored samples, uncorrected. Every model is measured
+by the same function: what the judge says of guided samples, KID of the kept labels, and path KL to
+the reference.
 ESD starts at the pretrained model, as published, and at the constrained methods' own start, where
 forgotten labels are embedded as the null label is ("ESD from base").
 """

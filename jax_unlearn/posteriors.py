@@ -73,7 +73,7 @@ def posterior_path(
     if members.ndim != 2 or members.shape[1] != count or prior.shape[-1] != count:
         raise ValueError(
             f"{count} concepts take members [sets, {count}] and a prior [..., {count}], not "
-            f" {list(members.shape)} and {list(prior.shape)}."
+            f"{list(members.shape)} and {list(prior.shape)}."
         )
     x_0, times = jnp.asarray(x_0), jnp.asarray(times)
     batch, steps = x_0.shape[0], times.shape[0]

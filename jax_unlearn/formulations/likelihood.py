@@ -66,8 +66,7 @@ def likelihood(
 
     Returns:
       A Formulation over `SampleBatch`, `PosteriorBatch` or `ConditionBatch`; the multipliers are
-      non-negative, in
-      nats per unit of h.
+      non-negative, in nats per unit of h.
 
     Raises:
       ValueError: for an unknown estimator, or what it needs and was not given.
