@@ -193,7 +193,7 @@ def _paths(
 def likelihood_problem(
     problem: Problem, options: ConceptOptions, pool: Pool, thresholds: np.ndarray, share: float
 ) -> Posed:
-    """Dual first: λ* on the stored samples, then weighted denoising; `corrections` move λ.
+    """Dual first: λ* on the stored samples, then distillation at it; `corrections` move λ.
 
     Raises:
       ValueError: for a threshold below what any stored sample has.
