@@ -100,12 +100,18 @@ def _time_weighting(
     return losses.TimeWeighting(weights, probabilities)
 
 
-def _count(concepts: Any) -> int:
+def count_concepts(concepts: Any) -> int:
+    """The length of the one leading axis of conditions, or a ValueError."""
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(concepts)}
     if len(counts) != 1 or counts == {()}:
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(concepts)]
         raise ValueError(f"concepts must share one leading axis, one entry a concept: {shapes}.")
     return counts.pop()[0]
+
+
+def for_rows(concept: Any, batch: int) -> Any:
+    """One condition, given to each of `batch` rows."""
+    return jax.tree.map(lambda c: jnp.broadcast_to(c, (batch, *jnp.shape(c))), concept)
 
 
 def concept_energies(
@@ -157,7 +163,7 @@ def concept_energies(
         are not [T], no draws, or default weights at a zero terminal SNR.
     """
     weighting = _time_weighting(schedule, weights, probabilities)
-    x_0, count, batch = jnp.asarray(x_0), _count(concepts), x_0.shape[0]
+    x_0, count, batch = jnp.asarray(x_0), count_concepts(concepts), x_0.shape[0]
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}.")
     cumulative = jnp.cumsum(weighting.probabilities)
@@ -173,7 +179,7 @@ def concept_energies(
         x_t = schedules.add_noise(x_0=x_0, noise=noise, log_snr=schedule.log_snr[t])
 
         def energy(concept: Any) -> Array:
-            cond = jax.tree.map(lambda c: jnp.broadcast_to(c, (batch, *jnp.shape(c))), concept)
+            cond = for_rows(concept, batch)
             epsilon = losses.predict_epsilon(
                 apply, params, schedule, x_t=x_t, t=t, cond=cond, clip=True
             )
@@ -221,7 +227,7 @@ def diffusion_classifier(
     Raises:
       ValueError: as `concept_energies`; for fewer than 2 draws or a prior not [concepts].
     """
-    count = _count(concepts)
+    count = count_concepts(concepts)
     log_prior = jnp.zeros(count) if log_prior is None else jnp.asarray(log_prior)
     if log_prior.shape != (count,):
         raise ValueError(f"log_prior must be [{count}], not {list(log_prior.shape)}.")
@@ -275,7 +281,7 @@ def log_odds(
       ValueError: as `concept_energies`, and for fewer than 2 draws.
     """
     _at_least_two("draws", draws)
-    _count(concepts)
+    count_concepts(concepts)
     both = jax.tree.map(lambda c, b: jnp.concatenate([jnp.asarray(b)[None], c]), concepts, base)
     energies = concept_energies(
         apply, params, schedule, key, x_0=x_0, concepts=both, draws=draws, **options

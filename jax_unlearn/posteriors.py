@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_unlearn import losses, schedules
+from jax_unlearn import likelihoods, losses, schedules
 from jax_unlearn.typing import Array, ArrayLike, Denoiser, Params
 
 __all__ = ["PosteriorPath", "mixture_shares", "path_times", "path_weighting", "posterior_path"]
@@ -51,7 +51,8 @@ def posterior_path(
     p(c|x_s) = p(c|x_t) N(x_s; μ_c(x_t), v) / Z, with the ancestral step μ_c from t to the less
     noisy s, and v the geometric mean of its two variances. For exact denoisers and ever finer
     steps that is so for every path, without noise. The draws of `likelihoods.diffusion_classifier`
-    are independent, and only the average of many has a limit.
+    are independent, and only the average of many has a limit. Memory is that of all concepts'
+    forward passes at one time step.
 
     Args:
       apply: the conditional denoiser.
@@ -65,10 +66,11 @@ def posterior_path(
       log_prior: [batch, concepts] or [concepts], up to a constant; None is uniform.
 
     Raises:
-      ValueError: for members or a prior that do not fit the concepts.
+      ValueError: for concepts without one common leading axis, or members or a prior that do
+        not fit them.
     """
     members = jnp.asarray(members, jnp.float32)
-    count = jax.tree.leaves(concepts)[0].shape[0]
+    count = likelihoods.count_concepts(concepts)
     prior = jnp.zeros(count) if log_prior is None else jnp.asarray(log_prior, jnp.float32)
     if members.ndim != 2 or members.shape[1] != count or prior.shape[-1] != count:
         raise ValueError(
@@ -99,10 +101,8 @@ def posterior_path(
         variance = (1 - ratio) * jnp.sqrt(var_s / var_t)
 
         def one(concept: Any) -> tuple[Array, Array]:
-            cond = jax.tree.map(lambda c: jnp.broadcast_to(c, (batch, *jnp.shape(c))), concept)
-            found = schedules.clipped(
-                apply(params, x_t, t, cond), schedule, x_t=x_t, log_snr=at_each
-            )
+            prediction = apply(params, x_t, t, likelihoods.for_rows(concept, batch))
+            found = schedules.clipped(prediction, schedule, x_t=x_t, log_snr=at_each)
             mean = jnp.sqrt(alpha_s) * (1 - ratio) / var_t * found.x_0
             mean += jnp.sqrt(ratio) * var_s / var_t * x_t
             squares = jnp.square(x_s - mean).sum(axis=tuple(range(1, x_t.ndim)))

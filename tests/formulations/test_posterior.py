@@ -79,7 +79,7 @@ def test_kept_rows_share_the_batch_and_are_held_to_the_reference():
     moved = losses_at(
         jnp.stack([tilted, LAW.log_weights + jnp.array([1.0, 0, 0, 0])]), 0.75 * LAMBDAS, kept
     )
-    assert (moved.objective[:KEPT] > 0).all()
+    assert moved.objective[:KEPT].mean() > 1e-3  # not held to itself
     np.testing.assert_allclose(moved.objective[KEPT:], 0, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_unlearn import cli, divergences, likelihoods, losses, report
+from jax_unlearn import cli, divergences, likelihoods, losses, posteriors, report
 from jax_unlearn import run as running
 from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
 from jax_unlearn.pretrained import load_pretrained, relabelled
@@ -197,6 +197,12 @@ def test_points_are_of_the_reference_at_the_base(tiny_model, tmp_path):
         assert ((forget.posterior > 0) & (forget.posterior < 1)).all()
         seen += [x.tobytes() for x in forget.x_t]
     assert len(set(seen)) == 192
+    # At the noisiest point nothing is known but the base's share of the concept.
+    pool = concept_formulations.stored_samples(problem, options)
+    log_p = jax.jit(concept_evaluation.log_posterior(problem, options))(pool.base)
+    (share,) = posteriors.mixture_shares(log_p) @ problem.members.T
+    np.testing.assert_allclose(pool.path.posterior[:, 0, 0], share, rtol=1e-3)
+    assert abs(share - 1 / 3) > 0.01
     # The candidates are all labels, so that the posterior of all of them does not move.
     everyone = problem._replace(members=np.ones((1, 3), bool))
     pool = concept_formulations.stored_samples(everyone, options)
