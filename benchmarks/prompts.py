@@ -2,8 +2,8 @@
 
 Tasks: one object (with its synonym), one style, two objects, an object in one style. Methods: the
 closed-form edit that training starts from, reverse KL and likelihood with constraints, equal
-weights fixed by hand, and ESD (2303.07345) over strengths. Each is judged by a classifier of
-(object, style) that saw only real images:
+weights fixed by hand, and ESD (2303.07345) over strengths and learning rates. Each is judged by a
+classifier of (object, style) that saw only real images:
 
   UA    unlearning accuracy: samples of forgotten prompts that do not show what was forgotten
   UA'   the same on paraphrases in templates that neither the model nor the run has seen
@@ -82,7 +82,7 @@ TILT = LIKELIHOOD | {
 EQUAL = (0.5,)
 METHODS = ("edit", "reverse", "likelihood", "tilt", "esd")
 STRENGTHS = (1.0, 3.0, 10.0)
-ESD_RATE = 2e-4
+ESD_RATES = (2e-4, 1e-3)
 
 
 class Judge:
@@ -134,7 +134,7 @@ def study(name, seed, methods):
     problem = make_prompt_problem(model, options)
     judged = Judge(name, problem, options)
     silent = dataclasses.replace(options, samples=0)
-    task = concept_task(problem, silent, None)
+    task = None if set(methods) <= {"likelihood", "tilt"} else concept_task(problem, silent, None)
     share = options.forget_batch_size / (options.batch_size + options.forget_batch_size)
 
     def row(method, setting, params, seconds=None, found=None, of=task):
@@ -172,10 +172,11 @@ def study(name, seed, methods):
             params, found, seconds = constrained(other, likely, None)
             yield row(label, None, params, seconds, found, other)
     if "esd" in methods:
-        train = make_esd(problem, options, optimizer_of(ESD_RATE, ESD_STEPS), "cross-attention")
-        for strength in STRENGTHS:
-            params, seconds = train(problem.pretrained.params, strength)
-            yield row("ESD-x", strength, params, seconds)
+        for rate in ESD_RATES:
+            train = make_esd(problem, options, optimizer_of(rate, ESD_STEPS), "cross-attention")
+            for strength in STRENGTHS:
+                params, seconds = train(problem.pretrained.params, strength)
+                yield row(f"ESD-x, rate {rate:.0e}", strength, params, seconds)
 
 
 def print_table(name, rows):

@@ -97,19 +97,30 @@ def likelihood_multipliers(
 
 
 def likelihood_correction(
-    values: ArrayLike, thresholds: ArrayLike, multipliers: ArrayLike
+    values: ArrayLike,
+    thresholds: ArrayLike,
+    multipliers: ArrayLike,
+    *,
+    stored: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    margin: float = 0.0,
 ) -> Array:
     """One Newton step of dual ascent from samples of the model itself, in place of q's.
 
-    λ + Cov(h)⁻¹ (E h − ε): the dual function min_p KL(p‖q) + λᵀ(E_p h − ε) has the gradient
+    λ + g Cov(h)⁻¹ (E h − ε): the dual function min_p KL(p‖q) + λᵀ(E_p h − ε) has the gradient
     E_p h − ε and the Hessian −Cov_p(h) at p = p_λ. A network that has distilled only a part of p_λ
-    meets its constraints at a larger λ than p_λ would. No λ_i falls by more than half, or rises by
-    more than max(λ_i, 1).
+    meets its constraints at a larger λ than p_λ would, and moves less with it. Stored samples of q
+    tell how much less: with λ′ the multipliers at which their p_λ′ has the model's E h,
+    g = max(1, |λ|₁/|λ′|₁), and 1 without them. No λ_i falls by more than half, or rises by more
+    than max(λ_i, 1).
 
     Args:
       values: h_i(x_n) at samples x_n of the model, [n, m], n ≥ 2.
       thresholds: ε, [m].
       multipliers: λ, [m], in nats per unit of h.
+      stored: h_i at samples of q, as `likelihood_multipliers` takes them; or None.
+      groups: of the stored samples.
+      margin: standard errors of E h to be added to it, so that constraints hold beyond chance.
 
     Returns:
       The new multipliers, [m].
@@ -128,9 +139,12 @@ def likelihood_correction(
     covariance = jnp.matmul(centred.T, centred, precision="highest") / values.shape[0]
     # Where all samples say the same the step is as long as it may be.
     ridge = jnp.finfo(values.dtype).tiny + 1e-6 * jnp.trace(covariance)
-    step = jnp.linalg.solve(
-        covariance + ridge * jnp.eye(len(multipliers)), values.mean(axis=0) - thresholds
-    )
+    reached = values.mean(axis=0) + margin * jnp.sqrt(jnp.diag(covariance) / (len(values) - 1))
+    step = jnp.linalg.solve(covariance + ridge * jnp.eye(len(multipliers)), reached - thresholds)
+    if stored is not None:
+        followed = likelihood_multipliers(stored, values.mean(axis=0), groups=groups).multipliers
+        least = jnp.finfo(values.dtype).eps
+        step *= jnp.maximum(multipliers.sum() / jnp.maximum(followed.sum(), least), 1.0)
     return multipliers + jnp.clip(step, -0.5 * multipliers, jnp.maximum(multipliers, 1.0))
 
 

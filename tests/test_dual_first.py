@@ -168,6 +168,28 @@ def test_corrections_lead_to_the_exact_multipliers():
     np.testing.assert_allclose(current, exact, rtol=0.1)
     # A model that follows λ half of the way meets the same constraints at twice the λ.
     np.testing.assert_allclose(halved, 2 * exact, rtol=0.1)
+    # Stored samples tell that it does, and what half is missing is made up for at once.
+    alone, told = 3 * exact, 3 * exact
+    for _ in range(2):
+        alone = dual_first.likelihood_correction(drawn(0.5 * alone), thresholds, alone)
+        told = dual_first.likelihood_correction(drawn(0.5 * told), thresholds, told, stored=h)
+    assert (abs(told - 2 * exact) < 0.5 * abs(alone - 2 * exact)).all()
+
+
+def test_a_correction_is_scaled_by_what_the_model_has_followed():
+    """h of 0 and 1, where p_λ has odds e^−λ times those of q, in each of two groups alike."""
+    stored = np.repeat([[1.0], [0.0], [1.0], [0.0]], (20, 80, 10, 40), axis=0)
+    groups = np.repeat([0, 1], (100, 50))
+    values = np.repeat([[1.0], [0.0]], (10, 90), axis=0)
+    followed = np.log(0.2 / 0.8) - np.log(0.1 / 0.9)
+    for current, gain in ((2.0, 2.0 / followed), (0.5, 1.0)):
+        found = dual_first.likelihood_correction(
+            values, [0.08], [current], stored=stored, groups=groups
+        )
+        np.testing.assert_allclose(found, current + gain * 0.02 / 0.09, rtol=1e-4)
+    # A model that shows it no less than q has followed nothing: the longest step.
+    found = dual_first.likelihood_correction(1 - values, [0.1], [2.0], stored=stored)
+    np.testing.assert_allclose(found, 4.0)
 
 
 def test_a_correction_is_newtons_step_within_bounds():
@@ -175,6 +197,11 @@ def test_a_correction_is_newtons_step_within_bounds():
     current, thresholds = np.array([3.0, 2.0]), np.array([0.45, 0.55])
     expected = current + np.linalg.solve(np.cov(values.T, bias=True), values.mean(0) - thresholds)
     found = dual_first.likelihood_correction(values, thresholds, current)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    # With a margin, the same step for samples that show as much more.
+    errors = values.std(0, ddof=1) / np.sqrt(50)
+    expected += np.linalg.solve(np.cov(values.T, bias=True), 2 * errors)
+    found = dual_first.likelihood_correction(values, thresholds, current, margin=2.0)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     same = np.full((4, 2), 0.3)
     for thresholds, factor in (([0.1, 0.1], [2.0, 2.0]), ([0.5, 0.1], [0.5, 2.0])):

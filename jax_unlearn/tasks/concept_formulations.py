@@ -199,11 +199,10 @@ def likelihood_problem(
       ValueError: for a threshold below what any stored sample has.
     """
     apply, _, schedule, config = problem.pretrained
-    bases = np.array([one.base for one in problem.separated])
     first = dual_first.likelihood_multipliers(
         pool.values,
         thresholds,
-        groups=bases[pool.separated],
+        groups=_groups(problem, pool),
         key=jax.random.key(options.seed),
     )
     if not bool(first.solution.attained):
@@ -249,25 +248,42 @@ def likelihood_problem(
     )
 
 
+def _groups(problem: Problem, pool: Pool) -> np.ndarray:
+    """The base of each stored sample: p keeps the share of each."""
+    return np.array([one.base for one in problem.separated])[pool.separated]
+
+
 def corrections(
     problem: Problem,
     options: ConceptOptions,
+    pool: Pool,
     shows: Shows,
     thresholds: np.ndarray,
     share: float,
 ) -> dict[int, Callable[[Params, Array], Array]]:
-    """Steps that cut the run into equal parts -> (params, λ) -> λ after a step of dual ascent."""
+    """Steps up to the middle of the run -> (params, λ) -> λ after a step of dual ascent.
+
+    The constraints are to hold by a standard error, as the samples are few. The second half is for
+    the network to follow, as its step size falls.
+    """
     separated = np.array([one.cond for one in problem.separated], np.int32)
     cond = np.tile(separated, max(options.stored_samples // (4 * len(separated)), 2))
 
     def correct(step: int, params: Params, current: Array) -> Array:
         values = shows(params, jax.random.fold_in(jax.random.key(options.seed + 3), step), cond)
         # As of one forgotten condition alone: the objective has only their share of all rows.
-        alone = dual_first.likelihood_correction(values, thresholds, current / share)
+        alone = dual_first.likelihood_correction(
+            values,
+            thresholds,
+            current / share,
+            stored=pool.values,
+            groups=_groups(problem, pool),
+            margin=1.0,
+        )
         return (share * alone).astype(current.dtype)
 
-    parts = options.corrections + 1
-    steps = {options.steps * part // parts for part in range(1, parts)} - {0}
+    count = options.corrections
+    steps = {options.steps * part // (2 * count) for part in range(1, count + 1)} - {0}
     return {step: partial(correct, step) for step in sorted(steps)}
 
 
