@@ -17,8 +17,8 @@ every seed, in turns. The path KL is measured along fresh trajectories of a chai
 trained on, with the same noise every time; compilation and measurements are not on the clock. It is
 measured when the number of steps has grown by a tenth, so that times are right to a tenth.
 
-"replay" samples trajectories as "stop_gradient" does, and takes `--regressions` steps of Adam on
-points drawn from them, as many at a time as there are trajectories: a step is all of that.
+"minibatched" is "stop_gradient" with `--parts` steps of Adam on the points of each trajectory, each
+point in one of them; a step is all of these.
 
 With `--model embedded-text` c is "a photo of a sneaker" and "a photo" stands for ∅. One more method
 is then ESD by hand in torch, on diffusers' network; it needs the torch extra, and its state, loss
@@ -51,7 +51,7 @@ from jax_unlearn.subsets import subset_formulation, subset_optimizer, subset_par
 from jax_unlearn.tasks.conditions import of_prompts
 from jax_unlearn.text_to_image import load_text_to_image
 
-ESD, TORCH, REPLAY = "esd", "torch", "replay"
+ESD, TORCH, MINIBATCHED = "esd", "torch", "minibatched"
 METHODS = (ESD, "stop_gradient", "bounded", "pathwise")
 PROMPTS = ("a photo of a sneaker", "a photo")
 
@@ -171,7 +171,7 @@ class Runner(NamedTuple):
 
 
 def make_runner(name, setting, rows, options):
-    """The runner of one of `METHODS`, or of replay."""
+    """The runner of one of `METHODS`, or of minibatches."""
     model = setting.model
     shape, batch = model.config.sample_shape, forgotten(rows, setting.base, setting.forgotten)
 
@@ -204,14 +204,18 @@ def make_runner(name, setting, rows, options):
     else:
         formulation = reverse_kl(
             model.apply, model.schedule, shape=shape, steps=options.chain_steps,
-            estimator="stop_gradient" if name == REPLAY else name,
+            estimator="stop_gradient" if name == MINIBATCHED else name,
         )  # fmt: skip
-        visit = replay.trajectories(
-            model.apply, model.schedule, shape=shape, steps=options.chain_steps
-        )
-        conditions = ConditionBatch(None, batch)
         formulation = subset_formulation(formulation, options.train)
-        algorithm = jax_unlearn.primal_dual(formulation, optimizer, optax.set_to_zero())
+        if name == MINIBATCHED:
+            visit = replay.trajectories(
+                model.apply, model.schedule, shape=shape, steps=options.chain_steps
+            )
+            algorithm = replay.minibatched(
+                formulation, optimizer, optax.set_to_zero(), visit, parts=options.parts
+            )
+        else:
+            algorithm = jax_unlearn.primal_dual(formulation, optimizer, optax.set_to_zero())
 
         def init(rate, seed):
             multiplier = options.strength / (1 + options.strength)
@@ -219,16 +223,7 @@ def make_runner(name, setting, rows, options):
             return state._replace(opt_state=with_rate(state.opt_state, rate))
 
         def step(key, state, reference):
-            if name != REPLAY:
-                return algorithm.step(key, state, conditions)[0]
-            visited = visit(state.params, key, conditions)
-            buffer = replay.add(replay.init(1, visited), visited)
-
-            def regress(state, key):
-                return algorithm.step(key, state, replay.sample(key, buffer))[0], None
-
-            keys = jax.random.split(jax.random.fold_in(key, 1), options.regressions)
-            return jax.lax.scan(regress, state, keys)[0]
+            return algorithm.step(key, state, ConditionBatch(None, batch))[0]
 
         def params_of(state):
             return state.params
@@ -389,7 +384,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a smoke run: few steps, rows, seeds")
     parser.add_argument("--only", choices=["counts", "clock"])
     parser.add_argument("--model", choices=["embedded", "embedded-text"], default="embedded")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, REPLAY, TORCH])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, MINIBATCHED, TORCH])
     parser.add_argument("--train", choices=["full", "cross-attention"], default="full")
     parser.add_argument("--label", type=int, default=1, help="the class to forget: trousers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -399,7 +394,7 @@ def main():
     parser.add_argument("--guidance", type=float, default=3.0, help="of ESD's partial sampling")
     parser.add_argument("--esd-steps", type=int, default=50)
     parser.add_argument("--chain-steps", type=int, default=20, help="of the reverse-KL chain")
-    parser.add_argument("--regressions", type=int, default=10, help="of a trajectory in replay")
+    parser.add_argument("--parts", type=int, default=10, help="minibatches of a trajectory")
     parser.add_argument("--measure-steps", type=int, default=25)
     parser.add_argument("--measure-rows", type=int, default=32)
     parser.add_argument("--threshold", type=float, default=1.0)
@@ -410,12 +405,12 @@ def main():
     )
     options = parser.parse_args()
     text = options.model == "embedded-text"
-    options.methods = options.methods or [*METHODS, REPLAY, *[TORCH] * text]
+    options.methods = options.methods or [*METHODS, MINIBATCHED, *[TORCH] * text]
     if TORCH in options.methods and not text:
         parser.error("torch is for --model embedded-text.")
     if options.quick:
         options.seeds, options.rows, options.rates = [0], [2], [5e-4]
-        options.esd_steps, options.chain_steps = 6, 4
+        options.esd_steps, options.chain_steps, options.parts = 6, 4, 2
         options.measure_steps, options.measure_rows, options.limit = 5, 4, 15.0
         options.threshold, options.budget = 0.5, 100.0
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]

@@ -276,6 +276,10 @@ class ConceptOptions(ModelOptions):
     of what is forgotten, or from the "reference". Default: edited, where --train trains them."""
     estimator: Literal["bounded", "pathwise", "stop_gradient"] = "bounded"
     """"reverse-kl": how far gradients go through the sampler; see jax_unlearn.reverse_kl."""
+    minibatches: int = 1
+    """"reverse-kl": primal steps on each sampled trajectory, each on as many of its points, at the
+    price of one step on all: fewer --steps do. A divisor of --chain-steps; more than 1 needs
+    --estimator stop_gradient."""
     steps: int = 60
     """Primal-dual steps."""
     batch_size: int = 24
@@ -324,6 +328,19 @@ class ConceptOptions(ModelOptions):
             raise ValueError("--target-steps must be 0, or 2 or more.")
         if self.corrections < 0:
             raise ValueError("--corrections must be 0 or more.")
+        if self.minibatches < 1 or self.chain_steps % self.minibatches:
+            raise ValueError(
+                f"--minibatches {self.minibatches} does not divide --chain-steps "
+                f"{self.chain_steps}."
+            )
+        if self.minibatches > 1 and (self.formulation, self.estimator) != (
+            "reverse-kl",
+            "stop_gradient",
+        ):
+            raise ValueError(
+                "--minibatches are of trajectories that are held fixed: use --formulation "
+                "reverse-kl --estimator stop_gradient."
+            )
         _check_thresholds(self.threshold, self.forget)
 
 

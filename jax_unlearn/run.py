@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from jax_unlearn import outcome, report, sharding
 from jax_unlearn.checkpoint import Checkpoints
+from jax_unlearn.formulations import replay
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.options import ImageOptions, RunOptions, save_run
 from jax_unlearn.pretrained import Pretrained, save_pretrained, save_unet
@@ -235,8 +236,9 @@ def _run(
     thresholds = task.thresholds
     timing = {"reference": time.monotonic() - started}
     warmup = min(20, max(options.steps // 10, 1))
+    updates = getattr(options, "minibatches", 1)
     rate = optax.warmup_cosine_decay_schedule(
-        0.0, options.learning_rate, warmup, max(options.steps, warmup + 1)
+        0.0, options.learning_rate, warmup * updates, max(options.steps, warmup + 1) * updates
     )
     optimizer = optax.adam(rate, b1=0.9, b2=0.99)
     part, rank = parse_subset(getattr(options, "train", "full"))
@@ -247,7 +249,13 @@ def _run(
     elif part != "full":
         formulation = subset_formulation(formulation, part)
         optimizer = subset_optimizer(optimizer, part)
-    algorithm = primal_dual(formulation, optimizer, task.dual)
+    if task.visit is None:
+        algorithm = primal_dual(formulation, optimizer, task.dual)
+    else:
+        merge = None if rank is None else lora_merge
+        algorithm = replay.minibatched(
+            formulation, optimizer, task.dual, task.visit, parts=updates, merge=merge
+        )
     # Only what trains is copied: the step does not donate the reference.
     state = algorithm.init(
         jax.tree.map(jnp.copy, start),

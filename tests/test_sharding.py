@@ -7,7 +7,16 @@ import optax
 import pytest
 
 from jax_unlearn import formulations, losses, schedules, sharding
-from jax_unlearn.formulations import Batch, Examples, Forget
+from jax_unlearn.formulations import (
+    Batch,
+    ConditionBatch,
+    Examples,
+    Forget,
+    Held,
+    Separated,
+    replay,
+    reverse_kl,
+)
 from jax_unlearn.primal_dual import primal_dual
 
 DEVICES = 8
@@ -100,6 +109,27 @@ def test_jit_and_pmap_give_the_result_of_one_device(estimator, dual):
     assert (np.abs(ends["one"][1] - 0.1) > 1e-2).all()
     for leaf in jax.tree.leaves(params):  # the donated state was a copy
         assert not leaf.is_deleted()
+
+
+def test_minibatches_of_trajectories_are_those_of_one_device():
+    chain = {"shape": (2, 2, 1), "steps": 4}
+    formulation = reverse_kl(network, SCHEDULE, estimator="stop_gradient", **chain)
+    visit = replay.trajectories(network, SCHEDULE, **chain)
+    algorithm = replay.minibatched(formulation, optax.sgd(0.02), optax.sgd(0.2), visit, parts=2)
+    label, null = jnp.ones(8, int), jnp.zeros(8, int)
+    batch = ConditionBatch(
+        Held(jnp.full(16, 2), jnp.full(16, 2)), Separated(label, null, label, null)
+    )
+    params, mesh, ends = params_of(KEY), sharding.data_mesh(), []
+    for over in (None, mesh):
+        step = sharding.jit_step(algorithm.step, over)
+        state = algorithm.init(params, jnp.array([1.5]), multipliers=0.1)
+        placed = batch if over is None else sharding.shard_batch(batch, over)
+        for key in jax.random.split(KEY, 5):
+            state, info = step(key, state, placed)
+        ends.append(jax.tree.map(np.asarray, (state.params, state.multipliers, info)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *ends)
+    assert np.abs(ends[0][0]["out"] - params["out"]).max() > 1e-3
 
 
 def test_batches_are_split_over_the_mesh():

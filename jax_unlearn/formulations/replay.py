@@ -1,9 +1,10 @@
-"""A replay of recent trajectories: more regressions for each trajectory that is sampled.
+"""More than one primal step for each trajectory that is sampled.
 
 At each x_t the regression of an estimator that holds trajectories fixed has a minimiser of its own,
 which does not depend on how often x_t is visited. So points of trajectories that older parameters
 made serve it too; only its weighting of points, and the constraint values, are then those of older
-models. Multipliers should therefore move on fresh trajectories alone:
+models. `minibatched` goes over each trajectory once and leaves it. Longer, a ring keeps them, and
+multipliers should then move on fresh trajectories alone:
 
     visit = replay.trajectories(apply, schedule, shape=shape, steps=steps)
     algorithm = primal_dual(formulation, optimizer, dual_optimizer)
@@ -25,12 +26,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jax_unlearn import schedules
 from jax_unlearn.formulations import on_policy
+from jax_unlearn.formulations.base import Formulation
+from jax_unlearn.primal_dual import PrimalDual, PrimalDualInfo, PrimalDualState, primal_dual
 from jax_unlearn.typing import Array, Denoiser, Params
 
-__all__ = ["Replay", "Trajectories", "add", "init", "sample", "trajectories"]
+__all__ = [
+    "Replay",
+    "Trajectories",
+    "Visit",
+    "add",
+    "init",
+    "minibatched",
+    "sample",
+    "trajectories",
+]
+
+Visit = Callable[[Params, Array, on_policy.ConditionBatch], "Trajectories"]
 
 
 class Trajectories(NamedTuple):
@@ -49,7 +64,7 @@ class Replay(NamedTuple):
 
 def trajectories(
     apply: Denoiser, schedule: schedules.NoiseSchedule, *, shape: tuple[int, ...], steps: int
-) -> Callable[[Params, Array, on_policy.ConditionBatch], Trajectories]:
+) -> Visit:
     """A function (params, key, conditions) -> Trajectories of the model's own chain.
 
     With the same key they are those of an on-policy estimator's losses, with the same shape and
@@ -70,6 +85,99 @@ def trajectories(
         return Trajectories(conditions, (kept, x_t[:, rows.kept :]))
 
     return visit
+
+
+def minibatched(
+    formulation: Formulation,
+    optimizer: optax.GradientTransformation,
+    dual_optimizer: optax.GradientTransformation,
+    visit: Visit,
+    *,
+    parts: int,
+    merge: Callable[[Params, Params], Params] | None = None,
+) -> PrimalDual:
+    """The primal-dual algorithm with `parts` primal steps on the trajectories of each batch.
+
+    A step samples trajectories of the model, deals the points of each, in random order, out to as
+    many minibatches, and takes a primal step on each, λ held; then follows one dual step on
+    their mean violation. That is the violation of whole trajectories, each part of it at the
+    parameters that it met. A point costs no more passes through the networks than in a step of
+    "stop_gradient" on whole trajectories, whose optimum this shares.
+
+    Args:
+      formulation: with an estimator that holds trajectories fixed.
+      optimizer: for the parameters; it makes `parts` updates a step.
+      dual_optimizer: for the multipliers, one update a step, fed with −violation.
+      visit: `trajectories` of the same network, shape and number of time steps.
+      parts: minibatches, a divisor of that number.
+      merge: (reference, parameters that train) -> those of the network, where they are not the
+        same: `lora_merge`.
+
+    Returns:
+      `init` and `step` as of `primal_dual`, for jit; what `step` reports are means over the parts,
+      and it has no `dual_batch`. It raises ValueError for parts that do not divide the time steps.
+    """
+    init = primal_dual(formulation, optimizer, dual_optimizer).init
+    held = primal_dual(formulation, optimizer, optax.set_to_zero())
+
+    def deal(key: Array, conditions: Any, x_t: Any) -> tuple[Any, Any, Any]:
+        """Conditions, points and places in the chain, [parts, points of a part, ...]."""
+        if x_t is None:
+            return None, None, None
+        steps, rows = x_t.shape[:2]
+        order = jnp.tile(jnp.arange(steps)[:, None], rows)
+        order = jax.random.permutation(key, order, axis=0, independent=True)
+        shape = (parts, steps // parts * rows)
+        repeated = jax.tree.map(
+            lambda leaf: jnp.tile(leaf, (steps, *[1] * (jnp.ndim(leaf) - 1))).reshape(
+                *shape, *jnp.shape(leaf)[1:]
+            ),
+            conditions,
+        )
+        points = x_t[order, jnp.arange(rows)].reshape(*shape, *x_t.shape[2:])
+        return repeated, points, order.reshape(shape)
+
+    def step(
+        key: Array, state: PrimalDualState, batch: on_policy.ConditionBatch
+    ) -> tuple[PrimalDualState, PrimalDualInfo]:
+        visit_key, deal_key = jax.random.split(key)
+        params = state.params if merge is None else merge(state.reference, state.params)
+        visited = visit(params, visit_key, batch)
+        steps = visited.x_t[1].shape[0]
+        if parts < 1 or steps % parts:
+            raise ValueError(f"{steps} time steps cannot be dealt out to {parts} minibatches.")
+        dealt = [
+            deal(*each)
+            for each in zip(
+                jax.random.split(deal_key), visited.conditions, visited.x_t, strict=True
+            )
+        ]
+        (kept, forget), x_t, place = zip(*dealt, strict=True)
+        points = on_policy.Stored(on_policy.ConditionBatch(kept, forget), x_t, place)
+
+        def descend(moving: PrimalDualState, part: Any) -> tuple[PrimalDualState, PrimalDualInfo]:
+            return held.step(key, moving, part)  # nothing random is left
+
+        still = state._replace(dual_state=optax.EmptyState())
+        moved, infos = jax.lax.scan(descend, still, points)
+        info = jax.tree.map(lambda leaf: leaf.mean(axis=0), infos)
+        finite = infos.finite.all()
+        updates, dual_state = dual_optimizer.update(
+            -info.violations, state.dual_state, state.multipliers
+        )
+        multipliers = formulation.project(
+            optax.apply_updates(state.multipliers, updates)  # pyrefly: ignore
+        )
+        moved = moved._replace(multipliers=multipliers, dual_state=dual_state)
+        stayed = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            moved._replace(reference=None),
+            state._replace(reference=None),
+        )
+        state = stayed._replace(reference=state.reference, step=state.step + 1)
+        return state, info._replace(multipliers=state.multipliers, finite=finite)
+
+    return PrimalDual(init, step)
 
 
 def init(capacity: int, example: Trajectories) -> Replay:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from jax_unlearn.formulations import Formulation
+from jax_unlearn.formulations.replay import Visit
 from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.report import Grid
 from jax_unlearn.typing import Array, ArrayLike, Estimate, Params
@@ -61,6 +62,7 @@ class Task(NamedTuple):
       objective: what it is, in words.
       captions: metric -> its "unit" or "description".
       grids: the pictures of the report, from the measurements after.
+      visit: of `replay.minibatched`, to take --minibatches primal steps a step.
       corrections: number of steps done -> (params, multipliers) -> multipliers, by what the model
         itself shows by then.
     """
@@ -82,6 +84,7 @@ class Task(NamedTuple):
     objective: str
     captions: dict[str, dict[str, str]]
     grids: Callable[[Measured], list[Grid]]
+    visit: Visit | None = None
     corrections: Mapping[int, Callable[[Params, Array], Array]] = {}
 
 

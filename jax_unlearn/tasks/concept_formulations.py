@@ -21,6 +21,7 @@ from jax_unlearn.formulations import (
     Samples,
     Separated,
     likelihood,
+    replay,
     reverse_kl,
 )
 from jax_unlearn.options import ConceptOptions
@@ -51,6 +52,7 @@ class Posed(NamedTuple):
       multipliers: to start from, [m] or a scalar.
       batch: step -> what the formulation sees.
       notes: what the owner should know.
+      visit: of `replay.minibatched`, with --minibatches.
     """
 
     formulation: Formulation
@@ -58,6 +60,7 @@ class Posed(NamedTuple):
     multipliers: np.ndarray | float
     batch: Callable[[int], ConditionBatch | SampleBatch | PosteriorBatch]
     notes: tuple[str, ...]
+    visit: replay.Visit | None = None
 
 
 def reverse_kl_problem(
@@ -65,13 +68,9 @@ def reverse_kl_problem(
 ) -> Posed:
     """On its own trajectories. The domain is Σ λ_i < share, as each λ_i meets 1/share there."""
     apply, _, schedule, config = problem.pretrained
-    formulation = reverse_kl(
-        apply,
-        schedule,
-        estimator=options.estimator,
-        shape=config.sample_shape,
-        steps=options.chain_steps,
-    )
+    chain = {"shape": config.sample_shape, "steps": options.chain_steps}
+    formulation = reverse_kl(apply, schedule, estimator=options.estimator, **chain)
+    visit = replay.trajectories(apply, schedule, **chain) if options.minibatches > 1 else None
     project = multipliers.capped_simplex(1 - options.max_multiplier * share)
     scale = share / np.maximum(thresholds, 1e-12) / len(thresholds)
     dual = multipliers.nu_pi(
@@ -80,7 +79,7 @@ def reverse_kl_problem(
         nu=0.9,
     )
     batch = partial(condition_batch, problem, options)
-    return Posed(formulation._replace(project=project), dual, 0.0, batch, ())
+    return Posed(formulation._replace(project=project), dual, 0.0, batch, (), visit)
 
 
 def condition_batch(problem: Problem, options: ConceptOptions, step: int) -> ConditionBatch:

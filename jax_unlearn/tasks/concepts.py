@@ -167,6 +167,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             },
             {c: f"{value:.3g} nats from what is forgotten" for c, value in distances.items()},
         ),
+        visit=posed.visit,
         corrections={}
         if shows is None or pool is None
         else corrections(problem, options, pool, shows, thresholds, share),

@@ -107,14 +107,19 @@ def test_the_ring_keeps_the_last_and_a_row_its_condition(added):
     np.testing.assert_array_equal(np.asarray(got.conditions.kept.cond) // 100, kept // 100)
 
 
-def test_replay_reaches_the_exact_multiplier():
-    """As on fresh trajectories alone: λ = α/(1+α), (1+α)² D = b, at equal gains."""
+def gap_and_distance():
+    """ε_0 − ε_1 where the biases alone differ, and the path KL D that it makes."""
     gap = REFERENCE["bias"][0] - REFERENCE["bias"][1]
     weights = np.array(
         [(a * chains.SIGMA[t] / chains.ALPHA[t]) ** 2 / (2 * scale)
          for t, a, _, _, scale in chains.steps_of(chains.ALL)][::-1]
     )  # fmt: skip
-    distance = weights @ np.square(gap)
+    return gap, weights @ np.square(gap)
+
+
+def test_replay_reaches_the_exact_multiplier():
+    """As on fresh trajectories alone: λ = α/(1+α), (1+α)² D = b, at equal gains."""
+    gap, distance = gap_and_distance()
     optimizer = optax.adam(optax.exponential_decay(0.02, 1500, 0.1))
     dual = multipliers.nu_pi(0.03 / distance, 0.1 / distance)
     algorithm = primal_dual(FORMULATION, optimizer, dual)
@@ -149,6 +154,74 @@ def test_replay_reaches_the_exact_multiplier():
     np.testing.assert_allclose(state.params["bias"][0], bias, atol=0.06)
 
 
+def test_a_step_in_one_part_is_the_step_on_whole_trajectories():
+    batch, dual = batch_of(), multipliers.nu_pi(0.03, 0.1)
+    whole = primal_dual(FORMULATION, optax.sgd(0.1), dual, alternating=False)
+    state = whole.init(PARAMS, [0.5, 0.1], multipliers=MULTIPLIERS, reference=REFERENCE)
+    expected, told = jax.jit(whole.step)(KEY, state, batch)
+    one = replay.minibatched(FORMULATION, optax.sgd(0.1), dual, VISIT, parts=1)
+    got, info = jax.jit(one.step)(KEY, state, batch)
+    for a, b in zip(jax.tree.leaves((got, info)), jax.tree.leaves((expected, told)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+    assert np.abs(got.params["bias"] - PARAMS["bias"]).max() > 0.01
+    assert (np.abs(got.multipliers - MULTIPLIERS) > 1e-3).all()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_every_point_is_in_one_part(kept):
+    """Small steps on the parts add up to as many on the whole, and the values are its own."""
+    batch, rate, dual = batch_of(kept), 1e-3, optax.sgd(0.1)
+    whole = primal_dual(FORMULATION, optax.sgd(rate), dual, alternating=False)
+    state = whole.init(PARAMS, [0.5, 0.1], multipliers=MULTIPLIERS, reference=REFERENCE)
+    expected, told = jax.jit(whole.step)(KEY, state, batch)
+    five = replay.minibatched(FORMULATION, optax.sgd(rate), dual, VISIT, parts=5)
+    got, info = jax.jit(five.step)(KEY, state, batch)
+    assert got.step == 1
+    np.testing.assert_allclose(info.values, told.values, rtol=0.05)
+    np.testing.assert_allclose(got.multipliers, expected.multipliers, rtol=0.05)
+    for name in ("gain", "bias"):
+        moved, once = (np.asarray(one.params[name] - PARAMS[name]) for one in (got, expected))
+        np.testing.assert_allclose(moved, 5 * once, rtol=0.1, atol=0.05 * np.abs(moved).max())
+
+
+def test_minibatches_reach_the_exact_multiplier():
+    gap, distance = gap_and_distance()
+    optimizer = optax.adam(optax.exponential_decay(0.02, 1500, 0.1))
+    dual = multipliers.nu_pi(0.06 / distance, 0.2 / distance)
+    algorithm = replay.minibatched(FORMULATION, optimizer, dual, VISIT, parts=5)
+    zeros = jnp.zeros(8, int)
+    batch = ConditionBatch(None, Separated(zeros, zeros, zeros + 1, zeros))
+
+    @jax.jit
+    def solve(threshold):
+        state = algorithm.init(REFERENCE, threshold)
+        keys = jax.random.split(KEY, 800)
+        return jax.lax.scan(lambda state, key: algorithm.step(key, state, batch), state, keys)
+
+    state, info = solve(2.0 * distance)
+    alpha = np.sqrt(2.0) - 1
+    assert info.multipliers[-200:].mean() == pytest.approx(alpha / (1 + alpha), rel=0.02)
+    assert info.values[-200:].mean() == pytest.approx(2.0 * distance, rel=0.02)
+    np.testing.assert_allclose(
+        state.params["bias"][0], REFERENCE["bias"][0] + alpha * gap, atol=0.06
+    )
+
+
+def test_a_part_that_is_not_finite_leaves_the_state_as_it_was():
+    algorithm = replay.minibatched(FORMULATION, optax.sgd(0.1), optax.sgd(0.1), VISIT, parts=5)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, REFERENCE)
+    state = algorithm.init(PARAMS, [0.5, 0.1], multipliers=MULTIPLIERS, reference=broken)
+    got, info = jax.jit(algorithm.step)(KEY, state, batch_of())
+    assert not info.finite
+    assert got.step == 1
+    for a, b in zip(
+        jax.tree.leaves(got._replace(step=0, reference=None)),
+        jax.tree.leaves(state._replace(step=0, reference=None)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_mistakes_are_refused():
     batch = batch_of()
     path = VISIT(PARAMS, KEY, batch)
@@ -158,3 +231,9 @@ def test_mistakes_are_refused():
     formulation = reverse_kl(chains.apply, chains.SCHEDULE, estimator="pathwise", **OPTIONS)
     with pytest.raises(ValueError, match="no derivative"):
         formulation.losses(PARAMS, REFERENCE, KEY, replay.sample(KEY, buffer), None)
+    for parts in (0, 2):
+        algorithm = replay.minibatched(
+            FORMULATION, optax.sgd(0.1), optax.sgd(0.1), VISIT, parts=parts
+        )
+        with pytest.raises(ValueError, match=f"5 time steps cannot .* {parts} minibatches"):
+            algorithm.step(KEY, algorithm.init(PARAMS, [0.5, 0.1]), batch)

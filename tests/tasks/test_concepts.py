@@ -24,22 +24,29 @@ SMALL = {
 }  # fmt: skip
 
 
+RUNS = {
+    "reverse-kl": {},
+    "minibatches": {"estimator": "stop_gradient", "minibatches": 3},
+    "likelihood": {"formulation": "likelihood"},
+}
+
+
 def options_of(model, out, **more):
     return ConceptOptions(**{"model": str(model), "out": out, "forget": ("dog",), **SMALL, **more})
 
 
-def arguments(model, out, *more):
-    flags = [x for name, v in SMALL.items() for x in ("--" + name.replace("_", "-"), str(v))]
+def arguments(model, out, *more, **options):
+    given = (SMALL | options).items()
+    flags = [x for name, v in given for x in ("--" + name.replace("_", "-"), str(v))]
     return ["concept", "--model", str(model), "--out", str(out), *flags, *more]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, tmp_path_factory):
-    """A folder with a finished run of each formulation."""
+    """A folder with a finished run of each kind."""
     folder = tmp_path_factory.mktemp("runs")
-    for formulation in ("reverse-kl", "likelihood"):
-        given = ["--forget", "dog", "--formulation", formulation]
-        assert cli.main(arguments(tiny_model, folder / formulation, *given)) == 0
+    for name, options in RUNS.items():
+        assert cli.main(arguments(tiny_model, folder / name, "--forget", "dog", **options)) == 0
     return folder
 
 
@@ -47,10 +54,11 @@ def leaves(folder):
     return jax.tree.leaves(load_pretrained(folder / "model").params)
 
 
-@pytest.mark.parametrize("formulation", ["reverse-kl", "likelihood"])
-def test_a_run_leaves_everything_that_is_promised(finished, formulation):
-    folder = finished / formulation
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_leaves_everything_that_is_promised(finished, name):
+    folder = finished / name
     found = json.loads((folder / "report.json").read_text())
+    formulation = RUNS[name].get("formulation", "reverse-kl")
     assert found["formulation"].replace("_", "-") == formulation
     (constraint,) = found["constraints"]
     assert constraint["name"] == "dog"
@@ -66,8 +74,8 @@ def test_a_run_leaves_everything_that_is_promised(finished, formulation):
     kept = [path_kl["after"][c]["value"] for c in ("cat", "T-shirt/top", "null label")]
     expected = 2 / 3 * np.mean(kept) + 1 / 3 * path_kl["after"]["dog"]["value"]
     assert found["objective"]["value"] == pytest.approx(expected, rel=1e-4)
-    for name in ("report.html", "curves.png", "grid_1.png", "model", "checkpoints"):
-        assert (folder / name).exists(), name
+    for file in ("report.html", "curves.png", "grid_1.png", "model", "checkpoints"):
+        assert (folder / file).exists(), file
     assert len(report.read_rows(folder / "metrics.jsonl")) == 4
     assert "held to null label" in (folder / "report.html").read_text()
 
@@ -84,9 +92,9 @@ def test_runs_of_several_formulations_stand_side_by_side(finished):
         report.write_comparison(finished, ["reverse-kl", "elsewhere"])
 
 
-@pytest.mark.parametrize("formulation", ["reverse-kl", "likelihood"])
-def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, formulation):
-    options = options_of(tiny_model, tmp_path / "stopped", formulation=formulation)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, name):
+    options = options_of(tiny_model, tmp_path / "stopped", **RUNS[name])
     problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
 
     def stop(step):
@@ -97,11 +105,11 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, formu
     with pytest.raises(KeyboardInterrupt):
         running.run(problem, options, command="concept", progress=False, after_step=stop)
     assert cli.main(["concept", "--out", str(options.out), "--resume"]) == 0
-    for ours, theirs in zip(leaves(options.out), leaves(finished / formulation), strict=True):
+    for ours, theirs in zip(leaves(options.out), leaves(finished / name), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     ours, theirs = (
         [row["multipliers"] for row in report.read_rows(folder / "metrics.jsonl")]
-        for folder in (options.out, finished / formulation)
+        for folder in (options.out, finished / name)
     )
     assert ours == theirs
 
@@ -267,6 +275,8 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
             "steps must be 1 to",
         ),
         (["--forget", "dog", "--corrections", "-1"], "--corrections must be 0 or more"),
+        (["--forget", "dog", "--minibatches", "2"], "does not divide --chain-steps 3"),
+        (["--forget", "dog", "--minibatches", "3"], "trajectories that are held fixed"),
         (["--forget", "dog", "--classifier-noise", "1"], "--classifier-noise must lie in [0, 1)"),
         ([], "--forget"),
     ],
