@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_unlearn import baselines, embedded
+from jax_unlearn import baselines, data, embedded
 from jax_unlearn.formulations import Separated, reverse_kl
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.pretrained import load_pretrained
@@ -94,12 +94,11 @@ def constrained(task, options, weights=None):
 def make_esd(problem, options, optimizer, part="full"):
     """A function (start, η) -> parameters of which a part is trained; one program for all η."""
     apply, reference, schedule, config = problem.pretrained
-    rows = np.resize(np.asarray(problem.forgotten, np.int32), ESD_ROWS)
-    null = np.full_like(rows, problem.conditions.null)
-    batch = Separated(rows, null, rows, np.zeros_like(rows))
+    forgotten = np.asarray(problem.forgotten, np.int32)
+    null = np.full(ESD_ROWS, problem.conditions.null, np.int32)
 
     @jax.jit
-    def step(key, params, state, strength):
+    def step(key, params, state, strength, rows):
         loss = baselines.esd(
             apply,
             schedule,
@@ -112,6 +111,7 @@ def make_esd(problem, options, optimizer, part="full"):
         def of_part(params, *rest):
             return loss(subset_params(params, part), *rest)
 
+        batch = Separated(rows, null, rows, jnp.zeros_like(rows))
         train_step = baselines.train_step(of_part, subset_optimizer(optimizer, part))
         return train_step(key, params, state, reference, batch)
 
@@ -120,7 +120,10 @@ def make_esd(problem, options, optimizer, part="full"):
         started = time.monotonic()
         for number in range(ESD_STEPS):
             key = jax.random.fold_in(jax.random.key(options.seed), number)
-            params, state, value = step(key, params, state, jnp.asarray(strength))
+            turn = data.batch_indices(
+                seed=options.seed, step=number, size=ESD_ROWS, count=len(forgotten)
+            )
+            params, state, value = step(key, params, state, jnp.asarray(strength), forgotten[turn])
         jax.block_until_ready(value)
         return params, time.monotonic() - started
 

@@ -81,7 +81,7 @@ TILT = LIKELIHOOD | {
 }  # fmt: skip
 EQUAL = (0.5,)
 METHODS = ("edit", "reverse", "likelihood", "tilt", "esd")
-STRENGTHS = (1.0, 3.0, 10.0)
+STRENGTHS = (1.0, 3.0)
 ESD_RATES = (2e-4, 1e-3)
 
 
