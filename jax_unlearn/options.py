@@ -278,8 +278,8 @@ class ConceptOptions(ModelOptions):
     """"reverse-kl": how far gradients go through the sampler; see jax_unlearn.reverse_kl."""
     minibatches: int = 1
     """"reverse-kl": primal steps on each sampled trajectory, each on as many of its points, at the
-    price of one step on all: fewer --steps do. A divisor of --chain-steps; more than 1 needs
-    --estimator stop_gradient."""
+    price of one step on all; the multipliers take one. A divisor of --chain-steps; more than 1
+    needs --estimator stop_gradient."""
     steps: int = 60
     """Primal-dual steps."""
     batch_size: int = 24
