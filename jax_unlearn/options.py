@@ -296,8 +296,8 @@ class ConceptOptions(ModelOptions):
     """Steps of the model's own ancestral sampler, along which it is trained ("reverse-kl") and path
     KLs are measured; few steps overstate them, thresholds and values alike."""
     stored_samples: int = 512
-    """"likelihood": samples of the reference that are drawn once and trained on: of --base, of what
-    is kept, and, with --target-steps, of what is forgotten, as many each."""
+    """"likelihood": samples of the reference that are drawn once and trained on, of --base and
+    of the kept labels each."""
     target_steps: int = 10
     """"likelihood": noise levels of each stored sample at which the optimum's own score is computed
     beforehand, from the reference's predictions at all concepts, for the training to regress on, 2

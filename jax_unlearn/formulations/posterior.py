@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jax_unlearn import losses, schedules
 from jax_unlearn.formulations import tilt
-from jax_unlearn.formulations.base import Evaluate, Examples, Losses, psum, reach
+from jax_unlearn.formulations.base import Evaluate, Examples, Losses, reach
 from jax_unlearn.typing import Array, Condition, Denoiser, Params
 
 __all__ = ["Points", "PosteriorBatch"]
@@ -17,10 +17,7 @@ LEAST = 1e-4
 
 
 class Points(NamedTuple):
-    """Stored points of noising paths, and what is known there (`posteriors`).
-
-    The images that were noised need not be of q(·|base): targets are functions of the point, and
-    images of what is forgotten are where they matter most.
+    """Stored points of noising paths of q(·|base), and what is known there (`posteriors`).
 
     Attributes:
       x_t: [f, ...].
@@ -30,7 +27,6 @@ class Points(NamedTuple):
       posterior: u_i = E[h_i(x_0) | x_t], [f, k].
       push: σ_t ∇u_i, [f, k, ...].
       values: h_i(x_0) of the image that was noised, [f, k].
-      log_weight: log q(x_0|base)/r(x_0), r being the law that the image was drawn from, [f].
       constraint: the constraint i of each, integer [f, k]; see `Samples`.
     """
 
@@ -41,7 +37,6 @@ class Points(NamedTuple):
     posterior: Any
     push: Any
     values: Any
-    log_weight: Any
     constraint: Any
 
 
@@ -58,8 +53,7 @@ class PosteriorBatch(NamedTuple):
     noise, and it is known where q goes and p_λ does not: what "tilt", which weights by p_λ,
     leaves to chance. Give points whose t have the law π.
 
-    **Constraint values** and diagnostics are those of "tilt", of the images that were noised, each
-    with its weight.
+    **Constraint values** and diagnostics are those of "tilt", of the images that were noised.
 
     Attributes:
       kept: images at which the model is held to the reference's prediction; or None.
@@ -119,13 +113,9 @@ def losses_of(
             target = jnp.concatenate([theirs, target])
             cond = jax.tree.map(lambda *c: jnp.concatenate(c), kept.cond, cond)
         ours = losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=cond)
-        log_weight = jnp.asarray(forget.log_weight)
-        (_, log_q, _), (tilted, log_p, diagnostics) = (
-            tilt.normalised(log_w, constraint[:, 0], current.shape[0], count, axis_name)
-            for log_w in (log_weight, log_weight - (reached * values).sum(axis=1))
+        tilted, _, diagnostics = tilt.normalised(
+            -(reached * values).sum(axis=1), constraint[:, 0], current.shape[0], count, axis_name
         )
-        kl = psum((tilted * (log_p - log_q)).sum(), axis_name)
-        diagnostics["tilt_kl"] = kl / psum(jnp.asarray(1.0 * count), axis_name)
         return Losses(
             objective=losses.importance(weighting, t) * losses.squared_error(ours, target),
             constraint=(tilted[:, None] * values).reshape(-1),

@@ -98,19 +98,13 @@ def condition_batch(problem: Problem, options: ConceptOptions, step: int) -> Con
 
 
 class Path(NamedTuple):
-    """Points of noising paths, [n, steps, ...], and their images' values, [n, ...]; see `Points`.
-
-    The images are the stored samples of the bases, and as many of what is forgotten.
-    """
+    """Points of a noising path of each stored sample: [n, steps, ...]; see `Points`."""
 
     x_t: Any
     t: Any
     epsilon: Any
     posterior: Any
     push: Any
-    values: Any
-    log_weight: Any
-    separated: Any
 
 
 class Pool(NamedTuple):
@@ -142,11 +136,7 @@ def stored_samples(problem: Problem, options: ConceptOptions) -> Pool:
     kept = batched(of_reference, kept_key, cond)
     path = None
     if options.target_steps:
-        _, _, targets = problem.rows(separated)
-        each = np.arange(len(separated)) // len(problem.separated) % targets.shape[1]
-        forgotten = targets[np.arange(len(separated)), each]
-        shown = batched(of_reference, jax.random.key(options.seed + 5), forgotten)
-        path = _paths(problem, options, base, values, separated, log_p, shown)
+        path = _paths(problem, options, base, separated, log_p)
     return Pool(base, values, separated, kept, cond, path)
 
 
@@ -154,36 +144,25 @@ def _paths(
     problem: Problem,
     options: ConceptOptions,
     base: np.ndarray,
-    values: np.ndarray,
     separated: np.ndarray,
     log_p: np.ndarray,
-    forgotten: np.ndarray,
 ) -> Path:
-    """Noises samples of the bases, and of what is forgotten under the same separated conditions.
-
-    Each base is taken as the mixture of candidates that fits its samples best.
-    """
+    """Noises the stored samples, each base taken as the mixture of candidates that fits it best."""
     apply, reference, schedule, config = problem.pretrained
-    _, bases, targets = problem.rows(np.concatenate([separated, separated]))
+    bases = problem.rows(separated)[1]
     # What is held to a base is among what the base shows: it would explain all by itself.
     told_apart = ~np.isin(problem.candidates, bases)
     if problem.members[:, told_apart].any(axis=0).all():
         told_apart[:] = True
     members = problem.members[:, told_apart].astype(np.float32)
-    candidates = np.asarray(problem.candidates)[told_apart]
-    prior = np.zeros((len(bases), len(candidates)), np.float32)
-    of_forgotten = np.zeros((len(bases), len(candidates)), np.float32)
+    concepts = jnp.asarray(np.asarray(problem.candidates)[told_apart])
+    prior = np.zeros((len(base), len(concepts)), np.float32)
     for one in np.unique(bases):
         of_base = bases == one
-        drawn = of_base[: len(base)]
-        prior[of_base] = np.log(posteriors.mixture_shares(log_p[drawn][:, told_apart]))
-        of_forgotten[of_base] = np.isin(candidates, targets[of_base])
-    concepts = jnp.asarray(candidates)
+        prior[of_base] = np.log(posteriors.mixture_shares(log_p[of_base][:, told_apart]))
 
     @jax.jit
-    def follow(
-        key: Array, x_0: Array, base: Array, prior: Array, of_forgotten: Array, times: Array
-    ) -> tuple[Array, ...]:
+    def follow(key: Array, x_0: Array, base: Array, prior: Array, times: Array) -> Path:
         found = posteriors.posterior_path(
             apply, reference, schedule, key,
             x_0=x_0, times=times, concepts=concepts, members=members, log_prior=prior,
@@ -198,25 +177,16 @@ def _paths(
         steps = jnp.broadcast_to(times[:, None], (len(times), len(base)))
         epsilon = jax.lax.map(predict, (found.x_t, times))
         parts = (found.x_t, steps, epsilon, found.posterior, found.push)
-        # q_c/q = p(c|x)/π_c; half of the images are of q, half of the mean of the forgotten q_c.
-        ratios = jnp.exp(found.log_posterior - jax.nn.log_softmax(prior))
-        ratio = (of_forgotten * ratios).sum(axis=1) / of_forgotten.sum(axis=1)
-        values = jnp.matmul(jnp.exp(found.log_posterior), members.T, precision="highest")
-        return *(part.swapaxes(0, 1) for part in parts), values, -jnp.log(0.5 + 0.5 * ratio)
+        return Path(*(part.swapaxes(0, 1) for part in parts))
 
     weighting, rng = posteriors.path_weighting(schedule), np.random.default_rng(options.seed)
 
-    def batch(key: Array, *rows: Array) -> tuple[Array, ...]:
-        return follow(key, *rows, posteriors.path_times(weighting, options.target_steps, rng))
+    def batch(key: Array, x_0: Array, base: Array, prior: Array) -> Path:
+        times = posteriors.path_times(weighting, options.target_steps, rng)
+        return follow(key, x_0, base, prior, times)
 
-    key, images = jax.random.key(options.seed + 4), np.concatenate([base, forgotten])
-    size = batch_rows(config.sample_shape)
-    x_t, t, epsilon, posterior, push, at_end, log_weight = in_batches(
-        batch, key, images, bases, prior, of_forgotten, size=size
-    )
-    values = np.concatenate([values, at_end[len(base) :]])
-    separated = np.concatenate([separated, separated])
-    return Path(x_t, t, epsilon, posterior, push, values, log_weight, separated)
+    key = jax.random.key(options.seed + 4)
+    return in_batches(batch, key, base, bases, prior, size=batch_rows(config.sample_shape))
 
 
 def likelihood_problem(
@@ -318,46 +288,38 @@ def corrections(
 
 def sample_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> SampleBatch:
     """The stored samples of a step, each as often as any other."""
-    chosen = _turn(options, step, len(pool.base))
+    kept, chosen, cond, base = _chosen(problem, options, pool, step, len(pool.base))
     values = pool.values[chosen]
     constraint = np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape)
-    cond, base = _held(problem, options, pool.separated[chosen], step)
-    samples = Samples(pool.base[chosen], cond, base, values, constraint)
-    return SampleBatch(_kept(options, pool, step), samples)
+    return SampleBatch(kept, Samples(pool.base[chosen], cond, base, values, constraint))
 
 
 def point_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> PosteriorBatch:
-    """The points of a step, each of each path as often as any other."""
+    """The points of a step, each of each stored sample as often as any other."""
     assert pool.path is not None
-    path, (paths, steps) = pool.path, pool.path.t.shape
-    chosen, place = np.divmod(_turn(options, step, paths * steps), steps)
-    x_t, t, epsilon, posterior, push = (part[chosen, place] for part in path[:5])
-    values = path.values[chosen]
+    steps = pool.path.t.shape[1]
+    kept, point, cond, _ = _chosen(problem, options, pool, step, len(pool.base) * steps)
+    chosen, place = np.divmod(point, steps)
+    x_t, t, epsilon, posterior, push = (part[chosen, place] for part in pool.path)
+    values = pool.values[chosen]
     constraint = np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape)
-    cond, _ = _held(problem, options, path.separated[chosen], step)
-    log_weight = path.log_weight[chosen]
-    forget = Points(x_t, t, cond, epsilon, posterior, push, values, log_weight, constraint)
-    return PosteriorBatch(_kept(options, pool, step), forget)
+    points = Points(x_t, t, cond, epsilon, posterior, push, values, constraint)
+    return PosteriorBatch(kept, points)
 
 
-def _turn(options: ConceptOptions, step: int, count: int) -> np.ndarray:
-    """Which of so many rows of what is forgotten a step takes."""
-    size = options.forget_batch_size
-    return data.batch_indices(seed=options.seed, step=step, size=size, count=count)
-
-
-def _held(
-    problem: Problem, options: ConceptOptions, separated: np.ndarray, step: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Condition and base of rows: any where there is one base, else those they were drawn for."""
-    if len({one.base for one in problem.separated}) == 1:
-        separated = _turn(options, step, len(problem.separated))
-    cond, base, _ = problem.rows(separated)
-    return cond, base
-
-
-def _kept(options: ConceptOptions, pool: Pool, step: int) -> Examples:
-    chosen = data.batch_indices(
-        seed=options.seed, step=step, size=options.batch_size, count=len(pool.kept)
+def _chosen(
+    problem: Problem, options: ConceptOptions, pool: Pool, step: int, count: int
+) -> tuple[Examples, np.ndarray, np.ndarray, np.ndarray]:
+    """Kept samples, places below `count`, some for each stored sample, and their conditions."""
+    kept, chosen, which = (
+        data.batch_indices(seed=options.seed, step=step, size=size, count=one)
+        for size, one in (
+            (options.batch_size, len(pool.kept)),
+            (options.forget_batch_size, count),
+            (options.forget_batch_size, len(problem.separated)),
+        )
     )
-    return Examples(pool.kept[chosen], pool.cond[chosen])
+    if len({one.base for one in problem.separated}) > 1:
+        which = pool.separated[chosen // (count // len(pool.base))]
+    cond, base, _ = problem.rows(which)
+    return Examples(pool.kept[kept], pool.cond[kept]), chosen, cond, base

@@ -46,7 +46,7 @@ def points():
     zeros = jnp.zeros(COUNT, int)
     return Points(
         x_t, t, zeros, apply(LAW.log_weights[None], x_t, t, zeros), jax.vmap(posterior)(x_t, t),
-        push, mixtures.responsibilities(LAW, x_0) @ FORGOTTEN.T, jnp.zeros(COUNT),
+        push, mixtures.responsibilities(LAW, x_0) @ FORGOTTEN.T,
         np.broadcast_to(np.arange(2), (COUNT, 2)),
     )  # fmt: skip
 
@@ -99,23 +99,6 @@ def test_rows_are_weighted_by_time_and_values_by_p_lambda():
     expected_kl = weights @ np.log(COUNT * weights)
     assert found.diagnostics["tilt_kl"] == pytest.approx(expected_kl, rel=1e-4)
     assert (found.index.reshape(COUNT, 2) == np.arange(2)).all()
-
-
-def test_images_of_another_law_are_weighted():
-    """Weights that are counts: as if each image had been there so often."""
-    batch, times = points(), np.resize([3, 1, 1], COUNT)
-    weighted = losses_at(
-        jnp.stack([LAW.log_weights] * 2), LAMBDAS, forget=batch._replace(log_weight=np.log(times))
-    )
-    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), batch)
-    expected = losses_at(jnp.stack([LAW.log_weights] * 2), LAMBDAS, forget=repeated)
-    np.testing.assert_allclose(
-        weighted.constraint.reshape(COUNT, 2).mean(axis=0),
-        expected.constraint.reshape(-1, 2).mean(axis=0),
-        rtol=1e-4,
-    )
-    ours, theirs = (float(found.diagnostics["tilt_kl"]) for found in (weighted, expected))
-    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_refuses_what_does_not_fit():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from jax_unlearn import cli, divergences, likelihoods, losses, posteriors, report, schedules
+from jax_unlearn import cli, divergences, likelihoods, losses, posteriors, report
 from jax_unlearn import run as running
 from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
 from jax_unlearn.pretrained import load_pretrained, relabelled
@@ -196,39 +196,26 @@ def test_points_are_of_the_reference_at_the_base(tiny_model, tmp_path):
     task = concepts.concept_task(problem, options, None)
     apply, params, schedule, _ = problem.pretrained
     seen = []
-    for step in range(48):  # twice 64 samples, three points each, every one once
+    for step in range(24):  # 64 samples, three points each, every one once
         forget = task.batch(step).forget
         base = np.full(8, problem.separated[0].base)
         expected = losses.predict_epsilon(
             apply, params, schedule, x_t=forget.x_t, t=forget.t, cond=base, clip=True
         )
         np.testing.assert_allclose(forget.epsilon, expected, rtol=1e-4, atol=1e-4)
-        assert ((forget.posterior > 0) & (forget.posterior < 1 + 1e-6)).all()
+        assert ((forget.posterior > 0) & (forget.posterior < 1)).all()
         seen += [x.tobytes() for x in forget.x_t]
-    assert len(set(seen)) == 384
+    assert len(set(seen)) == 192
     # At the noisiest point nothing is known but the base's share of the concept.
     pool = concept_formulations.stored_samples(problem, options)
     log_p = jax.jit(concept_evaluation.log_posterior(problem, options))(pool.base)
     (share,) = posteriors.mixture_shares(log_p) @ problem.members.T
     np.testing.assert_allclose(pool.path.posterior[:, 0, 0], share, rtol=1e-3)
     assert abs(share - 1 / 3) > 0.01
-    # The second half are images of the forgotten label, as likely as r = (q + q_dog)/2 has them.
-    dogs = concept_evaluation.draw(
-        problem, options, params, jax.random.fold_in(jax.random.key(options.seed + 5), 0),
-        jnp.ones(64, int),
-    )  # fmt: skip
-    alpha, sigma = schedules.alpha_sigma(schedule.log_snr[pool.path.t[64:, -1]], dogs)
-    noise = (pool.path.x_t[64:, -1] - alpha * dogs) / sigma
-    assert np.square(noise).mean() == pytest.approx(1, rel=0.05)
-    weights = np.exp(-pool.path.log_weight)
-    np.testing.assert_allclose(
-        weights[64:], 0.5 + 0.5 * pool.path.values[64:, 0] / share, rtol=1e-3
-    )
-    np.testing.assert_array_equal(pool.path.values[:64], pool.values)
     # The candidates are all labels, so that the posterior of all of them does not move.
     everyone = problem._replace(members=np.ones((1, 3), bool))
     pool = concept_formulations.stored_samples(everyone, options)
-    assert pool.path.push.shape == (128, 3, 1, *problem.pretrained.config.sample_shape)
+    assert pool.path.push.shape == (64, 3, 1, *problem.pretrained.config.sample_shape)
     np.testing.assert_allclose(pool.path.posterior, 1, rtol=1e-5)
     np.testing.assert_allclose(pool.path.push, 0, atol=1e-5)
     assert (np.diff(pool.path.t, axis=1) < 0).all()

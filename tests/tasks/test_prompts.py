@@ -159,8 +159,7 @@ def test_rows_follow_their_own_base(model):
     rows = np.resize(np.arange(len(expected)), 18)
     bases = np.array([one.base for one in problem.separated])[rows]
     # Each stored sample is the number of the base that it was drawn from.
-    points = [np.stack([bases, bases, bases], axis=1)] * 5
-    path = concept_formulations.Path(*points, np.zeros((18, 2)), np.zeros(18), rows)
+    path = concept_formulations.Path(*[np.stack([bases, bases, bases], axis=1)] * 5)
     pool = concept_formulations.Pool(
         bases, np.zeros((18, 2)), rows, np.array(problem.kept), np.array(problem.kept), path
     )
