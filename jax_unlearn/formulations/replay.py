@@ -156,9 +156,12 @@ def minibatched(
         points = on_policy.Stored(on_policy.ConditionBatch(kept, forget), x_t, place)
 
         def descend(moving: PrimalDualState, part: Any) -> tuple[PrimalDualState, PrimalDualInfo]:
-            return held.step(key, moving, part)  # nothing random is left
+            # Nothing random is left. The reference is not carried: a loop copies what it carries.
+            whole = moving._replace(reference=state.reference)
+            moved, info = held.step(key, whole, part)
+            return moved._replace(reference=None), info
 
-        still = state._replace(dual_state=optax.EmptyState())
+        still = state._replace(dual_state=optax.EmptyState(), reference=None)
         moved, infos = jax.lax.scan(descend, still, points)
         info = jax.tree.map(lambda leaf: leaf.mean(axis=0), infos)
         finite = infos.finite.all()
@@ -171,7 +174,7 @@ def minibatched(
         moved = moved._replace(multipliers=multipliers, dual_state=dual_state)
         stayed = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            moved._replace(reference=None),
+            moved,
             state._replace(reference=None),
         )
         state = stayed._replace(reference=state.reference, step=state.step + 1)
