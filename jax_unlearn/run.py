@@ -212,6 +212,19 @@ def run(
         ) from error
 
 
+def _updates(options: RunOptions) -> int:
+    """Of the parameters, in one step."""
+    return getattr(options, "minibatches", 1)
+
+
+def learning_rate(options: RunOptions) -> optax.Schedule:
+    """Updates done -> step size: a warm-up of a tenth, at most 20 steps, then a cosine to 0."""
+    updates, warmup = _updates(options), min(20, max(options.steps // 10, 1))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, options.learning_rate, warmup * updates, max(options.steps, warmup + 1) * updates
+    )
+
+
 def _run(
     problem: images.Problem | concept_problem.Problem,
     options: RunOptions,
@@ -235,12 +248,7 @@ def _run(
     task = _TASKS[type(problem)](problem, options, judge)
     thresholds = task.thresholds
     timing = {"reference": time.monotonic() - started}
-    warmup = min(20, max(options.steps // 10, 1))
-    updates = getattr(options, "minibatches", 1)
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, options.learning_rate, warmup * updates, max(options.steps, warmup + 1) * updates
-    )
-    optimizer = optax.adam(rate, b1=0.9, b2=0.99)
+    optimizer = optax.adam(learning_rate(options), b1=0.9, b2=0.99)
     part, rank = parse_subset(getattr(options, "train", "full"))
     formulation, start = task.formulation, task.params
     if rank is not None:
@@ -254,7 +262,7 @@ def _run(
     else:
         merge = None if rank is None else lora_merge
         algorithm = replay.minibatched(
-            formulation, optimizer, task.dual, task.visit, parts=updates, merge=merge
+            formulation, optimizer, task.dual, task.visit, parts=_updates(options), merge=merge
         )
     # Only what trains is copied: the step does not donate the reference.
     state = algorithm.init(

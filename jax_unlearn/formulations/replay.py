@@ -102,7 +102,8 @@ def minibatched(
     many minibatches, and takes a primal step on each, λ held; then follows one dual step on
     their mean violation. That is the violation of whole trajectories, each part of it at the
     parameters that it met. A point costs no more passes through the networks than in a step of
-    "stop_gradient" on whole trajectories, whose optimum this shares.
+    "stop_gradient" on whole trajectories, whose optimum this shares. A part that is not finite is
+    left out, and told.
 
     Args:
       formulation: with an estimator that holds trajectories fixed.
@@ -117,8 +118,9 @@ def minibatched(
       `init` and `step` as of `primal_dual`, for jit; what `step` reports are means over the parts,
       and it has no `dual_batch`. It raises ValueError for parts that do not divide the time steps.
     """
-    init = primal_dual(formulation, optimizer, dual_optimizer).init
-    held = primal_dual(formulation, optimizer, optax.set_to_zero())
+    # All parts are steps at one λ; the last of them moves it, by the mean of their violations.
+    once = optax.MultiSteps(dual_optimizer, parts).gradient_transformation()
+    algorithm = primal_dual(formulation, optimizer, once, alternating=False)
 
     def deal(key: Array, conditions: Any, x_t: Any) -> tuple[Any, Any, Any]:
         """Conditions, points and places in the chain, [parts, points of a part, ...]."""
@@ -158,29 +160,15 @@ def minibatched(
         def descend(moving: PrimalDualState, part: Any) -> tuple[PrimalDualState, PrimalDualInfo]:
             # Nothing random is left. The reference is not carried: a loop copies what it carries.
             whole = moving._replace(reference=state.reference)
-            moved, info = held.step(key, whole, part)
+            moved, info = algorithm.step(key, whole, part)
             return moved._replace(reference=None), info
 
-        still = state._replace(dual_state=optax.EmptyState(), reference=None)
-        moved, infos = jax.lax.scan(descend, still, points)
+        moved, infos = jax.lax.scan(descend, state._replace(reference=None), points)
         info = jax.tree.map(lambda leaf: leaf.mean(axis=0), infos)
-        finite = infos.finite.all()
-        updates, dual_state = dual_optimizer.update(
-            -info.violations, state.dual_state, state.multipliers
-        )
-        multipliers = formulation.project(
-            optax.apply_updates(state.multipliers, updates)  # pyrefly: ignore
-        )
-        moved = moved._replace(multipliers=multipliers, dual_state=dual_state)
-        stayed = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            moved,
-            state._replace(reference=None),
-        )
-        state = stayed._replace(reference=state.reference, step=state.step + 1)
-        return state, info._replace(multipliers=state.multipliers, finite=finite)
+        info = info._replace(multipliers=moved.multipliers, finite=infos.finite.all())
+        return moved._replace(reference=state.reference, step=state.step + 1), info
 
-    return PrimalDual(init, step)
+    return PrimalDual(algorithm.init, step)
 
 
 def init(capacity: int, example: Trajectories) -> Replay:

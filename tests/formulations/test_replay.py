@@ -6,7 +6,15 @@ import optax
 import pytest
 
 from jax_unlearn import multipliers
-from jax_unlearn.formulations import ConditionBatch, Held, Separated, Stored, replay, reverse_kl
+from jax_unlearn.formulations import (
+    ConditionBatch,
+    Held,
+    Losses,
+    Separated,
+    Stored,
+    replay,
+    reverse_kl,
+)
 from jax_unlearn.primal_dual import primal_dual
 
 KEY = jax.random.key(0)
@@ -154,14 +162,25 @@ def test_replay_reaches_the_exact_multiplier():
     np.testing.assert_allclose(state.params["bias"][0], bias, atol=0.06)
 
 
+def on_the_whole_and_in_parts(parts, rate, dual, batch):
+    """(state, info) after a step on whole trajectories, and after one in parts of the same."""
+    optimizer = optax.sgd(rate)
+    for algorithm in (
+        primal_dual(FORMULATION, optimizer, dual, alternating=False),
+        replay.minibatched(FORMULATION, optimizer, dual, VISIT, parts=parts),
+    ):
+        state = algorithm.init(PARAMS, [0.5, 0.1], multipliers=MULTIPLIERS, reference=REFERENCE)
+        yield jax.jit(algorithm.step)(KEY, state, batch)
+
+
 def test_a_step_in_one_part_is_the_step_on_whole_trajectories():
-    batch, dual = batch_of(), multipliers.nu_pi(0.03, 0.1)
-    whole = primal_dual(FORMULATION, optax.sgd(0.1), dual, alternating=False)
-    state = whole.init(PARAMS, [0.5, 0.1], multipliers=MULTIPLIERS, reference=REFERENCE)
-    expected, told = jax.jit(whole.step)(KEY, state, batch)
-    one = replay.minibatched(FORMULATION, optax.sgd(0.1), dual, VISIT, parts=1)
-    got, info = jax.jit(one.step)(KEY, state, batch)
-    for a, b in zip(jax.tree.leaves((got, info)), jax.tree.leaves((expected, told)), strict=True):
+    dual = multipliers.nu_pi(0.03, 0.1)
+    (expected, told), (got, info) = on_the_whole_and_in_parts(1, 0.1, dual, batch_of())
+    for a, b in zip(
+        jax.tree.leaves((got._replace(dual_state=None), info)),
+        jax.tree.leaves((expected._replace(dual_state=None), told)),
+        strict=True,
+    ):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
     assert np.abs(got.params["bias"] - PARAMS["bias"]).max() > 0.01
     assert (np.abs(got.multipliers - MULTIPLIERS) > 1e-3).all()
@@ -170,18 +189,31 @@ def test_a_step_in_one_part_is_the_step_on_whole_trajectories():
 @pytest.mark.parametrize("kept", [True, False])
 def test_every_point_is_in_one_part(kept):
     """Small steps on the parts add up to as many on the whole, and the values are its own."""
-    batch, rate, dual = batch_of(kept), 1e-3, optax.sgd(0.1)
-    whole = primal_dual(FORMULATION, optax.sgd(rate), dual, alternating=False)
-    state = whole.init(PARAMS, [0.5, 0.1], multipliers=MULTIPLIERS, reference=REFERENCE)
-    expected, told = jax.jit(whole.step)(KEY, state, batch)
-    five = replay.minibatched(FORMULATION, optax.sgd(rate), dual, VISIT, parts=5)
-    got, info = jax.jit(five.step)(KEY, state, batch)
+    (expected, told), (got, info) = on_the_whole_and_in_parts(
+        5, 1e-3, optax.sgd(0.1), batch_of(kept)
+    )
     assert got.step == 1
     np.testing.assert_allclose(info.values, told.values, rtol=0.05)
     np.testing.assert_allclose(got.multipliers, expected.multipliers, rtol=0.05)
+    np.testing.assert_array_equal(info.multipliers, got.multipliers)
     for name in ("gain", "bias"):
         moved, once = (np.asarray(one.params[name] - PARAMS[name]) for one in (got, expected))
         np.testing.assert_allclose(moved, 5 * once, rtol=0.1, atol=0.05 * np.abs(moved).max())
+
+
+def test_each_trajectory_is_dealt_in_an_order_of_its_own():
+    def spread(params, reference, key, batch, *rest):
+        place = jnp.float32(batch.step[1])
+        return Losses(
+            jnp.square(place - place.mean()) + 0 * params["bias"].sum(), 0 * place,
+            jnp.zeros(place.shape, int), {},
+        )  # fmt: skip
+
+    dealt = replay.minibatched(
+        FORMULATION._replace(losses=spread), optax.sgd(0.1), optax.sgd(0.1), VISIT, parts=5
+    )
+    _, info = jax.jit(dealt.step)(KEY, dealt.init(PARAMS, [0.5]), batch_of())
+    assert info.objective > 0.1
 
 
 def test_minibatches_reach_the_exact_multiplier():

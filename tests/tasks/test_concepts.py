@@ -13,6 +13,7 @@ import scipy.optimize
 
 from jax_unlearn import cli, divergences, likelihoods, losses, posteriors, report
 from jax_unlearn import run as running
+from jax_unlearn.formulations import replay
 from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
 from jax_unlearn.pretrained import load_pretrained, relabelled
 from jax_unlearn.tasks import concept_evaluation, concept_formulations, concept_problem, concepts
@@ -93,7 +94,7 @@ def test_runs_of_several_formulations_stand_side_by_side(finished):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, name):
+def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, monkeypatch, name):
     options = options_of(tiny_model, tmp_path / "stopped", **RUNS[name])
     problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
 
@@ -101,9 +102,17 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, name)
         if step == 3:
             raise KeyboardInterrupt
 
+    dealt, minibatched = [], replay.minibatched
+
+    def recorded(*given, parts, **named):
+        dealt.append(parts)
+        return minibatched(*given, parts=parts, **named)
+
+    monkeypatch.setattr(replay, "minibatched", recorded)
     running.prepare_folder(options)
     with pytest.raises(KeyboardInterrupt):
         running.run(problem, options, command="concept", progress=False, after_step=stop)
+    assert dealt == ([3] if name == "minibatches" else [])
     assert cli.main(["concept", "--out", str(options.out), "--resume"]) == 0
     for ours, theirs in zip(leaves(options.out), leaves(finished / name), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -255,6 +264,15 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
     assert 0 < step < 3
     found = correct(task.params, jnp.array([1.0], jnp.float32))
     np.testing.assert_allclose(found, [(3.0 + step) / 3], rtol=1e-3)
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_the_learning_rate_ends_with_the_last_update(tiny_model, tmp_path, minibatches):
+    options = options_of(tiny_model, tmp_path, minibatches=minibatches, steps=30, learning_rate=0.5)
+    rate = running.learning_rate(options)
+    assert rate(3 * minibatches) == pytest.approx(0.5)  # a tenth is the warm-up
+    assert rate(16.5 * minibatches) == pytest.approx(0.25)
+    assert rate(30 * minibatches) == pytest.approx(0, abs=1e-8)
 
 
 @pytest.mark.parametrize(
