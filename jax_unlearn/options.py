@@ -253,8 +253,9 @@ class ConceptOptions(ModelOptions):
     "a photo of a {} => a photo" also says which prompt, without the concept, it is held to."""
     formulation: Literal["reverse-kl", "likelihood"] = "reverse-kl"
     """"reverse-kl": KL(p‖q(·|c)) of at least the threshold, along the model's own trajectories.
-    "likelihood": E_p[h_c] of at most the threshold, h_c(x) the probability of c at x by the
-    reference model itself, as a diffusion classifier over its labels or the run's prompts."""
+    "likelihood": of samples of p at most the threshold's share shows c, as the reference model
+    itself judges, a diffusion classifier over its labels or the run's prompts, whose errors on
+    samples of its own are allowed for (E_p[h_c] as it is, with --target-steps 0)."""
     base: str | None = None
     """What is held to instead of a concept: a label, or (default) the null label; for prompts a
     name put into the templates, or (default) no prompt. A template's own base goes first."""
@@ -266,7 +267,7 @@ class ConceptOptions(ModelOptions):
     show: tuple[str, ...] = ()
     """Prompts that are drawn and measured but not trained on, or @FILE; paraphrases, say."""
     threshold: tuple[str, ...] = ("calibrated",)
-    """A number (nats; for likelihoods a probability), "1.2x" (that many times the value that --base
+    """A number (nats; for likelihoods a share), "1.2x" (that many times the value that --base
     itself has) or "calibrated" (as far from c, or as unlikely to be c, as samples of --anchor; n
     samples do not show a probability below 1/(n + 2))."""
     separate_null: bool = False

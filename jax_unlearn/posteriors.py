@@ -15,7 +15,18 @@ import numpy as np
 from jax_unlearn import likelihoods, losses, schedules
 from jax_unlearn.typing import Array, ArrayLike, Denoiser, Params
 
-__all__ = ["PosteriorPath", "mixture_shares", "path_times", "path_weighting", "posterior_path"]
+__all__ = [
+    "Confusion",
+    "PosteriorPath",
+    "confusion",
+    "mixture_shares",
+    "path_times",
+    "path_weighting",
+    "posterior_path",
+]
+
+# The least difference between what a classifier finds where a concept is and where none is.
+LEAST_CONTRAST = 0.02
 
 
 class PosteriorPath(NamedTuple):
@@ -150,6 +161,64 @@ def mixture_shares(log_posterior: ArrayLike, *, iterations: int = 100) -> np.nda
         weighted = likelihood * shares
         shares = (weighted / weighted.sum(axis=1, keepdims=True)).mean(axis=0)
     return (samples * shares + 1 / count) / (samples + 1)
+
+
+class Confusion(NamedTuple):
+    """What a classifier finds, on average, in images that show a concept and in those that do not.
+
+    Attributes:
+      shown: E[h_j | the image shows i], [m, m].
+      elsewhere: E[h_j | the image shows none], [m].
+    """
+
+    shown: np.ndarray
+    elsewhere: np.ndarray
+
+    def shares(self, values: Array) -> Array:
+        """h(x_n) [n, m] -> numbers [n, m] whose mean estimates the share of each concept.
+
+        (h − elsewhere)(shown − elsewhere)⁻¹. Where a law p shows the concepts in the shares π, and
+        what it shows of each looks as it did, E_p[h] = elsewhere + π (shown − elsewhere): the mean
+        is π without bias, though one image's numbers may be negative or above 1. This is the
+        adjusted count of quantification ("label shift"; Bella et al. 2010). A classifier that
+        takes a share f of all else for a concept never finds less than f, however little there is.
+        """
+        inverse = np.linalg.inv(self.shown - self.elsewhere)
+        return jnp.matmul(values - self.elsewhere, inverse, precision="highest")
+
+
+def confusion(values: ArrayLike, labels: ArrayLike) -> Confusion:
+    """The confusion of a classifier, from images whose concepts are known.
+
+    Args:
+      values: h_i(x_n), [n, m].
+      labels: 1 where image n shows concept i, else 0, at most one each, [n, m].
+
+    Returns:
+      Averages, with one image added to each that the classifier gets right, so that none is empty.
+
+    Raises:
+      ValueError: for shapes that differ, labels of two concepts, or a classifier that does not
+        tell the concepts apart.
+    """
+    values, labels = np.asarray(values, np.float64), np.asarray(labels, np.float64)
+    if values.ndim != 2 or values.shape != labels.shape:
+        raise ValueError(
+            f"expected values and labels [n, m], got {list(values.shape)} and {list(labels.shape)}."
+        )
+    none = 1 - labels.sum(axis=1)
+    if not np.isin(labels, (0, 1)).all() or (none < 0).any():
+        raise ValueError("labels must be 0 or 1, and name one concept of an image at most.")
+    right = np.eye(values.shape[1])
+    shown = (labels.T @ values + right) / (labels.sum(axis=0)[:, None] + 1)
+    elsewhere = none @ values / (none.sum() + 1)
+    if np.linalg.svd(shown - elsewhere, compute_uv=False).min() < LEAST_CONTRAST:
+        raise ValueError(
+            "the classifier does not tell the concepts apart: it finds them in "
+            f"{', '.join(f'{100 * value:.2g}' for value in np.diag(shown))} % of images that show "
+            f"them and {', '.join(f'{100 * value:.2g}' for value in elsewhere)} % of all others."
+        )
+    return Confusion(shown.astype(np.float32), elsewhere.astype(np.float32))
 
 
 def path_weighting(

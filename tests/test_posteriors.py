@@ -46,6 +46,49 @@ def exact(path, times):
     )
 
 
+def test_shares_are_those_of_the_joint_law_whatever_the_classifier():
+    # Components 1 and 2 are concepts; p shows a quarter and a half as much of them as the mixture.
+    x = np.asarray(mixtures.sample(LAW, jax.random.key(2), 200_000))
+    truth = np.asarray(mixtures.responsibilities(LAW, x, jnp.inf))
+    rng = np.random.default_rng(0)
+    label = (rng.uniform(size=(len(x), 1)) < truth.cumsum(axis=1)).argmax(axis=1)
+    blunt = np.exp(0.4 * np.log(truth)) / np.exp(0.4 * np.log(truth)).sum(axis=1, keepdims=True)
+    h, labels = blunt[:, 1:], np.eye(3)[label][:, 1:]
+    found = posteriors.confusion(h[:100_000], labels[:100_000])
+    left = np.array([1.0, 0.25, 0.5])
+    weights = (truth * left).sum(axis=1)[100_000:]
+    shares = np.average(np.asarray(found.shares(h[100_000:])), axis=0, weights=weights)
+    expected = np.array([0.5, 0.3, 0.2]) * left
+    expected = (expected / expected.sum())[1:]
+    np.testing.assert_allclose(shares, expected, atol=0.004)
+    plain = np.average(h[100_000:], axis=0, weights=weights)
+    assert np.abs(plain - expected).max() > 0.05
+    # Of the images that the confusion is of, the shares are those of the labels.
+    own = np.asarray(found.shares(h[:100_000])).mean(axis=0)
+    np.testing.assert_allclose(own, labels[:100_000].mean(axis=0), atol=1e-4)
+
+
+def test_confusion_adds_one_image_that_is_judged_rightly():
+    found = posteriors.confusion([[0.5, 0.1], [0.3, 0.3], [0.2, 0.0]], [[1, 0], [0, 0], [0, 0]])
+    np.testing.assert_allclose(found.shown, [[0.75, 0.05], [0.0, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(found.elsewhere, [0.5 / 3, 0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "message"),
+    [
+        ([[0.5]], [[1, 0]], "expected values and labels"),
+        ([0.5], [1], "expected values and labels"),
+        ([[0.5]], [[0.5]], "labels must be 0 or 1"),
+        ([[0.5, 0.1]], [[1, 1]], "labels must be 0 or 1, and name one"),
+        ([[0.5]] * 200, [[1]] * 100 + [[0]] * 100, "finds them in 50 % .* and 50 % of all others"),
+    ],
+)
+def test_confusion_refuses(values, labels, message):
+    with pytest.raises(ValueError, match=message):
+        posteriors.confusion(values, labels)
+
+
 def test_the_posterior_of_every_path_tends_to_that_of_its_points():
     x_0 = mixtures.sample(LAW, jax.random.key(1), 64)
     errors = []

@@ -37,9 +37,10 @@ def likelihood(
       "tilt": weighted denoising of stored samples x of q(·|base), min_θ E_q w_λ ‖ε − ε_θ‖² with
         w_λ = exp(−Σ_i λ_i h_i), whose exact minimiser is the denoiser of p_λ. h is read from the
         batch and never differentiated; batch, objective and constraint values: see `SampleBatch`.
-      "posterior": regression on the score of p_λ where each h_i is 0 or 1, as a decided classifier
-        is, from posteriors of the concepts at stored points (`posteriors`): no Monte-Carlo noise,
-        and known where p_λ has no samples. Batch and constraint values: see `PosteriorBatch`.
+      "posterior": regression on the score of p_λ where each h_i is 0 or 1 (else on that of a law
+        of images and concepts jointly: see `PosteriorBatch`), from posteriors of the concepts at
+        stored points (`posteriors`): no Monte-Carlo noise, and known where p_λ has no samples.
+        Batch and constraint values: see `PosteriorBatch`.
       "guidance": along the model's own trajectories, held fixed, regression on
         ε_q + σ_t Σ_i λ_i ∇h_i, the score s_q − Σ_i λ_i ∇h_i. The gradient is taken at x_t of
         h_i(x̂_0(x_t)), x̂_0 the reference's, or given. Exact only as the noise vanishes: noising p_λ

@@ -26,7 +26,7 @@ class Points(NamedTuple):
       epsilon: the reference's prediction at x_t and the base, as ε, [f, ...].
       posterior: u_i = E[h_i(x_0) | x_t], [f, k].
       push: σ_t ∇u_i, [f, k, ...].
-      values: h_i(x_0) of the image that was noised, [f, k].
+      values: h_i(x_0) of the image that was noised, or 1 for the concept that it shows, [f, k].
       constraint: the constraint i of each, integer [f, k]; see `Samples`.
     """
 
@@ -49,9 +49,12 @@ class PosteriorBatch(NamedTuple):
       ε* = ε_q + Σ_i κ_i σ_t ∇u_i / (1 − Σ_i κ_i u_i),   κ_i = 1 − exp(−λ_i):
 
     the score of p_λ ∝ q exp(−Σ_i λ_i h_i), noised, where each image has h_i = 1 for at most one i
-    and else 0, since then E_q[exp(−Σ_i λ_i h_i) | x_t] = 1 − Σ_i κ_i u_i. It has no Monte-Carlo
-    noise, and it is known where q goes and p_λ does not: what "tilt", which weights by p_λ,
-    leaves to chance. Give points whose t have the law π.
+    and else 0, since then E_q[exp(−Σ_i λ_i h_i) | x_t] = 1 − Σ_i κ_i u_i. Where h is undecided,
+    it is that of the joint law of image and concept, p_λ(x, c) ∝ q(x, c) exp(−λ_c): of those that
+    show concept i in at most a share ε_i, the nearest to q. Concepts leave then, and not all that
+    resembles them: E[h_i] does not fall below q(1 − Σ h)'s, and `posteriors.Confusion` tells
+    shares from it. The target has no Monte-Carlo noise, and it is known where q goes and p_λ does
+    not: what "tilt", which weights by p_λ, leaves to chance. Give points whose t have the law π.
 
     **Constraint values** and diagnostics are those of "tilt", of the images that were noised.
 

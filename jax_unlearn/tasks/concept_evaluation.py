@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_unlearn import likelihoods, samplers
+from jax_unlearn import likelihoods, posteriors, samplers
 from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.tasks.base import batch_rows, in_batches
@@ -150,11 +150,21 @@ def log_posterior(problem: Problem, options: ConceptOptions) -> Callable[[Array]
     return posterior
 
 
-def classifier(problem: Problem, options: ConceptOptions) -> Callable[[Array], Array]:
-    """x_0 -> h [n, concepts], the reference's own posterior of each concept."""
+def classifier(
+    problem: Problem, options: ConceptOptions, confusion: posteriors.Confusion | None = None
+) -> Callable[[Array], Array]:
+    """x_0 -> h [n, concepts], the reference's own posterior of each concept.
+
+    With the confusion of that classifier the mean of h is the share of each concept.
+    """
     posterior = log_posterior(problem, options)
     members = jnp.asarray(problem.members, jnp.float32)
-    return lambda x_0: jnp.matmul(jnp.exp(posterior(x_0)), members.T, precision="highest")
+
+    def h(x_0: Array) -> Array:
+        found = jnp.matmul(jnp.exp(posterior(x_0)), members.T, precision="highest")
+        return found if confusion is None else confusion.shares(found)
+
+    return h
 
 
 def draw(

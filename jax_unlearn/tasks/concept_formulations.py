@@ -108,10 +108,12 @@ class Path(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Stored samples of the reference: of the bases, with h [n, m], and of the kept conditions.
+    """Stored samples of the reference: of the bases, and of the kept conditions.
 
-    `separated` says whose base each of the first was drawn from, `cond` what the others show;
-    `path` is None without --target-steps.
+    `separated` says whose base each of the first was drawn from, `cond` what the others show.
+    `values` [n, m] are h; with --target-steps they are concepts, one drawn for each sample from
+    its posterior at the end of its `path`, or none: samples of q(x, c), which p_λ is a tilt of.
+    `confusion` is then that of h. Without, it is None, as the path is.
     """
 
     base: np.ndarray
@@ -120,6 +122,7 @@ class Pool(NamedTuple):
     kept: np.ndarray
     cond: np.ndarray
     path: Path | None
+    confusion: posteriors.Confusion | None
 
 
 def stored_samples(problem: Problem, options: ConceptOptions) -> Pool:
@@ -134,10 +137,20 @@ def stored_samples(problem: Problem, options: ConceptOptions) -> Pool:
     log_p = batched(lambda _, x: judged(x), base_key, base)
     values = np.exp(log_p) @ problem.members.T.astype(np.float32)
     kept = batched(of_reference, kept_key, cond)
-    path = None
+    path = confusion = None
     if options.target_steps:
-        path = _paths(problem, options, base, separated, log_p)
-    return Pool(base, values, separated, kept, cond, path)
+        path, shown = _paths(problem, options, base, separated, log_p)
+        labels = _one_of(shown, np.random.default_rng(options.seed))
+        confusion = posteriors.confusion(values, labels)
+        values = labels
+    return Pool(base, values, separated, kept, cond, path, confusion)
+
+
+def _one_of(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """At most one of each row, drawn with these probabilities: 0 or 1, [n, m]."""
+    upper = probabilities.cumsum(axis=1)
+    drawn = rng.uniform(size=(len(upper), 1))
+    return ((upper - probabilities <= drawn) & (drawn < upper)).astype(np.float32)
 
 
 def _paths(
@@ -146,8 +159,11 @@ def _paths(
     base: np.ndarray,
     separated: np.ndarray,
     log_p: np.ndarray,
-) -> Path:
-    """Noises the stored samples, each base taken as the mixture of candidates that fits it best."""
+) -> tuple[Path, np.ndarray]:
+    """Noises the stored samples, each base taken as the mixture of candidates that fits it best.
+
+    Also the probability of each concept at the end, [n, m].
+    """
     apply, reference, schedule, config = problem.pretrained
     bases = problem.rows(separated)[1]
     # What is held to a base is among what the base shows: it would explain all by itself.
@@ -162,7 +178,9 @@ def _paths(
         prior[of_base] = np.log(posteriors.mixture_shares(log_p[of_base][:, told_apart]))
 
     @jax.jit
-    def follow(key: Array, x_0: Array, base: Array, prior: Array, times: Array) -> Path:
+    def follow(
+        key: Array, x_0: Array, base: Array, prior: Array, times: Array
+    ) -> tuple[Path, Array]:
         found = posteriors.posterior_path(
             apply, reference, schedule, key,
             x_0=x_0, times=times, concepts=concepts, members=members, log_prior=prior,
@@ -177,11 +195,12 @@ def _paths(
         steps = jnp.broadcast_to(times[:, None], (len(times), len(base)))
         epsilon = jax.lax.map(predict, (found.x_t, times))
         parts = (found.x_t, steps, epsilon, found.posterior, found.push)
-        return Path(*(part.swapaxes(0, 1) for part in parts))
+        path = Path(*(part.swapaxes(0, 1) for part in parts))
+        return path, jnp.matmul(jnp.exp(found.log_posterior), members.T, precision="highest")
 
     weighting, rng = posteriors.path_weighting(schedule), np.random.default_rng(options.seed)
 
-    def batch(key: Array, x_0: Array, base: Array, prior: Array) -> Path:
+    def batch(key: Array, x_0: Array, base: Array, prior: Array) -> tuple[Path, Array]:
         times = posteriors.path_times(weighting, options.target_steps, rng)
         return follow(key, x_0, base, prior, times)
 
@@ -223,6 +242,20 @@ def likelihood_problem(
         f"samples' effective number. In the certificate they are times {share:.3g}, the forgotten "
         "conditions' part of the objective."
     )
+    if pool.confusion is not None:
+        found = "; ".join(
+            f"{concept} in {shown:.3g} of those that show it and {elsewhere:.3g} of those without"
+            for concept, shown, elsewhere in zip(
+                problem.concepts,
+                np.diag(pool.confusion.shown),
+                pool.confusion.elsewhere,
+                strict=True,
+            )
+        )
+        note += (
+            f" On these samples the classifier finds {found}: shares are its averages on samples "
+            "of the model, corrected for this."
+        )
     if options.corrections:
         note += " During the run they are corrected by what samples of the model itself show."
     if pool.path is None:

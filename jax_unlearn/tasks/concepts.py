@@ -7,8 +7,11 @@ The model is a family p(·|c), and the problem one over condition and image join
 
 base_c is c itself for kept conditions. The concept i is a label; or a name, which makes i_c the
 prompt that has the name in the template of c. All concepts constrain every forgotten condition, so
-that none may show another. π(c) is the frequency of c in the batches: the kept conditions have
-equal shares of `batch_size` of all rows, the forgotten ones of `forget_batch_size`.
+that none may show another. Likelihoods come from a classifier, h its posterior; with
+--target-steps it is corrected for its confusion on stored samples, so that E[h_i] is the share of
+samples that show i (`posteriors.Confusion`). π(c) is the frequency of c in the batches: the kept
+conditions have equal shares of `batch_size` of all rows, the forgotten ones of
+`forget_batch_size`.
 """
 
 import dataclasses
@@ -46,8 +49,11 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
     """Measures the reference model and sets up the problem."""
     pretrained, conditions = problem.pretrained, problem.conditions
     reverse = options.formulation == "reverse-kl"
-    h = None if reverse else classifier(problem, options)
-    shows = None if h is None else likelihoods_of_samples(problem, options, h)
+    pool = None if reverse else stored_samples(problem, options)
+    shows = None
+    if pool is not None:
+        h = classifier(problem, options, pool.confusion)
+        shows = likelihoods_of_samples(problem, options, h)
     evaluate = evaluator(problem, options, shows)
     raw = evaluate(pretrained.params)
     drawn = drawing(pretrained, conditions, options, judge, problem.forgotten, problem.shown)
@@ -57,7 +63,6 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
         other = drawn.draw(pretrained.params, 1)
         kept = [place for place, c in enumerate(drawn.drawn) if c in problem.kept]
         real = None if other is None else other[kept].reshape(-1, *conditions.image_shape)
-    pool = None if h is None else stored_samples(problem, options)
     bases = {one.base for one in problem.separated}
     at_base = raw.values[np.isin(raw.valued, list(bases))] if pool is None else pool.values
     at_anchor = raw.values[np.isin(raw.valued, [c for c, _ in problem.anchors])]
@@ -65,7 +70,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
     anchored = at_anchor.mean(axis=0) if len(at_anchor) else at_base.mean(axis=0)
     if pool is not None:
         # Laplace's rule of succession: n samples do not show a probability below about 1/n.
-        anchored = (at_anchor.sum(axis=0) + 1) / (len(at_anchor) + 2)
+        anchored = (np.maximum(at_anchor.sum(axis=0), 0) + 1) / (len(at_anchor) + 2)
     thresholds = _thresholds(options, at_base.mean(axis=0), anchored)
     total = options.batch_size + options.forget_batch_size
     share = options.forget_batch_size / total
@@ -113,6 +118,8 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
 
     before = measured(raw, pretrained.params)
     held_to = _held_to(problem)
+    corrected = pool is not None and pool.confusion is not None
+    unit = "nats" if reverse else "share of samples" if corrected else "mean probability"
     distances = _distances(problem, options, raw) if before.samples is not None else {}
     return Task(
         pretrained=pretrained,
@@ -139,7 +146,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             "shown": [conditions.names[c] for c in problem.shown],
             "notes": [*problem.notes, *posed.notes, _law(problem, options, held_to)],
         },
-        units=("nats", "nats" if reverse else "mean probability"),
+        units=("nats", unit),
         objective="path KL from the unlearned model to what each condition is held to, over its "
         f"own trajectories of {options.chain_steps} steps, averaged over conditions as in "
         "training",
@@ -151,7 +158,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
                 f"to: {held_to} for what is forgotten, itself for the others.",
             },
             "violation": {
-                "unit": "nats" if reverse else "mean probability",
+                "unit": unit,
                 "description": "Of each constraint (the second name) under each condition that "
                 "must not show it (the first); at most 0 is satisfied.",
             },
@@ -228,5 +235,7 @@ def _thresholds(options: ConceptOptions, at_base: np.ndarray, at_anchor: np.ndar
     for text, base, anchor in zip(texts, at_base, at_anchor, strict=True):
         asked = parse_threshold(text)
         unit = {"absolute": 1.0, "relative": base, "calibrated": anchor}[asked.kind]
+        if not unit > 0:
+            raise ValueError(f"--threshold {text}: the base has {unit:.3g}; give a number.")
         numbers.append(unit * (1.0 if asked.number is None else asked.number))
     return np.asarray(numbers, np.float32)

@@ -199,6 +199,48 @@ def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_mo
     assert h.std() > 0
 
 
+def test_stored_samples_are_of_the_joint_law_of_image_and_concept(tiny_model, tmp_path):
+    options = options_of(
+        tiny_model, tmp_path, formulation="likelihood", forget=("dog", "cat"), threshold=("0.8x",)
+    )
+    problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
+    pool = concept_formulations.stored_samples(problem, options)
+    assert set(pool.values.ravel()) == {0.0, 1.0}
+    assert (pool.values.sum(axis=1) <= 1).all()
+    # What is noised most little is known of, and of what is noised least as much as can be.
+    shares, expected = pool.values.mean(axis=0), pool.path.posterior[:, -1].mean(axis=0)
+    np.testing.assert_allclose(shares, expected, atol=4 * 0.5 / 8)
+    judged = jax.jit(concept_evaluation.classifier(problem, options))(pool.base)
+    for i in range(2):
+        of_i = np.asarray(judged)[pool.values[:, i] == 1]
+        right = (of_i.sum(axis=0) + np.eye(2)[i]) / (len(of_i) + 1)
+        np.testing.assert_allclose(pool.confusion.shown[i], right, rtol=1e-4)
+    # λ* moves log-odds from shares π to ε: of each concept against none.
+    task = concepts.concept_task(problem, options, None)
+    np.testing.assert_allclose(task.thresholds, 0.8 * shares, rtol=1e-6)
+    odds = shares / (1 - shares.sum()) / (0.8 * shares / (1 - 0.8 * shares.sum()))
+    np.testing.assert_allclose(np.asarray(task.multipliers) * 24 / 8, np.log(odds), rtol=1e-4)
+    assert "the classifier finds dog in" in " ".join(task.asked["notes"])
+
+
+def test_one_concept_at_most_is_drawn_of_each_image():
+    rng = np.random.default_rng(0)
+    chances = np.tile([0.2, 0.0, 0.5], (20_000, 1))
+    drawn = concept_formulations._one_of(chances, rng)
+    assert (drawn.sum(axis=1) <= 1).all()
+    np.testing.assert_allclose(drawn.mean(axis=0), chances[0], atol=4 * 0.5 / np.sqrt(20_000))
+    certain = concept_formulations._one_of(np.eye(3)[[0, 2, 1]], rng)
+    np.testing.assert_array_equal(certain, np.eye(3)[[0, 2, 1]])
+
+
+def test_a_share_of_a_base_that_shows_nothing_is_refused(tiny_model, tmp_path, monkeypatch):
+    options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=("0.5x",))
+    problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
+    monkeypatch.setattr(concept_formulations, "_one_of", lambda p, rng: np.zeros(p.shape))
+    with pytest.raises(ValueError, match="--threshold 0.5x: the base has 0; give a number"):
+        concepts.concept_task(problem, options, None)
+
+
 def test_points_are_of_the_reference_at_the_base(tiny_model, tmp_path):
     options = options_of(tiny_model, tmp_path, formulation="likelihood")
     problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
@@ -242,10 +284,10 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
     x = concept_evaluation.draw(
         problem, options, task.params, jax.random.fold_in(key, 0), jnp.ones(16, int)
     )
-    judged = concept_evaluation.classifier(problem, options)
+    pool = concept_formulations.stored_samples(problem, options)
+    judged = concept_evaluation.classifier(problem, options, pool.confusion)
     h = np.asarray(judged(x), np.float64)
     # The stored samples show as much when they are weighted by another λ.
-    pool = concept_formulations.stored_samples(problem, options)
     stored = np.asarray(pool.values, np.float64)
     followed = scipy.optimize.brentq(
         lambda λ: np.average(stored, weights=np.exp(-λ * stored)) - h.mean(), 0, 3
@@ -309,7 +351,8 @@ def test_mistakes_are_one_clear_line(tiny_model, tmp_path, capsys, given, messag
 
 def test_a_likelihood_threshold_out_of_reach_says_what_is_within(tiny_model, tmp_path, capsys):
     given = ["--forget", "dog", "--formulation", "likelihood", "--threshold", "1e-9"]
-    assert cli.main(arguments(tiny_model, tmp_path / "out", *given)) == 2
+    tilt = arguments(tiny_model, tmp_path / "out", *given, target_steps=0)
+    assert cli.main(tilt) == 2
     assert "the least they can show" in capsys.readouterr().err
 
 
