@@ -6,9 +6,10 @@
 Reverse-KL and likelihood constraints (as `jax-unlearn concept` has them, reverse KL by its own
 estimator, "bounded", and by "pathwise"), Lagrangians with equal fixed weights ("pathwise"), and ESD
 with its strength swept. The likelihood is that of the image itself, without noise, trained on
-weighted samples ("tilt"), and λ that of the stored samples, uncorrected. Every model is measured
-by the same function: what the judge says of guided samples, KID of the kept labels, and path KL to
-the reference.
+weighted samples ("tilt"), and λ that of the stored samples, uncorrected; or, in "posterior", as
+`concept` has it: the share of samples that show a concept, a quarter of the base's. Every model is
+measured by the same function: what the judge says of guided samples, KID of the kept labels, and
+path KL to the reference.
 ESD starts at the pretrained model, as published, and at the constrained methods' own start, where
 forgotten labels are embedded as the null label is ("ESD from base").
 """
@@ -46,13 +47,19 @@ LIKELIHOOD = {
     "stored_samples": 256, "classifier_draws": 4, "classifier_noise": 0.0, "samples": 0,
     "target_steps": 0, "corrections": 0,
 }  # fmt: skip
+# Regression on the optimum's own score; λ is corrected, and a share of samples is what is bounded.
+POSTERIOR = {
+    "steps": 400, "learning_rate": 2e-4, "batch_size": 8, "forget_batch_size": 24,
+    "stored_samples": 320, "classifier_draws": 4, "samples": 0, "corrections": 5,
+    "evaluation_images": 160, "threshold": ("0.25x",),
+}  # fmt: skip
 STRENGTHS = (0.0, 0.3, 1.0, 2.0, 3.0, 5.0)
 FROM_BASE = (1.0,)
 EQUAL_REVERSE = (0.2, 0.5)  # λ of a forgotten condition alone, the same for both concepts
 EQUAL_REVERSE_STEPS = 40
 EQUAL_LIKELIHOOD = (1.0, 10.0)
 ESD_STEPS, ESD_ROWS = 60, 8
-METHODS = ("start", "esd", "likelihood", "bounded", "pathwise", "equal")
+METHODS = ("start", "esd", "likelihood", "posterior", "bounded", "pathwise", "equal")
 
 
 def optimizer_of(peak, steps):
@@ -186,13 +193,19 @@ def study(seed, methods):
             for strength in strengths:
                 params, seconds = train(start, strength)
                 yield row(name, strength, params, seconds)
-    if "likelihood" in methods:
-        likely = dataclasses.replace(reverse, formulation="likelihood", **LIKELIHOOD)
+    for method, changes, weights in (
+        ("likelihood", LIKELIHOOD, (None, *EQUAL_LIKELIHOOD)),
+        ("posterior", POSTERIOR, (None,)),
+    ):
+        if method not in methods:
+            continue
+        likely = dataclasses.replace(reverse, formulation="likelihood", **changes)
         other = concepts.concept_task(problem, likely, None)
-        for weight in (None, *EQUAL_LIKELIHOOD):
+        for weight in weights:
             fixed = None if weight is None else np.full(len(FORGET), weight / 3)
             params, found, seconds = constrained(other, likely, fixed)
             name = "likelihood" if weight is None else "likelihood, equal weights"
+            name = "likelihood, posterior" if method == "posterior" else name
             result = row(name, weight, params, seconds, found)
             own = other.measure(params)
             result["mean_h"] = [float(v) for v in own.constraints.value]

@@ -80,9 +80,15 @@ TILT = LIKELIHOOD | {
     "target_steps": 0, "train": "cross-attention-kv", "learning_rate": 1e-3, "corrections": 8,
 }  # fmt: skip
 EQUAL = (0.5,)
+LABELS = {
+    "closed-form edit": "the start alone: edited cross-attention",
+    "reverse KL, equal weights": "its Lagrangian with λ",
+    "likelihood": "likelihood, a quarter of the base's own share",
+    "likelihood by tilt": "likelihood by `tilt`",
+}
 METHODS = ("edit", "reverse", "likelihood", "tilt", "esd")
 STRENGTHS = (1.0, 3.0)
-ESD_RATES = (2e-4, 1e-3)
+ESD_RATES = (2e-4, 5e-4, 1e-3)
 
 
 class Judge:
@@ -127,7 +133,7 @@ class Judge:
         }
 
 
-def study(name, seed, methods):
+def study(name, seed, methods, rates):
     """The rows of one task and seed, one after another."""
     model = load_text_to_image(embedded.text_model_path())
     options = ConceptOptions(seed=seed, **COMMON, **REVERSE, **TASKS[name])
@@ -172,7 +178,7 @@ def study(name, seed, methods):
             params, found, seconds = constrained(other, likely, None)
             yield row(label, None, params, seconds, found, other)
     if "esd" in methods:
-        for rate in ESD_RATES:
+        for rate in rates:
             train = make_esd(problem, options, optimizer_of(rate, ESD_STEPS), "cross-attention")
             for strength in STRENGTHS:
                 params, seconds = train(problem.pretrained.params, strength)
@@ -190,7 +196,7 @@ def print_table(name, rows):
         )
         cells = [
             name,
-            " ".join(str(entry[key]) for key in ("method", "setting") if entry[key] is not None),
+            labelled(entry["method"], entry["setting"]),
             *(percent(entry, key) for key in ("UA", "UA_paraphrases", "IRA", "CRA")),
             *(both(entry, key) for key in ("kid", "kept_path_kl")),
             ", ".join(
@@ -200,6 +206,14 @@ def print_table(name, rows):
             str(entry["seeds"]),
         ]
         print("|", " | ".join(cells), "|")
+
+
+def labelled(method, setting):
+    """What a table calls a method: a strength, or a weight, is its setting."""
+    label = LABELS.get(method, method)
+    if method.startswith("ESD"):
+        return label.replace(", rate", f", η = {setting:g}, rate")
+    return label if setting is None else f"{label} = {setting:g}"
 
 
 def percent(entry, name):
@@ -213,6 +227,7 @@ def main() -> None:
     parser.add_argument("--add", type=pathlib.Path, nargs="+", default=[], help="earlier results")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rates", type=float, nargs="+", default=ESD_RATES, help="of ESD")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +248,7 @@ def main() -> None:
 
     for seed in arguments.seeds:
         for name in arguments.tasks:
-            for row in study(name, seed, arguments.methods):
+            for row in study(name, seed, arguments.methods, arguments.rates):
                 rows = replaced(rows, {"seed": seed, "task": name, **row})
                 print(json.dumps(rows[-1]), flush=True)
                 write()

@@ -214,9 +214,9 @@ def _held_to(problem: Problem) -> str:
 def _law(problem: Problem, options: ConceptOptions, held_to: str) -> str:
     total = options.batch_size + options.forget_batch_size
     return (
-        f"What is forgotten is held to {held_to}. Of the objective, "
-        f"{options.forget_batch_size} parts of {total} are the {len(problem.separated)} forgotten "
-        f"conditions' and the rest that of the {len(problem.kept)} kept ones, in equal shares."
+        f"What is forgotten is held to {held_to}. Of the objective, {options.forget_batch_size} "
+        f"parts of {total} are of forgotten conditions ({len(problem.separated)}), in equal "
+        f"shares, and the rest is of kept ones ({len(problem.kept)})."
     )
 
 
