@@ -101,24 +101,23 @@ def likelihood_correction(
     thresholds: ArrayLike,
     multipliers: ArrayLike,
     *,
-    stored: ArrayLike | None = None,
+    stored: ArrayLike,
     groups: ArrayLike | None = None,
     margin: float = 0.0,
 ) -> Array:
-    """One Newton step of dual ascent from samples of the model itself, in place of q's.
+    """A step of dual ascent from samples of the model itself, in place of q's.
 
-    λ + g Cov(h)⁻¹ (E h − ε): the dual function min_p KL(p‖q) + λᵀ(E_p h − ε) has the gradient
-    E_p h − ε and the Hessian −Cov_p(h) at p = p_λ. A network that has distilled only a part of p_λ
-    meets its constraints at a larger λ than p_λ would, and moves less with it. Stored samples of q
-    tell how much less: with λ′ the multipliers at which their p_λ′ has the model's E h,
-    g = max(1, |λ|₁/|λ′|₁), and 1 without them. No λ_i falls by more than half, or rises by more
-    than max(λ_i, 1).
+    λ + g (λ*(ε) − λ*(E h)), where E h is the model's and λ*(·) maximises the dual function of the
+    stored samples of q: a network that has distilled only a part of p_λ shows what p_λ′ does,
+    λ′ = λ*(E h), and g = max(1, |λ|₁/|λ′|₁) says how much more λ it takes than p_λ would. If it
+    keeps following as large a part, one step is all. No λ_i falls by more than half, or rises by
+    more than max(λ_i, 1).
 
     Args:
       values: h_i(x_n) at samples x_n of the model, [n, m], n ≥ 2.
       thresholds: ε, [m].
       multipliers: λ, [m], in nats per unit of h.
-      stored: h_i at samples of q, as `likelihood_multipliers` takes them; or None.
+      stored: h_i at samples of q, as `likelihood_multipliers` takes them.
       groups: of the stored samples.
       margin: standard errors of E h to be added to it, so that constraints hold beyond chance.
 
@@ -135,16 +134,14 @@ def likelihood_correction(
             f"expected two samples or more and {thresholds.shape[0]} multipliers, got "
             f"{values.shape[0]} and {list(multipliers.shape)}."
         )
-    centred = values - values.mean(axis=0)
-    covariance = jnp.matmul(centred.T, centred, precision="highest") / values.shape[0]
-    # Where all samples say the same the step is as long as it may be.
-    ridge = jnp.finfo(values.dtype).tiny + 1e-6 * jnp.trace(covariance)
-    reached = values.mean(axis=0) + margin * jnp.sqrt(jnp.diag(covariance) / (len(values) - 1))
-    step = jnp.linalg.solve(covariance + ridge * jnp.eye(len(multipliers)), reached - thresholds)
-    if stored is not None:
-        followed = likelihood_multipliers(stored, values.mean(axis=0), groups=groups).multipliers
-        least = jnp.finfo(values.dtype).eps
-        step *= jnp.maximum(multipliers.sum() / jnp.maximum(followed.sum(), least), 1.0)
+    shown = values.mean(axis=0)
+    bounds = (thresholds, shown, shown + margin * values.std(axis=0, ddof=1) / len(values) ** 0.5)
+    asked, followed, reached = (
+        likelihood_multipliers(stored, bound, groups=groups).multipliers for bound in bounds
+    )
+    least = jnp.finfo(values.dtype).eps
+    gain = jnp.maximum(multipliers.sum() / jnp.maximum(followed.sum(), least), 1.0)
+    step = gain * (asked - reached)
     return multipliers + jnp.clip(step, -0.5 * multipliers, jnp.maximum(multipliers, 1.0))
 
 

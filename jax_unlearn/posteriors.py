@@ -169,10 +169,14 @@ class Confusion(NamedTuple):
     Attributes:
       shown: E[h_j | the image shows i], [m, m].
       elsewhere: E[h_j | the image shows none], [m].
+      shown_covariance: of each row of `shown`, as an estimate, [m, m, m].
+      elsewhere_covariance: of `elsewhere`, [m, m].
     """
 
     shown: np.ndarray
     elsewhere: np.ndarray
+    shown_covariance: np.ndarray
+    elsewhere_covariance: np.ndarray
 
     def shares(self, values: Array) -> Array:
         """h(x_n) [n, m] -> numbers [n, m] whose mean estimates the share of each concept.
@@ -185,6 +189,18 @@ class Confusion(NamedTuple):
         """
         inverse = np.linalg.inv(self.shown - self.elsewhere)
         return jnp.matmul(values - self.elsewhere, inverse, precision="highest")
+
+    def variance(self, shares: ArrayLike) -> np.ndarray:
+        """Of shares π [m], what the estimate of the confusion itself adds to their variance, [m].
+
+        By the delta method: the diagonal of A'((1 − Σπ)² Cov(elsewhere) + Σ_i π_i² Cov(shown_i))A,
+        A = (shown − elsewhere)⁻¹. It does not shrink with the number of samples judged.
+        """
+        shares = np.asarray(shares, np.float64)
+        inverse = np.linalg.inv(self.shown - self.elsewhere)
+        found = (1 - shares.sum()) ** 2 * self.elsewhere_covariance
+        found = found + np.einsum("i,ijk->jk", shares**2, self.shown_covariance)
+        return np.diag(inverse.T @ found @ inverse)
 
 
 def confusion(values: ArrayLike, labels: ArrayLike) -> Confusion:
@@ -210,15 +226,25 @@ def confusion(values: ArrayLike, labels: ArrayLike) -> Confusion:
     if not np.isin(labels, (0, 1)).all() or (none < 0).any():
         raise ValueError("labels must be 0 or 1, and name one concept of an image at most.")
     right = np.eye(values.shape[1])
-    shown = (labels.T @ values + right) / (labels.sum(axis=0)[:, None] + 1)
-    elsewhere = none @ values / (none.sum() + 1)
+    of_each = [_mean_with(values[labels[:, i] == 1], right[i]) for i in range(len(right))]
+    shown, shown_covariance = (np.stack(part) for part in zip(*of_each, strict=True))
+    elsewhere, elsewhere_covariance = _mean_with(values[none == 1], 0 * right[0])
     if np.linalg.svd(shown - elsewhere, compute_uv=False).min() < LEAST_CONTRAST:
         raise ValueError(
             "the classifier does not tell the concepts apart: it finds them in "
             f"{', '.join(f'{100 * value:.2g}' for value in np.diag(shown))} % of images that show "
             f"them and {', '.join(f'{100 * value:.2g}' for value in elsewhere)} % of all others."
         )
-    return Confusion(shown.astype(np.float32), elsewhere.astype(np.float32))
+    found = (shown, elsewhere, shown_covariance, elsewhere_covariance)
+    return Confusion(*(part.astype(np.float32) for part in found))
+
+
+def _mean_with(values: np.ndarray, one_more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of rows and one more, and the covariance of that mean."""
+    values = np.concatenate([values, one_more[None]])
+    mean = values.mean(axis=0)
+    centred = values - mean
+    return mean, centred.T @ centred / (len(values) * max(len(values) - 1, 1))
 
 
 def path_weighting(

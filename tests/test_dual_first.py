@@ -150,30 +150,22 @@ def test_negative_likelihoods_are_refused():
 
 
 def test_corrections_lead_to_the_exact_multipliers():
-    """Newton's steps on samples of p_λ itself, redrawn for each λ, and on those of a weaker p."""
+    """Steps on samples of p_λ itself, redrawn for each λ, and on those of a weaker p."""
     q, thresholds = mixtures.sample(Q, KEY, 20_000), jnp.array([0.02, 0.04])
     h = densities(q)
     exact = dual_first.likelihood_multipliers(h, thresholds).multipliers
-
     rng = np.random.default_rng(0)
 
-    def drawn(current):
-        weights = np.exp(-np.asarray(h, np.float64) @ np.asarray(current, np.float64))
-        return h[rng.choice(len(h), len(h), p=weights / weights.sum())]
+    def corrected(current, followed):
+        weights = np.exp(-np.asarray(h, np.float64) @ np.asarray(followed * current, np.float64))
+        drawn = h[rng.choice(len(h), len(h), p=weights / weights.sum())]
+        return dual_first.likelihood_correction(drawn, thresholds, current, stored=h)
 
-    current, halved = jnp.array([1.0, 1.0]), jnp.array([1.0, 1.0])
-    for _ in range(12):
-        current = dual_first.likelihood_correction(drawn(current), thresholds, current)
-        halved = dual_first.likelihood_correction(drawn(0.5 * halved), thresholds, halved)
-    np.testing.assert_allclose(current, exact, rtol=0.1)
+    # One step is enough, within the samples' own error, if λ need not double.
+    np.testing.assert_allclose(corrected(0.7 * exact, 1.0), exact, rtol=0.1)
     # A model that follows λ half of the way meets the same constraints at twice the λ.
-    np.testing.assert_allclose(halved, 2 * exact, rtol=0.1)
-    # Stored samples tell that it does, and what half is missing is made up for at once.
-    alone, told = 3 * exact, 3 * exact
-    for _ in range(2):
-        alone = dual_first.likelihood_correction(drawn(0.5 * alone), thresholds, alone)
-        told = dual_first.likelihood_correction(drawn(0.5 * told), thresholds, told, stored=h)
-    assert (abs(told - 2 * exact) < 0.5 * abs(alone - 2 * exact)).all()
+    np.testing.assert_allclose(corrected(1.2 * exact, 0.5), 2 * exact, rtol=0.1)
+    np.testing.assert_allclose(corrected(3 * exact, 0.5), 2 * exact, rtol=0.1)
 
 
 def test_a_correction_is_scaled_by_what_the_model_has_followed():
@@ -181,36 +173,39 @@ def test_a_correction_is_scaled_by_what_the_model_has_followed():
     stored = np.repeat([[1.0], [0.0], [1.0], [0.0]], (20, 80, 10, 40), axis=0)
     groups = np.repeat([0, 1], (100, 50))
     values = np.repeat([[1.0], [0.0]], (10, 90), axis=0)
-    followed = np.log(0.2 / 0.8) - np.log(0.1 / 0.9)
-    for current, gain in ((2.0, 2.0 / followed), (0.5, 1.0)):
-        found = dual_first.likelihood_correction(
-            values, [0.08], [current], stored=stored, groups=groups
-        )
-        np.testing.assert_allclose(found, current + gain * 0.02 / 0.09, rtol=1e-4)
+
+    def multiplier(share):
+        return np.log(0.2 / 0.8) - np.log(share / (1 - share))
+
+    def correct(values, threshold, current, **more):
+        given = {"stored": stored, "groups": groups, **more}
+        return dual_first.likelihood_correction(values, [threshold], [current], **given)
+
+    for current, gain in ((2.0, 2.0 / multiplier(0.1)), (0.5, 1.0)):
+        for margin in (0.0, 1.0):
+            reached = 0.1 + margin * np.sqrt(0.1 * 0.9 / 99)
+            expected = current + gain * (multiplier(0.08) - multiplier(reached))
+            found = correct(values, 0.08, current, margin=margin)
+            np.testing.assert_allclose(found, expected, rtol=1e-4)
     # A model that shows it no less than q has followed nothing: the longest step.
-    found = dual_first.likelihood_correction(1 - values, [0.1], [2.0], stored=stored)
-    np.testing.assert_allclose(found, 4.0)
+    np.testing.assert_allclose(correct(1 - values, 0.1, 2.0), 4.0)
 
 
-def test_a_correction_is_newtons_step_within_bounds():
-    values = np.random.default_rng(0).uniform(size=(50, 2))
-    current, thresholds = np.array([3.0, 2.0]), np.array([0.45, 0.55])
-    expected = current + np.linalg.solve(np.cov(values.T, bias=True), values.mean(0) - thresholds)
-    found = dual_first.likelihood_correction(values, thresholds, current)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    # With a margin, the same step for samples that show as much more.
-    errors = values.std(0, ddof=1) / np.sqrt(50)
-    expected += np.linalg.solve(np.cov(values.T, bias=True), 2 * errors)
-    found = dual_first.likelihood_correction(values, thresholds, current, margin=2.0)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+def test_a_correction_has_bounds():
+    stored = np.repeat(np.eye(3)[:, :2], (20, 20, 60), axis=0)
+    current = np.array([3.0, 2.0])
+
+    def correct(shown, thresholds, current=current):
+        values = np.full((4, 2), shown)
+        return dual_first.likelihood_correction(values, thresholds, current, stored=stored)
+
+    np.testing.assert_allclose(correct([0.1, 0.1], [0.01, 0.01]), 2 * current)
+    # Shares below 0, as a corrected classifier may give, are less than any λ leaves.
+    np.testing.assert_allclose(correct([-0.1, 0.1], [0.05, 0.01]), [1.5, 4.0], rtol=1e-4)
+    np.testing.assert_allclose(correct([0.1, 0.3], [0.01, 0.3], np.zeros(2)), [1.0, 0.0])
     same = np.full((4, 2), 0.3)
-    for thresholds, factor in (([0.1, 0.1], [2.0, 2.0]), ([0.5, 0.1], [0.5, 2.0])):
-        found = dual_first.likelihood_correction(same, thresholds, current)
-        np.testing.assert_allclose(found, current * factor)
-    np.testing.assert_allclose(
-        dual_first.likelihood_correction(same, [0.1, 0.5], np.zeros(2)), [1.0, 0.0]
-    )
+    given = {"stored": stored}
     with pytest.raises(ValueError, match="two samples or more and 2 multipliers, got 1 and"):
-        dual_first.likelihood_correction(same[:1], [0.1, 0.1], current)
+        dual_first.likelihood_correction(same[:1], [0.1, 0.1], current, **given)
     with pytest.raises(ValueError, match=r"4 and \[3\]"):
-        dual_first.likelihood_correction(same, [0.1, 0.1], np.ones(3))
+        dual_first.likelihood_correction(same, [0.1, 0.1], np.ones(3), **given)

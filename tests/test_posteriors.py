@@ -68,6 +68,23 @@ def test_shares_are_those_of_the_joint_law_whatever_the_classifier():
     np.testing.assert_allclose(own, labels[:100_000].mean(axis=0), atol=1e-4)
 
 
+def test_the_error_of_shares_has_that_of_the_confusion():
+    # Repeated draws of the labelled images, against the variance that each of them tells.
+    rng = np.random.default_rng(1)
+
+    def draw(count, shares):
+        label = rng.choice(3, count, p=[1 - sum(shares), *shares])
+        mean = np.array([[0.1, 0.05], [0.6, 0.1], [0.2, 0.7]])[label]
+        return rng.beta(4 * mean, 4 * (1 - mean)), np.eye(3)[label][:, 1:]
+
+    judged = draw(200_000, [0.05, 0.2])[0]
+    found = [posteriors.confusion(*draw(400, [0.3, 0.2])) for _ in range(400)]
+    means = [np.asarray(one.shares(judged)).mean(axis=0) for one in found]
+    told = np.mean([one.variance([0.05, 0.2]) for one in found], axis=0)
+    np.testing.assert_allclose(told, np.var(means, axis=0), rtol=0.3)
+    np.testing.assert_allclose(np.mean(means, axis=0), [0.05, 0.2], atol=0.01)
+
+
 def test_confusion_adds_one_image_that_is_judged_rightly():
     found = posteriors.confusion([[0.5, 0.1], [0.3, 0.3], [0.2, 0.0]], [[1, 0], [0, 0], [0, 0]])
     np.testing.assert_allclose(found.shown, [[0.75, 0.05], [0.0, 1.0]], rtol=1e-6)

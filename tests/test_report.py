@@ -277,6 +277,10 @@ def test_verdict_says_how_closely_constraints_hold():
     sentence = verdict(make_report(constraint(), close))
     assert sentence.startswith("Both constraints are satisfied; the tightest is “bag”")
     assert sentence.endswith("within two standard errors of the threshold, too close to call.")
+    # What counts as satisfied within its error may be on the wrong side.
+    short = constraint(value=2.99) | {"satisfied": True}
+    assert "is satisfied; it ends at 2.990 ± 0.012" in verdict(make_report(short))
+    assert "missed by 0.01" in verdict(make_report(short))
 
 
 def test_verdict_names_the_worst_violation():

@@ -160,7 +160,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     value, slack = worst["value"], worst["slack"]
     if value is None or slack is None or not (math.isfinite(value) and math.isfinite(slack)):
         return f"{head}; {subject} at no finite value ({threshold}{unit}, {multiplier})."
-    gap = f"{'missed by' if violated else 'slack'} {_number(abs(slack))}"
+    gap = f"{'missed by' if slack < 0 else 'slack'} {_number(abs(slack))}"
     value = f"{_number(value, worst['stderr'])}{unit}"
     sentence = f"{head}; {subject} at {value} ({threshold}, {gap}, {multiplier})."
     if _unresolved(worst):

@@ -105,11 +105,12 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             _average(raw.values[:, i], raw.valued, dict.fromkeys(separated, 1.0))
             for i in range(len(problem.concepts))
         ]
+        value, stderr = np.array([(one.value, one.stderr) for one in each]).T
+        if pool is not None and pool.confusion is not None:
+            stderr = np.sqrt(stderr**2 + pool.confusion.variance(value))
         return Measured(
             objective=_average(raw.path_kl, raw.cond, shares),
-            constraints=Estimate(
-                np.array([one.value for one in each]), np.array([one.stderr for one in each])
-            ),
+            constraints=Estimate(value, stderr),
             metrics=found,
             paired={},
             samples=samples,

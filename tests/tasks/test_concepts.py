@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.optimize
 
 from jax_unlearn import cli, divergences, likelihoods, losses, posteriors, report
 from jax_unlearn import run as running
@@ -28,7 +27,7 @@ SMALL = {
 RUNS = {
     "reverse-kl": {},
     "minibatches": {"estimator": "stop_gradient", "minibatches": 3},
-    "likelihood": {"formulation": "likelihood"},
+    "likelihood": {"formulation": "likelihood", "threshold": ("0.1x",)},
 }
 
 
@@ -38,7 +37,10 @@ def options_of(model, out, **more):
 
 def arguments(model, out, *more, **options):
     given = (SMALL | options).items()
-    flags = [x for name, v in given for x in ("--" + name.replace("_", "-"), str(v))]
+    flags = []
+    for name, value in given:
+        values = value if isinstance(value, tuple) else (value,)
+        flags += ["--" + name.replace("_", "-"), *map(str, values)]
     return ["concept", "--model", str(model), "--out", str(out), *flags, *more]
 
 
@@ -279,32 +281,32 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
     problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
     task = concepts.concept_task(problem, options, None)
     assert list(task.corrections) == [2]
-    # Its 16 samples, all of the forgotten label, and its constraint alone: 8 of 24 rows.
-    key = jax.random.fold_in(jax.random.key(options.seed + 3), 2)
-    x = concept_evaluation.draw(
-        problem, options, task.params, jax.random.fold_in(key, 0), jnp.ones(16, int)
-    )
     pool = concept_formulations.stored_samples(problem, options)
-    judged = concept_evaluation.classifier(problem, options, pool.confusion)
-    h = np.asarray(judged(x), np.float64)
-    # The stored samples show as much when they are weighted by another λ.
-    stored = np.asarray(pool.values, np.float64)
-    followed = scipy.optimize.brentq(
-        lambda λ: np.average(stored, weights=np.exp(-λ * stored)) - h.mean(), 0, 3
-    )
-    error = h.std(ddof=1) / 4
-    threshold = h.mean() + error - 1e-3  # that it is to stay below by a standard error
+    share = float(pool.values.mean())
+    values, seen = np.repeat([[1.0], [0.0]], (2, 14), axis=0), []
+
+    def shows(params, key, cond):
+        seen.append((params, jax.random.key_data(key), cond))
+        return values
+
     correct = concept_formulations.corrections(
-        problem,
-        options,
-        pool,
-        concept_evaluation.likelihoods_of_samples(problem, options, judged),
-        np.array([threshold]),
-        1 / 3,
+        problem, options, pool, shows, np.array([0.15]), 1 / 3
     )[2]
-    step = 3.0 / followed * 1e-3 / h.var()
-    assert 0 < step < 3
     found = correct(task.params, jnp.array([1.0], jnp.float32))
+    # 16 samples, all of the forgotten label, and its constraint alone: 8 of 24 rows.
+    ((params, key, cond),) = seen
+    assert params is task.params
+    expected = jax.random.fold_in(jax.random.key(options.seed + 3), 2)
+    np.testing.assert_array_equal(key, jax.random.key_data(expected))
+    np.testing.assert_array_equal(cond, np.ones(16))
+
+    def multiplier(left):
+        return np.log(share / (1 - share)) - np.log(left / (1 - left))
+
+    # They show it in 2 of 16, which is to be 0.15 by a standard error.
+    gain = 3.0 / multiplier(2 / 16)
+    step = gain * (multiplier(0.15) - multiplier(2 / 16 + np.sqrt(2 * 14 / 16**2 / 15)))
+    assert 0 < step < 3
     np.testing.assert_allclose(found, [(3.0 + step) / 3], rtol=1e-3)
 
 
