@@ -283,14 +283,14 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
     assert list(task.corrections) == [2]
     pool = concept_formulations.stored_samples(problem, options)
     share = float(pool.values.mean())
-    values, seen = np.repeat([[1.0], [0.0]], (2, 14), axis=0), []
+    values, seen = np.repeat([[1.0], [0.0]], (1, 15), axis=0), []
 
     def shows(params, key, cond):
         seen.append((params, jax.random.key_data(key), cond))
         return values
 
     correct = concept_formulations.corrections(
-        problem, options, pool, shows, np.array([0.15]), 1 / 3
+        problem, options, pool, shows, np.array([0.1]), 1 / 3
     )[2]
     found = correct(task.params, jnp.array([1.0], jnp.float32))
     # 16 samples, all of the forgotten label, and its constraint alone: 8 of 24 rows.
@@ -303,9 +303,9 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
     def multiplier(left):
         return np.log(share / (1 - share)) - np.log(left / (1 - left))
 
-    # They show it in 2 of 16, which is to be 0.15 by a standard error.
-    gain = 3.0 / multiplier(2 / 16)
-    step = gain * (multiplier(0.15) - multiplier(2 / 16 + np.sqrt(2 * 14 / 16**2 / 15)))
+    # One of them shows it, which is to be a tenth by a standard error.
+    gain = 3.0 / multiplier(1 / 16)
+    step = gain * (multiplier(0.1) - multiplier(1 / 16 + np.sqrt(1 * 15 / 16**2 / 15)))
     assert 0 < step < 3
     np.testing.assert_allclose(found, [(3.0 + step) / 3], rtol=1e-3)
 
