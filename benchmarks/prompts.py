@@ -72,7 +72,7 @@ REVERSE = {
 }  # fmt: skip
 LIKELIHOOD = {
     "steps": 600, "stored_samples": 320, "classifier_draws": 4, "threshold": ("0.25x",),
-    "learning_rate": 2e-4, "batch_size": 8, "forget_batch_size": 24, "evaluation_images": 160,
+    "learning_rate": 2e-4, "batch_size": 8, "forget_batch_size": 24, "evaluation_images": 640,
     "corrections": 5,
 }  # fmt: skip
 # Weighted denoising of the samples, with what served it best.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_unlearn import duality
-from jax_unlearn.typing import Array, ArrayLike
+from jax_unlearn.typing import Array, ArrayLike, Estimate
 
 __all__ = [
     "DualFirst",
@@ -97,7 +97,7 @@ def likelihood_multipliers(
 
 
 def likelihood_correction(
-    values: ArrayLike,
+    shown: Estimate,
     thresholds: ArrayLike,
     multipliers: ArrayLike,
     *,
@@ -114,7 +114,7 @@ def likelihood_correction(
     more than max(λ_i, 1).
 
     Args:
-      values: h_i(x_n) at samples x_n of the model, [n, m], n ≥ 2.
+      shown: E h_i of the model, [m], with its standard error.
       thresholds: ε, [m].
       multipliers: λ, [m], in nats per unit of h.
       stored: h_i at samples of q, as `likelihood_multipliers` takes them.
@@ -125,21 +125,23 @@ def likelihood_correction(
       The new multipliers, [m].
 
     Raises:
-      ValueError: for shapes that do not fit, a single sample, or values that are not finite.
+      ValueError: for shapes that do not fit, or numbers that are not finite.
     """
-    values, thresholds = _checked(values, thresholds)
-    multipliers = jnp.asarray(multipliers, values.dtype)
-    if values.shape[0] < 2 or multipliers.shape != thresholds.shape:
+    stored, thresholds = _checked(stored, thresholds)
+    given = (shown.value, shown.stderr, multipliers)
+    value, stderr, multipliers = (jnp.asarray(part, stored.dtype) for part in given)
+    if not thresholds.shape == value.shape == stderr.shape == multipliers.shape:
         raise ValueError(
-            f"expected two samples or more and {thresholds.shape[0]} multipliers, got "
-            f"{values.shape[0]} and {list(multipliers.shape)}."
+            f"expected {len(thresholds)} values, errors and multipliers, got {list(value.shape)}, "
+            f"{list(stderr.shape)} and {list(multipliers.shape)}."
         )
-    shown = values.mean(axis=0)
-    bounds = (thresholds, shown, shown + margin * values.std(axis=0, ddof=1) / len(values) ** 0.5)
+    if not bool(jnp.isfinite(value + stderr).all()):
+        raise ValueError("what the model shows must be finite.")
     asked, followed, reached = (
-        likelihood_multipliers(stored, bound, groups=groups).multipliers for bound in bounds
+        likelihood_multipliers(stored, bound, groups=groups).multipliers
+        for bound in (thresholds, value, value + margin * stderr)
     )
-    least = jnp.finfo(values.dtype).eps
+    least = jnp.finfo(stored.dtype).eps
     gain = jnp.maximum(multipliers.sum() / jnp.maximum(followed.sum(), least), 1.0)
     step = gain * (asked - reached)
     return multipliers + jnp.clip(step, -0.5 * multipliers, jnp.maximum(multipliers, 1.0))

@@ -5,6 +5,7 @@ import pytest
 from scipy import optimize
 
 from jax_unlearn import dual_first, duality, mixtures
+from jax_unlearn.typing import Estimate
 
 KEY = jax.random.key(0)
 Q = mixtures.gaussian_mixture([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]], 0.49)
@@ -159,7 +160,8 @@ def test_corrections_lead_to_the_exact_multipliers():
     def corrected(current, followed):
         weights = np.exp(-np.asarray(h, np.float64) @ np.asarray(followed * current, np.float64))
         drawn = h[rng.choice(len(h), len(h), p=weights / weights.sum())]
-        return dual_first.likelihood_correction(drawn, thresholds, current, stored=h)
+        shown = Estimate(drawn.mean(axis=0), drawn.std(axis=0) / np.sqrt(len(drawn)))
+        return dual_first.likelihood_correction(shown, thresholds, current, stored=h)
 
     # One step is enough, within the samples' own error, if λ need not double.
     np.testing.assert_allclose(corrected(0.7 * exact, 1.0), exact, rtol=0.1)
@@ -172,23 +174,22 @@ def test_a_correction_is_scaled_by_what_the_model_has_followed():
     """h of 0 and 1, where p_λ has odds e^−λ times those of q, in each of two groups alike."""
     stored = np.repeat([[1.0], [0.0], [1.0], [0.0]], (20, 80, 10, 40), axis=0)
     groups = np.repeat([0, 1], (100, 50))
-    values = np.repeat([[1.0], [0.0]], (10, 90), axis=0)
 
     def multiplier(share):
         return np.log(0.2 / 0.8) - np.log(share / (1 - share))
 
-    def correct(values, threshold, current, **more):
-        given = {"stored": stored, "groups": groups, **more}
-        return dual_first.likelihood_correction(values, [threshold], [current], **given)
+    def correct(value, threshold, current, **more):
+        shown, given = Estimate([value], [0.03]), {"stored": stored, "groups": groups, **more}
+        return dual_first.likelihood_correction(shown, [threshold], [current], **given)
 
     for current, gain in ((2.0, 2.0 / multiplier(0.1)), (0.5, 1.0)):
         for margin in (0.0, 1.0):
-            reached = 0.1 + margin * np.sqrt(0.1 * 0.9 / 99)
+            reached = 0.1 + margin * 0.03
             expected = current + gain * (multiplier(0.08) - multiplier(reached))
-            found = correct(values, 0.08, current, margin=margin)
+            found = correct(0.1, 0.08, current, margin=margin)
             np.testing.assert_allclose(found, expected, rtol=1e-4)
     # A model that shows it no less than q has followed nothing: the longest step.
-    np.testing.assert_allclose(correct(1 - values, 0.1, 2.0), 4.0)
+    np.testing.assert_allclose(correct(0.9, 0.1, 2.0), 4.0)
 
 
 def test_a_correction_has_bounds():
@@ -196,16 +197,14 @@ def test_a_correction_has_bounds():
     current = np.array([3.0, 2.0])
 
     def correct(shown, thresholds, current=current):
-        values = np.full((4, 2), shown)
-        return dual_first.likelihood_correction(values, thresholds, current, stored=stored)
+        shown = Estimate(shown, [0.0, 0.0])
+        return dual_first.likelihood_correction(shown, thresholds, current, stored=stored)
 
     np.testing.assert_allclose(correct([0.1, 0.1], [0.01, 0.01]), 2 * current)
     # Shares below 0, as a corrected classifier may give, are less than any λ leaves.
     np.testing.assert_allclose(correct([-0.1, 0.1], [0.05, 0.01]), [1.5, 4.0], rtol=1e-4)
     np.testing.assert_allclose(correct([0.1, 0.3], [0.01, 0.3], np.zeros(2)), [1.0, 0.0])
-    same = np.full((4, 2), 0.3)
-    given = {"stored": stored}
-    with pytest.raises(ValueError, match="two samples or more and 2 multipliers, got 1 and"):
-        dual_first.likelihood_correction(same[:1], [0.1, 0.1], current, **given)
-    with pytest.raises(ValueError, match=r"4 and \[3\]"):
-        dual_first.likelihood_correction(same, [0.1, 0.1], np.ones(3), **given)
+    with pytest.raises(ValueError, match=r"expected 2 values, errors and multipliers, got \[2\], "):
+        correct([0.1, 0.1], [0.1, 0.1], np.ones(3))
+    with pytest.raises(ValueError, match="what the model shows must be finite"):
+        correct([0.1, np.nan], [0.1, 0.1])

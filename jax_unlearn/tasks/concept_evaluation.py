@@ -13,7 +13,7 @@ from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.tasks.base import batch_rows, in_batches
 from jax_unlearn.tasks.concept_problem import Problem
-from jax_unlearn.typing import Array, Params
+from jax_unlearn.typing import Array, ArrayLike, Params
 
 __all__ = [
     "Raw",
@@ -56,7 +56,8 @@ def likelihoods_of_samples(
 
     @jax.jit
     def shows(params: Params, key: Array, cond: Array) -> Array:
-        return h(draw(problem, options, params, key, cond))
+        noise = jax.random.normal(key, (cond.shape[0], *problem.pretrained.config.sample_shape))
+        return h(draw(problem, options, params, noise, cond))
 
     size = batch_rows(problem.pretrained.config.sample_shape)
     return lambda params, key, cond: in_batches(partial(shows, params), key, cond, size=size)
@@ -131,7 +132,9 @@ def compared(problem: Problem) -> dict[int, tuple[int, tuple[int, ...]]]:
     return separated | {c: (c, own.get(c, first)) for c in others}
 
 
-def log_posterior(problem: Problem, options: ConceptOptions) -> Callable[[Array], Array]:
+def log_posterior(
+    problem: Problem, options: ConceptOptions, candidates: ArrayLike
+) -> Callable[[Array], Array]:
     """x_0 -> the reference's own log-posterior of each candidate, [n, candidates]."""
     apply, reference, schedule, _ = problem.pretrained
 
@@ -142,7 +145,7 @@ def log_posterior(problem: Problem, options: ConceptOptions) -> Callable[[Array]
             schedule,
             jax.random.key(options.seed),
             x_0=x_0,
-            concepts=jnp.asarray(problem.candidates),
+            concepts=jnp.asarray(candidates),
             draws=options.classifier_draws,
             weights=likelihoods.noised_weights(schedule, options.classifier_noise),
         ).value
@@ -157,8 +160,9 @@ def classifier(
 
     With the confusion of that classifier the mean of h is the share of each concept.
     """
-    posterior = log_posterior(problem, options)
-    members = jnp.asarray(problem.members, jnp.float32)
+    judged = problem.judged if options.target_steps else np.arange(len(problem.candidates))
+    posterior = log_posterior(problem, options, np.asarray(problem.candidates)[judged])
+    members = jnp.asarray(problem.members[:, judged], jnp.float32)
 
     def h(x_0: Array) -> Array:
         found = jnp.matmul(jnp.exp(posterior(x_0)), members.T, precision="highest")
@@ -168,16 +172,17 @@ def classifier(
 
 
 def draw(
-    problem: Problem, options: ConceptOptions, params: Params, key: Array, cond: Array
+    problem: Problem, options: ConceptOptions, params: Params, noise: Array, cond: Array
 ) -> Array:
-    """Unguided samples of p(·|cond) by DDIM: the few steps of an ancestral chain leave noise."""
-    apply, _, schedule, config = problem.pretrained
-    noise_key, key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, (cond.shape[0], *config.sample_shape))
+    """Unguided samples of p(·|cond) by DDIM: the few steps of an ancestral chain leave noise.
+
+    The same noise gives the same image, or nearly, where a model is nearly the same.
+    """
+    apply, _, schedule, _ = problem.pretrained
     return samplers.sample(
         lambda x_t, t: apply(params, x_t, t, cond),
         schedule,
-        key,
+        jax.random.key(0),
         noise,
         steps=options.sampling_steps,
     ).x_0

@@ -26,9 +26,9 @@ from jax_unlearn.formulations import (
 )
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.tasks.base import batch_rows, in_batches
-from jax_unlearn.tasks.concept_evaluation import Shows, draw, log_posterior
+from jax_unlearn.tasks.concept_evaluation import classifier, draw, log_posterior
 from jax_unlearn.tasks.concept_problem import Problem
-from jax_unlearn.typing import Array, Params
+from jax_unlearn.typing import Array, Estimate, Params
 
 __all__ = [
     "Pool",
@@ -110,13 +110,14 @@ class Path(NamedTuple):
 class Pool(NamedTuple):
     """Stored samples of the reference: of the bases, and of the kept conditions.
 
-    `separated` says whose base each of the first was drawn from, `cond` what the others show.
-    `values` [n, m] are h; with --target-steps they are concepts, one drawn for each sample from
-    its posterior at the end of its `path`, or none: samples of q(x, c), which p_λ is a tilt of.
-    `confusion` is then that of h. Without, it is None, as the path is.
+    `separated` says whose base each of the first was drawn from, and from which `noise`; `cond`
+    what the others show. `values` [n, m] are h; with --target-steps they are concepts, one drawn
+    for each sample from its posterior at the end of its `path`, or none: samples of q(x, c), which
+    p_λ is a tilt of. `confusion` is then that of h. Without, it is None, as the path is.
     """
 
     base: np.ndarray
+    noise: np.ndarray
     values: np.ndarray
     separated: np.ndarray
     kept: np.ndarray
@@ -127,23 +128,26 @@ class Pool(NamedTuple):
 
 def stored_samples(problem: Problem, options: ConceptOptions) -> Pool:
     """Unguided samples of the reference model: q itself is what the problem is about."""
-    of_reference = jax.jit(partial(draw, problem, options, problem.pretrained.params))
-    base_key, kept_key = jax.random.split(jax.random.key(options.seed + 2))
-    cond = np.resize(np.asarray(problem.kept, np.int32), options.stored_samples)
-    separated = np.resize(np.arange(len(problem.separated)), options.stored_samples)
-    batched = partial(in_batches, size=batch_rows(problem.pretrained.config.sample_shape))
-    base = batched(of_reference, base_key, problem.rows(separated)[1])
-    judged = jax.jit(log_posterior(problem, options))
-    log_p = batched(lambda _, x: judged(x), base_key, base)
-    values = np.exp(log_p) @ problem.members.T.astype(np.float32)
-    kept = batched(of_reference, kept_key, cond)
+    count, shape = options.stored_samples, problem.pretrained.config.sample_shape
+    sampled = jax.jit(partial(draw, problem, options, problem.pretrained.params))
+    cond = np.resize(np.asarray(problem.kept, np.int32), count)
+    separated = np.resize(np.arange(len(problem.separated)), count)
+    batched = partial(in_batches, size=batch_rows(shape))
+    key = jax.random.key(options.seed + 2)
+    noise, other = (
+        np.asarray(jax.random.normal(one, (count, *shape))) for one in jax.random.split(key)
+    )
+    base = batched(lambda _, *rows: sampled(*rows), key, noise, problem.rows(separated)[1])
+    kept = batched(lambda _, *rows: sampled(*rows), key, other, cond)
+    judged = jax.jit(classifier(problem, options))
+    values = batched(lambda _, x: judged(x), key, base)
     path = confusion = None
     if options.target_steps:
-        path, shown = _paths(problem, options, base, separated, log_p)
+        path, shown = _paths(problem, options, base, separated)
         labels = _one_of(shown, np.random.default_rng(options.seed))
         confusion = posteriors.confusion(values, labels)
         values = labels
-    return Pool(base, values, separated, kept, cond, path, confusion)
+    return Pool(base, noise, values, separated, kept, cond, path, confusion)
 
 
 def _one_of(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -158,7 +162,6 @@ def _paths(
     options: ConceptOptions,
     base: np.ndarray,
     separated: np.ndarray,
-    log_p: np.ndarray,
 ) -> tuple[Path, np.ndarray]:
     """Noises the stored samples, each base taken as the mixture of candidates that fits it best.
 
@@ -171,11 +174,14 @@ def _paths(
     if problem.members[:, told_apart].any(axis=0).all():
         told_apart[:] = True
     members = problem.members[:, told_apart].astype(np.float32)
-    concepts = jnp.asarray(np.asarray(problem.candidates)[told_apart])
+    concepts = np.asarray(problem.candidates)[told_apart]
+    judged = jax.jit(log_posterior(problem, options, concepts))
+    batched = partial(in_batches, size=batch_rows(config.sample_shape))
+    log_p = batched(lambda _, x: judged(x), jax.random.key(0), base)
     prior = np.zeros((len(base), len(concepts)), np.float32)
     for one in np.unique(bases):
         of_base = bases == one
-        prior[of_base] = np.log(posteriors.mixture_shares(log_p[of_base][:, told_apart]))
+        prior[of_base] = np.log(posteriors.mixture_shares(log_p[of_base]))
 
     @jax.jit
     def follow(
@@ -183,7 +189,7 @@ def _paths(
     ) -> tuple[Path, Array]:
         found = posteriors.posterior_path(
             apply, reference, schedule, key,
-            x_0=x_0, times=times, concepts=concepts, members=members, log_prior=prior,
+            x_0=x_0, times=times, concepts=jnp.asarray(concepts), members=members, log_prior=prior,
         )  # fmt: skip
 
         def predict(point: tuple[Array, Array]) -> Array:
@@ -205,7 +211,7 @@ def _paths(
         return follow(key, x_0, base, prior, times)
 
     key = jax.random.key(options.seed + 4)
-    return in_batches(batch, key, base, bases, prior, size=batch_rows(config.sample_shape))
+    return batched(batch, key, base, bases, prior)
 
 
 def likelihood_problem(
@@ -289,7 +295,7 @@ def corrections(
     problem: Problem,
     options: ConceptOptions,
     pool: Pool,
-    shows: Shows,
+    h: Callable[[Array], Array],
     thresholds: np.ndarray,
     share: float,
 ) -> dict[int, Callable[[Params, Array], Array]]:
@@ -298,14 +304,12 @@ def corrections(
     The constraints are to hold by a standard error, as the samples are few. The second half is for
     the network to follow, as its step size falls.
     """
-    separated = np.array([one.cond for one in problem.separated], np.int32)
-    cond = np.tile(separated, max(options.stored_samples // (4 * len(separated)), 2))
+    shown = _shown_by_the_model(problem, options, pool, h)
 
     def correct(step: int, params: Params, current: Array) -> Array:
-        values = shows(params, jax.random.fold_in(jax.random.key(options.seed + 3), step), cond)
         # As of one forgotten condition alone: the objective has only their share of all rows.
         alone = dual_first.likelihood_correction(
-            values,
+            shown(params, step),
             thresholds,
             current / share,
             stored=pool.values,
@@ -317,6 +321,44 @@ def corrections(
     count = options.corrections
     steps = {options.steps * part // (2 * count) for part in range(1, count + 1)} - {0}
     return {step: partial(correct, step) for step in sorted(steps)}
+
+
+def _shown_by_the_model(
+    problem: Problem, options: ConceptOptions, pool: Pool, h: Callable[[Array], Array]
+) -> Callable[[Params, int], Estimate]:
+    """(params, step) -> E[h] of the forgotten conditions, [m], by half as many samples as stored.
+
+    They are drawn from the noise of stored ones, and their h less those of these is added to what
+    all stored ones show. Half of them are of noise that shows a concept, as far as there is any.
+    Where the model is still q the difference is small, and what the classifier errs is in both.
+    """
+    cond, _, _ = problem.rows(pool.separated)
+    shows = pool.values.sum(axis=1) > 0.5
+    strata = [np.flatnonzero(part) for part in (shows, ~shows) if part.sum() > 1]
+    each = [min(len(part), max(len(pool.base) // (2 * len(strata)), 2)) for part in strata]
+
+    @jax.jit
+    def less(params: Params, x: Array, noise: Array, cond: Array) -> Array:
+        return h(draw(problem, options, params, noise, cond)) - h(x)
+
+    batched = partial(in_batches, size=batch_rows(problem.pretrained.config.sample_shape))
+
+    def estimate(params: Params, step: int) -> Estimate:
+        rng = np.random.default_rng([options.seed, step])
+        parts = [rng.permutation(part)[:n] for part, n in zip(strata, each, strict=True)]
+        rows = np.concatenate(parts)
+        found = batched(
+            lambda _, *of_rows: less(params, *of_rows),
+            jax.random.key(0), pool.base[rows], pool.noise[rows], cond[rows],
+        )  # fmt: skip
+        value, variance = pool.values.mean(axis=0), 0.0
+        for part, differences in zip(strata, np.split(found, np.cumsum(each)[:-1]), strict=True):
+            weight = len(part) / len(pool.base)
+            value = value + weight * differences.mean(axis=0)
+            variance += weight**2 * differences.var(axis=0, ddof=1) / len(differences)
+        return Estimate(value, np.sqrt(variance))
+
+    return estimate
 
 
 def sample_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> SampleBatch:

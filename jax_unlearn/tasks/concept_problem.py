@@ -74,6 +74,18 @@ class Problem(NamedTuple):
         """The separated conditions without the free branch."""
         return tuple(one.cond for one in self.separated if one.cond != self.conditions.null)
 
+    @property
+    def judged(self) -> np.ndarray:
+        """Places of the candidates that tell concepts from what is held to instead, in order.
+
+        The concepts and the bases; all, where a base is no candidate. Whatever else these few
+        confuse is allowed for on stored samples, and costs less than the calls of all of them.
+        """
+        bases = {one.base for one in self.separated}
+        if not bases <= set(self.candidates):
+            return np.arange(len(self.candidates))
+        return np.flatnonzero(self.members.any(axis=0) | np.isin(self.candidates, list(bases)))
+
     def rows(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Condition [n], base [n] and targets [n, concepts] of separated conditions, by place."""
         cond, base, targets = (

@@ -50,7 +50,7 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
     pretrained, conditions = problem.pretrained, problem.conditions
     reverse = options.formulation == "reverse-kl"
     pool = None if reverse else stored_samples(problem, options)
-    shows = None
+    h = shows = None
     if pool is not None:
         h = classifier(problem, options, pool.confusion)
         shows = likelihoods_of_samples(problem, options, h)
@@ -177,8 +177,8 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
         ),
         visit=posed.visit,
         corrections={}
-        if shows is None or pool is None
-        else corrections(problem, options, pool, shows, thresholds, share),
+        if h is None or pool is None
+        else corrections(problem, options, pool, h, thresholds, share),
     )
 
 

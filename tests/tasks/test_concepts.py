@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_unlearn import cli, divergences, likelihoods, losses, posteriors, report
+from jax_unlearn import cli, divergences, dual_first, likelihoods, losses, posteriors, report
 from jax_unlearn import run as running
 from jax_unlearn.formulations import replay
 from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
@@ -261,7 +261,9 @@ def test_points_are_of_the_reference_at_the_base(tiny_model, tmp_path):
     assert len(set(seen)) == 192
     # At the noisiest point nothing is known but the base's share of the concept.
     pool = concept_formulations.stored_samples(problem, options)
-    log_p = jax.jit(concept_evaluation.log_posterior(problem, options))(pool.base)
+    log_p = jax.jit(concept_evaluation.log_posterior(problem, options, problem.candidates))(
+        pool.base
+    )
     (share,) = posteriors.mixture_shares(log_p) @ problem.members.T
     np.testing.assert_allclose(pool.path.posterior[:, 0, 0], share, rtol=1e-3)
     assert abs(share - 1 / 3) > 0.01
@@ -282,32 +284,41 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
     task = concepts.concept_task(problem, options, None)
     assert list(task.corrections) == [2]
     pool = concept_formulations.stored_samples(problem, options)
-    share = float(pool.values.mean())
-    values, seen = np.repeat([[1.0], [0.0]], (1, 15), axis=0), []
-
-    def shows(params, key, cond):
-        seen.append((params, jax.random.key_data(key), cond))
-        return values
-
+    judged = concept_evaluation.classifier(problem, options, pool.confusion)
+    shown = concept_formulations._shown_by_the_model(problem, options, pool, judged)(task.params, 2)
     correct = concept_formulations.corrections(
-        problem, options, pool, shows, np.array([0.1]), 1 / 3
+        problem, options, pool, judged, np.array([0.9 * shown.value[0]]), 1 / 3
     )[2]
-    found = correct(task.params, jnp.array([1.0], jnp.float32))
-    # 16 samples, all of the forgotten label, and its constraint alone: 8 of 24 rows.
-    ((params, key, cond),) = seen
-    assert params is task.params
-    expected = jax.random.fold_in(jax.random.key(options.seed + 3), 2)
-    np.testing.assert_array_equal(key, jax.random.key_data(expected))
-    np.testing.assert_array_equal(cond, np.ones(16))
+    found = correct(task.params, jnp.array([0.4], jnp.float32))
+    # As of the forgotten label alone: 8 of 24 rows.
+    expected = dual_first.likelihood_correction(
+        shown, 0.9 * shown.value, np.array([1.2]), stored=pool.values, margin=1.0
+    )
+    np.testing.assert_allclose(found, expected / 3, rtol=1e-4)
+    assert expected != 1.2
 
-    def multiplier(left):
-        return np.log(share / (1 - share)) - np.log(left / (1 - left))
 
-    # One of them shows it, which is to be a tenth by a standard error.
-    gain = 3.0 / multiplier(1 / 16)
-    step = gain * (multiplier(0.1) - multiplier(1 / 16 + np.sqrt(1 * 15 / 16**2 / 15)))
-    assert 0 < step < 3
-    np.testing.assert_allclose(found, [(3.0 + step) / 3], rtol=1e-3)
+def test_what_a_model_shows_is_told_from_the_noise_of_stored_samples(tiny_model, tmp_path):
+    options = options_of(tiny_model, tmp_path, formulation="likelihood")
+    problem = concept_problem.make_problem(load_pretrained(tiny_model), options)
+    pool = concept_formulations.stored_samples(problem, options)
+    judged = concept_evaluation.classifier(problem, options)
+    # At the start what is forgotten is the base itself: nothing differs.
+    shown = concept_formulations._shown_by_the_model(problem, options, pool, judged)
+    start = shown(problem.start, 0)
+    np.testing.assert_allclose(start.value, pool.values.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(start.stderr, 0, atol=1e-4)
+    # Elsewhere: the mean over many draws of the rows is that over the noise of all stored samples.
+    params = problem.pretrained.params
+    every = concept_evaluation.draw(problem, options, params, pool.noise, jnp.full(64, 1))
+    differences = np.asarray(judged(every) - judged(pool.base))
+    drawn = [shown(params, step) for step in range(100)]
+    value = np.mean([one.value for one in drawn], axis=0)
+    expected = pool.values.mean(axis=0) + differences.mean(axis=0)
+    stderr = np.mean([one.stderr for one in drawn], axis=0)
+    np.testing.assert_allclose(value, expected, atol=0.4 * stderr[0])
+    # Half of each stratum is drawn without replacement, which the error does not credit.
+    assert 0.4 * stderr < np.std([one.value for one in drawn]) < 1.1 * stderr
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])
