@@ -254,8 +254,9 @@ class ConceptOptions(ModelOptions):
     formulation: Literal["reverse-kl", "likelihood"] = "reverse-kl"
     """"reverse-kl": KL(p‖q(·|c)) of at least the threshold, along the model's own trajectories.
     "likelihood": of samples of p at most the threshold's share shows c, as the reference model
-    itself judges, a diffusion classifier over its labels or the run's prompts, whose errors on
-    samples of its own are allowed for (E_p[h_c] as it is, with --target-steps 0)."""
+    itself judges: a diffusion classifier of its labels, or of names against what they are held
+    to, whose errors on samples of its own are allowed for. With --target-steps 0 E_p[h_c] as it
+    is, the posterior among all labels or prompts."""
     base: str | None = None
     """What is held to instead of a concept: a label, or (default) the null label; for prompts a
     name put into the templates, or (default) no prompt. A template's own base goes first."""

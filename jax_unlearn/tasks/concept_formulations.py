@@ -174,7 +174,7 @@ def _paths(
     if problem.members[:, told_apart].any(axis=0).all():
         told_apart[:] = True
     members = problem.members[:, told_apart].astype(np.float32)
-    concepts = np.asarray(problem.candidates)[told_apart]
+    concepts = jnp.asarray(np.asarray(problem.candidates)[told_apart])
     judged = jax.jit(log_posterior(problem, options, concepts))
     batched = partial(in_batches, size=batch_rows(config.sample_shape))
     log_p = batched(lambda _, x: judged(x), jax.random.key(0), base)
@@ -189,7 +189,7 @@ def _paths(
     ) -> tuple[Path, Array]:
         found = posteriors.posterior_path(
             apply, reference, schedule, key,
-            x_0=x_0, times=times, concepts=jnp.asarray(concepts), members=members, log_prior=prior,
+            x_0=x_0, times=times, concepts=concepts, members=members, log_prior=prior,
         )  # fmt: skip
 
         def predict(point: tuple[Array, Array]) -> Array:

@@ -116,7 +116,7 @@ def test_numbers_stand_for_the_encoded_prompts(model):
 
 
 def test_the_probability_of_a_concept_is_that_of_its_prompts_together(model):
-    options = options_of(formulation="likelihood")
+    options = options_of(formulation="likelihood", target_steps=0)
     problem = make_prompt_problem(model, options)
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 4))
     together = concept_evaluation.classifier(problem, options)(x)
@@ -126,6 +126,21 @@ def test_the_probability_of_a_concept_is_that_of_its_prompts_together(model):
     np.testing.assert_allclose(each.sum(axis=1), 1, atol=1e-5)
     for i, row in enumerate(problem.members):
         np.testing.assert_allclose(together[:, i], each[:, row].sum(axis=1), rtol=1e-5)
+
+
+def test_concepts_are_told_from_what_is_held_to_instead(model):
+    options = options_of(formulation="likelihood", template=("{} in oil => oil",))
+    problem = make_prompt_problem(model, options)
+    few = np.asarray(problem.candidates)[problem.judged]
+    names = [problem.conditions.names[c] for c in few]
+    assert names == ["“cat in oil”", "“dog in oil”", "“oil”"]
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 4))
+    found = concept_evaluation.classifier(problem, options)(x)
+    log_p = concept_evaluation.log_posterior(problem, options, few)(x)
+    np.testing.assert_allclose(found, np.exp(log_p)[:, :2], rtol=1e-5)
+    # No prompt is no candidate, as long as there is another.
+    free = make_prompt_problem(model, options_of(formulation="likelihood", template=("{}",)))
+    assert len(free.judged) == len(free.candidates)
 
 
 @pytest.mark.parametrize("retain", [(), ("a hen", "oil")])
@@ -161,8 +176,9 @@ def test_rows_follow_their_own_base(model):
     # Each stored sample is the number of the base that it was drawn from.
     path = concept_formulations.Path(*[np.stack([bases, bases, bases], axis=1)] * 5)
     pool = concept_formulations.Pool(
-        bases, np.zeros((18, 2)), rows, np.array(problem.kept), np.array(problem.kept), path
-    )
+        bases, bases, np.zeros((18, 2)), rows, np.array(problem.kept), np.array(problem.kept),
+        path, None,
+    )  # fmt: skip
     for batch in (
         partial(concept_formulations.condition_batch, problem, options),
         partial(concept_formulations.sample_batch, problem, options, pool),
