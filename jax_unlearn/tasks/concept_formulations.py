@@ -334,7 +334,9 @@ def _shown_by_the_model(
     """
     cond, _, _ = problem.rows(pool.separated)
     shows = pool.values.sum(axis=1) > 0.5
-    strata = [np.flatnonzero(part) for part in (shows, ~shows) if part.sum() > 1]
+    strata = [np.flatnonzero(part) for part in (shows, ~shows)]
+    if min(map(len, strata)) < 2:
+        strata = [np.arange(len(shows))]
     each = [min(len(part), max(len(pool.base) // (2 * len(strata)), 2)) for part in strata]
 
     @jax.jit
