@@ -88,7 +88,7 @@ LABELS = {
 }
 METHODS = ("edit", "reverse", "likelihood", "tilt", "esd")
 STRENGTHS = (1.0, 3.0)
-ESD_RATES = (2e-4, 5e-4, 1e-3)
+ESD_RATES = (2e-4, 1e-3)
 
 
 class Judge:

@@ -223,6 +223,17 @@ def test_stored_samples_are_of_the_joint_law_of_image_and_concept(tiny_model, tm
     odds = shares / (1 - shares.sum()) / (0.8 * shares / (1 - 0.8 * shares.sum()))
     np.testing.assert_allclose(np.asarray(task.multipliers) * 24 / 8, np.log(odds), rtol=1e-4)
     assert "the classifier finds dog in" in " ".join(task.asked["notes"])
+    # What is certified are shares, and their error has that of the confusion.
+    corrected = concept_evaluation.classifier(problem, options, pool.confusion)
+    shows = concept_evaluation.likelihoods_of_samples(problem, options, corrected)
+    cond = np.tile(np.array([one.cond for one in problem.separated], np.int32), 16)
+    found = shows(problem.pretrained.params, jax.random.key(options.seed + 1), cond)
+    before = task.before.constraints
+    np.testing.assert_allclose(before.value, found.mean(axis=0), rtol=1e-4, atol=1e-4)
+    of_each = np.stack([found[cond == c] for c in np.unique(cond)])
+    sampled = (of_each.var(axis=1, ddof=1) / of_each.shape[1]).mean(axis=0) / len(of_each)
+    expected = np.sqrt(sampled + pool.confusion.variance(before.value))
+    np.testing.assert_allclose(before.stderr, expected, rtol=1e-4)
 
 
 def test_one_concept_at_most_is_drawn_of_each_image():
@@ -308,6 +319,11 @@ def test_what_a_model_shows_is_told_from_the_noise_of_stored_samples(tiny_model,
     start = shown(problem.start, 0)
     np.testing.assert_allclose(start.value, pool.values.mean(axis=0), atol=1e-4)
     np.testing.assert_allclose(start.stderr, 0, atol=1e-4)
+    # One sample alone is no stratum.
+    one = pool._replace(values=np.eye(64, 1, dtype=np.float32))
+    shown_of_one = concept_formulations._shown_by_the_model(problem, options, one, judged)
+    np.testing.assert_allclose(shown_of_one(problem.start, 0).value, 1 / 64, atol=1e-4)
+    assert np.isfinite(shown_of_one(problem.pretrained.params, 0).stderr)
     # Elsewhere: the mean over many draws of the rows is that over the noise of all stored samples.
     params = problem.pretrained.params
     every = concept_evaluation.draw(problem, options, params, pool.noise, jnp.full(64, 1))
