@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_unlearn import cli, divergences, dual_first, likelihoods, losses, posteriors, report
+from jax_unlearn import cli, divergences, likelihoods, losses, posteriors, report
 from jax_unlearn import run as running
 from jax_unlearn.formulations import replay
 from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
 from jax_unlearn.pretrained import load_pretrained, relabelled
 from jax_unlearn.tasks import concept_evaluation, concept_formulations, concept_problem, concepts
+from jax_unlearn.typing import Estimate
 
 SMALL = {
     "steps": 4, "batch_size": 16, "forget_batch_size": 8, "samples": 2, "sampling_steps": 4,
@@ -287,7 +288,7 @@ def test_points_are_of_the_reference_at_the_base(tiny_model, tmp_path):
     assert (np.diff(pool.path.t, axis=1) < 0).all()
 
 
-def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_path):
+def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_path, monkeypatch):
     rows = report.read_rows(finished / "likelihood" / "metrics.jsonl")
     assert len({tuple(row["multipliers"]) for row in rows}) == 3  # after the first two steps
     options = options_of(tiny_model, tmp_path, formulation="likelihood", corrections=1)
@@ -295,18 +296,29 @@ def test_the_model_itself_corrects_the_multipliers(finished, tiny_model, tmp_pat
     task = concepts.concept_task(problem, options, None)
     assert list(task.corrections) == [2]
     pool = concept_formulations.stored_samples(problem, options)
+    share, seen = float(pool.values.mean()), []
+
+    def shown(*given):
+        seen.append(given)
+        return Estimate(np.array([0.5 * share]), np.array([0.1 * share]))
+
+    monkeypatch.setattr(concept_formulations, "_shown_by_the_model", lambda *_: shown)
     judged = concept_evaluation.classifier(problem, options, pool.confusion)
-    shown = concept_formulations._shown_by_the_model(problem, options, pool, judged)(task.params, 2)
     correct = concept_formulations.corrections(
-        problem, options, pool, judged, np.array([0.9 * shown.value[0]]), 1 / 3
+        problem, options, pool, judged, np.array([0.5 * share]), 1 / 3
     )[2]
-    found = correct(task.params, jnp.array([0.4], jnp.float32))
-    # As of the forgotten label alone: 8 of 24 rows.
-    expected = dual_first.likelihood_correction(
-        shown, 0.9 * shown.value, np.array([1.2]), stored=pool.values, margin=1.0
-    )
-    np.testing.assert_allclose(found, expected / 3, rtol=1e-4)
-    assert expected != 1.2
+    found = correct(task.params, jnp.array([0.6], jnp.float32))
+    assert seen == [(task.params, 2)]
+
+    def multiplier(left):
+        return np.log(share / (1 - share)) - np.log(left / (1 - left))
+
+    # As of the forgotten label alone, 8 of 24 rows; the half that it may show is to be held by one
+    # standard error.
+    gain = 1.8 / multiplier(0.5 * share)
+    step = gain * (multiplier(0.5 * share) - multiplier(0.6 * share))
+    assert 0 < step < 1.8
+    np.testing.assert_allclose(found, [(1.8 + step) / 3], rtol=1e-3)
 
 
 def test_what_a_model_shows_is_told_from_the_noise_of_stored_samples(tiny_model, tmp_path):
