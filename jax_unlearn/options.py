@@ -307,8 +307,8 @@ class ConceptOptions(ModelOptions):
     less for more."""
     corrections: int = 3
     """"likelihood": how often, at equal distances up to the middle of the run, the multipliers are
-    corrected by what samples of the model itself show by then, half of --stored-samples each
-    time, from the same noise; constraints are then to hold by a standard error."""
+    corrected by what samples of the model itself show by then, --stored-samples each time;
+    constraints are then to hold by a standard error."""
     classifier_draws: int = 8
     """"likelihood": draws of noise for each image that h_c is estimated from, 2 or more."""
     classifier_noise: float = 0.7

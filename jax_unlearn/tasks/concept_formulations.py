@@ -26,7 +26,7 @@ from jax_unlearn.formulations import (
 )
 from jax_unlearn.options import ConceptOptions
 from jax_unlearn.tasks.base import batch_rows, in_batches
-from jax_unlearn.tasks.concept_evaluation import classifier, draw, log_posterior
+from jax_unlearn.tasks.concept_evaluation import Shows, classifier, draw, log_posterior
 from jax_unlearn.tasks.concept_problem import Problem
 from jax_unlearn.typing import Array, Estimate, Params
 
@@ -110,14 +110,13 @@ class Path(NamedTuple):
 class Pool(NamedTuple):
     """Stored samples of the reference: of the bases, and of the kept conditions.
 
-    `separated` says whose base each of the first was drawn from, and from which `noise`; `cond`
-    what the others show. `values` [n, m] are h; with --target-steps they are concepts, one drawn
-    for each sample from its posterior at the end of its `path`, or none: samples of q(x, c), which
-    p_λ is a tilt of. `confusion` is then that of h. Without, it is None, as the path is.
+    `separated` says whose base each of the first was drawn from, `cond` what the others show.
+    `values` [n, m] are h; with --target-steps they are concepts, one drawn for each sample from its
+    posterior at the end of its `path`, or none: samples of q(x, c), which p_λ is a tilt of.
+    `confusion` is then that of h. Without, it is None, as the path is.
     """
 
     base: np.ndarray
-    noise: np.ndarray
     values: np.ndarray
     separated: np.ndarray
     kept: np.ndarray
@@ -147,7 +146,7 @@ def stored_samples(problem: Problem, options: ConceptOptions) -> Pool:
         labels = _one_of(shown, np.random.default_rng(options.seed))
         confusion = posteriors.confusion(values, labels)
         values = labels
-    return Pool(base, noise, values, separated, kept, cond, path, confusion)
+    return Pool(base, values, separated, kept, cond, path, confusion)
 
 
 def _one_of(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -295,21 +294,25 @@ def corrections(
     problem: Problem,
     options: ConceptOptions,
     pool: Pool,
-    h: Callable[[Array], Array],
+    shows: Shows,
     thresholds: np.ndarray,
     share: float,
 ) -> dict[int, Callable[[Params, Array], Array]]:
     """Steps up to the middle of the run -> (params, λ) -> λ after a step of dual ascent.
 
-    The constraints are to hold by a standard error, as the samples are few. The second half is for
-    the network to follow, as its step size falls.
+    Each by as many samples of the model as are stored of q, from new noise: from that of stored
+    ones, which it was trained on, a model might show less than it does elsewhere. The constraints
+    are to hold by a standard error. The second half is for the network to follow, as its step size
+    falls.
     """
-    shown = _shown_by_the_model(problem, options, pool, h)
+    cond = problem.rows(pool.separated)[0]
 
     def correct(step: int, params: Params, current: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(options.seed + 3), step)
+        h = shows(params, key, cond)
         # As of one forgotten condition alone: the objective has only their share of all rows.
         alone = dual_first.likelihood_correction(
-            shown(params, step),
+            Estimate(h.mean(axis=0), h.std(axis=0, ddof=1) / np.sqrt(len(h))),
             thresholds,
             current / share,
             stored=pool.values,
@@ -321,46 +324,6 @@ def corrections(
     count = options.corrections
     steps = {options.steps * part // (2 * count) for part in range(1, count + 1)} - {0}
     return {step: partial(correct, step) for step in sorted(steps)}
-
-
-def _shown_by_the_model(
-    problem: Problem, options: ConceptOptions, pool: Pool, h: Callable[[Array], Array]
-) -> Callable[[Params, int], Estimate]:
-    """(params, step) -> E[h] of the forgotten conditions, [m], by half as many samples as stored.
-
-    They are drawn from the noise of stored ones, and their h less those of these is added to what
-    all stored ones show. Half of them are of noise that shows a concept, as far as there is any.
-    Where the model is still q the difference is small, and what the classifier errs is in both.
-    """
-    cond, _, _ = problem.rows(pool.separated)
-    shows = pool.values.sum(axis=1) > 0.5
-    strata = [np.flatnonzero(part) for part in (shows, ~shows)]
-    if min(map(len, strata)) < 2:
-        strata = [np.arange(len(shows))]
-    each = [min(len(part), max(len(pool.base) // (2 * len(strata)), 2)) for part in strata]
-
-    @jax.jit
-    def less(params: Params, x: Array, noise: Array, cond: Array) -> Array:
-        return h(draw(problem, options, params, noise, cond)) - h(x)
-
-    batched = partial(in_batches, size=batch_rows(problem.pretrained.config.sample_shape))
-
-    def estimate(params: Params, step: int) -> Estimate:
-        rng = np.random.default_rng([options.seed, step])
-        parts = [rng.permutation(part)[:n] for part, n in zip(strata, each, strict=True)]
-        rows = np.concatenate(parts)
-        found = batched(
-            lambda _, *of_rows: less(params, *of_rows),
-            jax.random.key(0), pool.base[rows], pool.noise[rows], cond[rows],
-        )  # fmt: skip
-        value, variance = pool.values.mean(axis=0), 0.0
-        for part, differences in zip(strata, np.split(found, np.cumsum(each)[:-1]), strict=True):
-            weight = len(part) / len(pool.base)
-            value = value + weight * differences.mean(axis=0)
-            variance += weight**2 * differences.var(axis=0, ddof=1) / len(differences)
-        return Estimate(value, np.sqrt(variance))
-
-    return estimate
 
 
 def sample_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> SampleBatch:

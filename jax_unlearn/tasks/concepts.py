@@ -50,10 +50,11 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
     pretrained, conditions = problem.pretrained, problem.conditions
     reverse = options.formulation == "reverse-kl"
     pool = None if reverse else stored_samples(problem, options)
-    h = shows = None
+    shows = None
     if pool is not None:
-        h = classifier(problem, options, pool.confusion)
-        shows = likelihoods_of_samples(problem, options, h)
+        shows = likelihoods_of_samples(
+            problem, options, classifier(problem, options, pool.confusion)
+        )
     evaluate = evaluator(problem, options, shows)
     raw = evaluate(pretrained.params)
     drawn = drawing(pretrained, conditions, options, judge, problem.forgotten, problem.shown)
@@ -177,8 +178,8 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
         ),
         visit=posed.visit,
         corrections={}
-        if h is None or pool is None
-        else corrections(problem, options, pool, h, thresholds, share),
+        if shows is None or pool is None
+        else corrections(problem, options, pool, shows, thresholds, share),
     )
 
 
