@@ -283,7 +283,7 @@ class ConceptOptions(ModelOptions):
     price of one step on all; the multipliers take one. A divisor of --chain-steps; more than 1
     needs --estimator stop_gradient."""
     steps: int = 60
-    """Primal-dual steps."""
+    """Primal-dual steps; on the command line, unless told, 300 of "likelihood": cheaper ones."""
     batch_size: int = 24
     """Kept conditions a step."""
     forget_batch_size: int = 12

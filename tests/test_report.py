@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_unlearn.report import Grid, read_rows, verdict, write_report
+from jax_unlearn.report import Grid, read_rows, verdict, write_comparison, write_report
 from jax_unlearn.report.figures import draw_curves, draw_grid
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "col"}
@@ -279,8 +279,32 @@ def test_verdict_says_how_closely_constraints_hold():
     assert sentence.endswith("within two standard errors of the threshold, too close to call.")
     # What counts as satisfied within its error may be on the wrong side.
     short = constraint(value=2.99) | {"satisfied": True}
-    assert "is satisfied; it ends at 2.990 ± 0.012" in verdict(make_report(short))
-    assert "missed by 0.01" in verdict(make_report(short))
+    assert verdict(make_report(short)) == (
+        "The constraint “sneaker” is satisfied within two standard errors; it ends at 2.990 ± "
+        "0.012 bits/dim (threshold at least 3, missed by 0.01, multiplier 0.713). That is within "
+        "two standard errors of the threshold, too close to call."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "satisfied", "heading", "row"),
+    [
+        (3.2, True, "✓ Constraints satisfied", "✓ yes"),
+        (2.99, True, "– Constraints satisfied within their errors", "– too close"),
+        (2.9, False, "✗ Constraints violated", "✗ no"),
+    ],
+)
+def test_a_report_does_not_call_missed_thresholds_met(tmp_path, value, satisfied, heading, row):
+    entry = constraint(value=value) | {"satisfied": satisfied}
+    path = write_report(
+        tmp_path / "one", make_report(constraint("a"), entry, feasible=satisfied), [], []
+    )
+    text = path.read_text("utf-8")
+    assert f"<strong>{heading}</strong>" in text
+    assert text.count(row) == (2 if row == "✓ yes" else 1)
+    assert ("within errors alone" in text) == (row == "– too close")
+    side_by_side = write_comparison(tmp_path, ["one"]).read_text("utf-8")
+    assert f"{heading}.</span>" in side_by_side
 
 
 def test_verdict_names_the_worst_violation():

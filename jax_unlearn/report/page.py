@@ -38,6 +38,12 @@ _METRICS = (
     ),
     ("Similarity", "Between generated images and those to forget.", ("similarity",)),
 )
+_STANDINGS = {
+    "none": "– No thresholds",
+    "violated": "✗ Constraints violated",
+    "close": "– Constraints satisfied within their errors",
+    "satisfied": "✓ Constraints satisfied",
+}
 _METRIC_NAMES = {"kid": "KID", "fid": "FID", "nelbo": "NELBO"}
 
 
@@ -117,6 +123,22 @@ def _unresolved(constraint: Mapping[str, Any]) -> bool:
     return slack is not None and stderr is not None and abs(slack) < 2 * stderr
 
 
+def _missed(constraint: Mapping[str, Any]) -> bool:
+    """Whether a constraint is satisfied within its error alone, on the wrong side."""
+    slack = constraint["slack"]
+    return bool(constraint["satisfied"]) and slack is not None and slack < 0
+
+
+def _standing(report: Mapping[str, Any]) -> str:
+    """One word for all constraints: the class of the verdict in the style sheet."""
+    constraints = _thresholded(report)
+    if not constraints:
+        return "none"
+    if not report["feasible"]:
+        return "violated"
+    return "close" if any(map(_missed, constraints)) else "satisfied"
+
+
 def _side(report: Mapping[str, Any]) -> str:
     return "at most" if report["formulation"] == "likelihood" else "at least"
 
@@ -143,7 +165,8 @@ def verdict(report: Mapping[str, Any]) -> str:
     if not constraints:
         return "No threshold was set, so there is no constraint to satisfy or to violate."
     worst, total = constraints[0], len(constraints)
-    word = "violated" if violated else "satisfied"
+    standing = _standing(report)
+    word = "satisfied within two standard errors" if standing == "close" else standing
     if total == 1:
         head = f"The constraint “{worst['name']}” is {word}"
         subject = "it ends"
@@ -240,10 +263,11 @@ def _certificate(report: Mapping[str, Any]) -> dict[str, Any]:
         for name, probability in {**probabilities, "max": 1}.items():
             quantiles[name] = float(np.quantile(multipliers, probability))
     return {
-        "rows": [{**c, "unresolved": _unresolved(c)} for c in shown],
+        "rows": [{**c, "missed": _missed(c), "unresolved": _unresolved(c)} for c in shown],
         "total": len(constraints),
         "thresholded": len(ordered),
         "satisfied": sum(bool(c["satisfied"]) for c in ordered),
+        "missed": sum(_missed(c) for c in ordered),
         "unresolved": sum(_unresolved(c) for c in ordered),
         "quantiles": quantiles,
         "active": sum(value > 0 for value in multipliers),
@@ -272,6 +296,8 @@ def render(
         .render(
             report=report,
             verdict=verdict(report),
+            state=_standing(report),
+            standing=_STANDINGS[_standing(report)],
             formulation=_FORMULATIONS.get(report["formulation"], (report["formulation"], "")),
             certificate=_certificate(report),
             tables=_metric_tables(report),
@@ -336,6 +362,8 @@ def render_comparison(
                     "folder": folder,
                     "report": report,
                     "verdict": verdict(report),
+                    "standing": _STANDINGS[_standing(report)],
+                    "state": _standing(report),
                     "formulation": _FORMULATIONS[report["formulation"]],
                 }
                 for folder, report in columns

@@ -53,6 +53,16 @@ def finished(tiny_model, tmp_path_factory):
     return folder
 
 
+def test_likelihoods_take_more_steps_by_default(finished):
+    def steps(*given):
+        return cli._parse("concept", ["--forget", "dog", *given]).steps
+
+    likely = ("--formulation", "likelihood")
+    assert (steps(), steps(*likely), steps("--formulation=likelihood")) == (60, 300, 300)
+    assert steps(*likely, "--steps", "7") == 7
+    assert steps("--config", str(finished / "likelihood" / "run.json"), *likely) == 4
+
+
 def leaves(folder):
     return jax.tree.leaves(load_pretrained(folder / "model").params)
 
