@@ -178,7 +178,7 @@ def test_rows_follow_their_own_base(model):
     # Each stored sample is the number of the base that it was drawn from.
     path = concept_formulations.Path(*[np.stack([bases, bases, bases], axis=1)] * 5)
     pool = concept_formulations.Pool(
-        bases, bases, np.zeros((18, 2)), rows, np.array(problem.kept), np.array(problem.kept),
+        bases, np.zeros((18, 2)), rows, np.array(problem.kept), np.array(problem.kept),
         path, None,
     )  # fmt: skip
     for batch in (
