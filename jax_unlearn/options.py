@@ -283,7 +283,7 @@ class ConceptOptions(ModelOptions):
     price of one step on all; the multipliers take one. A divisor of --chain-steps; more than 1
     needs --estimator stop_gradient."""
     steps: int = 60
-    """Primal-dual steps; on the command line, unless told, 300 of "likelihood": cheaper ones."""
+    """Primal-dual steps; the command line takes 300 of "likelihood", which are cheaper."""
     batch_size: int = 24
     """Kept conditions a step."""
     forget_batch_size: int = 12
@@ -323,7 +323,7 @@ class ConceptOptions(ModelOptions):
             raise ValueError("--forget is missing: see jax-unlearn concept --help.")
         if repeated := {text for text in self.forget if self.forget.count(text) > 1}:
             raise ValueError(f"--forget {', '.join(sorted(repeated))} is given twice.")
-        for name in ("chain_steps", "classifier_draws"):
+        for name in ("chain_steps", "classifier_draws", "stored_samples"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')} must be 2 or more.")
         if self.target_steps < 0 or self.target_steps == 1:

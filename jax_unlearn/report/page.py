@@ -55,7 +55,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(data=_data, duration=_duration)
+    environment.filters.update(data=_data, duration=_duration, standing=_STANDINGS.__getitem__)
     return environment
 
 
@@ -297,7 +297,6 @@ def render(
             report=report,
             verdict=verdict(report),
             state=_standing(report),
-            standing=_STANDINGS[_standing(report)],
             formulation=_FORMULATIONS.get(report["formulation"], (report["formulation"], "")),
             certificate=_certificate(report),
             tables=_metric_tables(report),
@@ -362,7 +361,6 @@ def render_comparison(
                     "folder": folder,
                     "report": report,
                     "verdict": verdict(report),
-                    "standing": _STANDINGS[_standing(report)],
                     "state": _standing(report),
                     "formulation": _FORMULATIONS[report["formulation"]],
                 }

@@ -89,9 +89,11 @@ class Task(NamedTuple):
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """The mean of independent values [n] and its standard error (NaN for one value)."""
-    stderr = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return Estimate(np.asarray(values.mean()), np.asarray(stderr))
+    """The mean of independent values [n, ...] and its standard error (NaN for one value)."""
+    mean = np.asarray(values.mean(axis=0))
+    if len(values) < 2:
+        return Estimate(mean, np.full_like(mean, np.nan))
+    return Estimate(mean, np.asarray(values.std(axis=0, ddof=1) / np.sqrt(len(values))))
 
 
 def batch_rows(shape: Sequence[int]) -> int:

@@ -25,10 +25,10 @@ from jax_unlearn.formulations import (
     reverse_kl,
 )
 from jax_unlearn.options import ConceptOptions
-from jax_unlearn.tasks.base import batch_rows, in_batches
+from jax_unlearn.tasks.base import batch_rows, estimate, in_batches
 from jax_unlearn.tasks.concept_evaluation import Shows, classifier, draw, log_posterior
 from jax_unlearn.tasks.concept_problem import Problem
-from jax_unlearn.typing import Array, Estimate, Params
+from jax_unlearn.typing import Array, Params
 
 __all__ = [
     "Pool",
@@ -309,10 +309,9 @@ def corrections(
 
     def correct(step: int, params: Params, current: Array) -> Array:
         key = jax.random.fold_in(jax.random.key(options.seed + 3), step)
-        h = shows(params, key, cond)
         # As of one forgotten condition alone: the objective has only their share of all rows.
         alone = dual_first.likelihood_correction(
-            Estimate(h.mean(axis=0), h.std(axis=0, ddof=1) / np.sqrt(len(h))),
+            estimate(shows(params, key, cond)),
             thresholds,
             current / share,
             stored=pool.values,

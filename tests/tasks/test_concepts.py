@@ -362,6 +362,7 @@ def test_the_learning_rate_ends_with_the_last_update(tiny_model, tmp_path, minib
             ["--forget", "dog", "--formulation", "likelihood", "--target-steps", "51"],
             "steps must be 1 to",
         ),
+        (["--forget", "dog", "--stored-samples", "1"], "--stored-samples must be 2 or more"),
         (["--forget", "dog", "--corrections", "-1"], "--corrections must be 0 or more"),
         (["--forget", "dog", "--minibatches", "2"], "does not divide --chain-steps 3"),
         (["--forget", "dog", "--minibatches", "3"], "trajectories that are held fixed"),

@@ -76,6 +76,9 @@ def test_an_estimate_is_the_mean_and_its_standard_error():
     assert found.value == 3.0
     assert found.stderr == pytest.approx(np.sqrt(7.0) / np.sqrt(3.0))
     assert np.isnan(base.estimate(np.array([1.0])).stderr)
+    found = base.estimate(np.array([[1.0, 0.0], [2.0, 0.0], [6.0, 3.0]]))
+    np.testing.assert_allclose(found.value, [3.0, 1.0])
+    np.testing.assert_allclose(found.stderr, [np.sqrt(7.0 / 3.0), 1.0])
 
 
 def test_measurements_are_paired_and_of_the_sampled_chain(problem):
