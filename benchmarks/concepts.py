@@ -27,13 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_unlearn import baselines, data, embedded
+from jax_unlearn import baselines
+from jax_unlearn.app import data, embedded
+from jax_unlearn.app.options import ConceptOptions
+from jax_unlearn.app.tasks import concept_problem, concepts
 from jax_unlearn.formulations import Separated, reverse_kl
-from jax_unlearn.options import ConceptOptions
 from jax_unlearn.pretrained import load_pretrained
+from jax_unlearn.pretrained.subsets import subset_formulation, subset_optimizer, subset_params
 from jax_unlearn.primal_dual import primal_dual
-from jax_unlearn.subsets import subset_formulation, subset_optimizer, subset_params
-from jax_unlearn.tasks import concept_problem, concepts
 
 FORGET = ("Trouser", "Sneaker")
 COMMON = {"forget": FORGET, "samples": 16, "evaluation_images": 132, "chain_steps": 10}

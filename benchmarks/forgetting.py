@@ -15,7 +15,7 @@ import tempfile
 import jax
 import numpy as np
 
-from jax_unlearn import cli
+from jax_unlearn.app import cli
 
 GIVEN = ["--formulation", "forward-kl"]
 # The first eight of the repeated images stand 64 times in the training set, the others 256 times.

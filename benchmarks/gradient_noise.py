@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from prompts import COMMON, REVERSE, TASKS
 
-from jax_unlearn import embedded
+from jax_unlearn.app import embedded
+from jax_unlearn.app.options import ConceptOptions
+from jax_unlearn.app.tasks.concept_formulations import condition_batch
+from jax_unlearn.app.tasks.concept_problem import make_prompt_problem
 from jax_unlearn.formulations import reverse_kl
-from jax_unlearn.options import ConceptOptions
-from jax_unlearn.tasks.concept_formulations import condition_batch
-from jax_unlearn.tasks.concept_problem import make_prompt_problem
-from jax_unlearn.text_to_image import load_text_to_image
+from jax_unlearn.pretrained.text_to_image import load_text_to_image
 
 ESTIMATORS = ("stop_gradient", "bounded", "pathwise")
 MULTIPLIER = 0.2

@@ -71,7 +71,7 @@ def write(folder, channels):
     import jax
 
     from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-    from jax_unlearn.networks import Network, save_network
+    from jax_unlearn.pretrained.networks import Network, save_network
 
     config = config_of(channels)
     module = UNet2DConditionModel(UNet2DConditionConfig.from_diffusers(config))
@@ -103,7 +103,7 @@ def measure(what, folder):
     import jax_unlearn
     from jax_unlearn.formulations import Formulation
     from jax_unlearn.multipliers import non_negative
-    from jax_unlearn.networks import load_network, save_network
+    from jax_unlearn.pretrained.networks import load_network, save_network
 
     jax.block_until_ready(jnp.ones(1) + 1)
     before = forget_peak()

@@ -44,12 +44,14 @@ import numpy as np
 import optax
 
 import jax_unlearn
-from jax_unlearn import baselines, embedded, schedules
-from jax_unlearn.formulations import ConditionBatch, Separated, replay, reverse_kl
-from jax_unlearn.networks import load_network
-from jax_unlearn.subsets import subset_formulation, subset_optimizer, subset_params
-from jax_unlearn.tasks.conditions import of_prompts
-from jax_unlearn.text_to_image import load_text_to_image
+from jax_unlearn import baselines, schedules
+from jax_unlearn import minibatched as replay
+from jax_unlearn.app import embedded
+from jax_unlearn.app.tasks.conditions import of_prompts
+from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
+from jax_unlearn.pretrained.networks import load_network
+from jax_unlearn.pretrained.subsets import subset_formulation, subset_optimizer, subset_params
+from jax_unlearn.pretrained.text_to_image import load_text_to_image
 
 ESD, TORCH, MINIBATCHED = "esd", "torch", "minibatched"
 METHODS = (ESD, "stop_gradient", "bounded", "pathwise")

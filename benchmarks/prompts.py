@@ -35,14 +35,15 @@ from concepts import (
     summarise,
 )
 
-from jax_unlearn import data, embedded, metrics
-from jax_unlearn.embedded.captions import OBJECTS, STYLES, caption, forgetting
+from jax_unlearn import metrics
+from jax_unlearn.app import data, embedded
+from jax_unlearn.app.embedded.captions import OBJECTS, STYLES, caption, forgetting
+from jax_unlearn.app.options import ConceptOptions
+from jax_unlearn.app.tasks.concept_problem import make_prompt_problem
+from jax_unlearn.app.tasks.concepts import concept_task
+from jax_unlearn.app.tasks.drawing import drawing, features_of
 from jax_unlearn.models.judge import JudgeFunctions
-from jax_unlearn.options import ConceptOptions
-from jax_unlearn.tasks.concept_problem import make_prompt_problem
-from jax_unlearn.tasks.concepts import concept_task
-from jax_unlearn.tasks.drawing import drawing, features_of
-from jax_unlearn.text_to_image import load_text_to_image
+from jax_unlearn.pretrained.text_to_image import load_text_to_image
 
 PAIRS = [(name, style) for name in OBJECTS for style in STYLES]
 BAG = {

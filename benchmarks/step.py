@@ -27,8 +27,9 @@ import numpy as np
 import optax
 
 import jax_unlearn
-from jax_unlearn import embedded, losses, multipliers, schedules
-from jax_unlearn.weights import diffusers_key
+from jax_unlearn import losses, multipliers, schedules
+from jax_unlearn.app import embedded
+from jax_unlearn.pretrained.weights import diffusers_key
 
 KEPT = BASE = FORGET = 32
 LEARNING_RATE, B1, B2 = 5e-4, 0.9, 0.99

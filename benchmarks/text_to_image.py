@@ -53,9 +53,9 @@ from jax_unlearn.models.unet_2d_condition import (
     UNet2DConditionDenoiser,
     UNet2DConditionModel,
 )
-from jax_unlearn.networks import Network, load_network, save_network
-from jax_unlearn.subsets import subset_formulation, subset_optimizer
-from jax_unlearn.weights import diffusers_key
+from jax_unlearn.pretrained.networks import Network, load_network, save_network
+from jax_unlearn.pretrained.subsets import subset_formulation, subset_optimizer
+from jax_unlearn.pretrained.weights import diffusers_key
 
 NETWORKS = {
     "tiny": {

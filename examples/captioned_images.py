@@ -15,8 +15,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from jax_unlearn import embedded
-from jax_unlearn.embedded.captions import OBJECTS, STYLES, caption, render
+from jax_unlearn.app import embedded
+from jax_unlearn.app.embedded.captions import OBJECTS, STYLES, caption, render
 
 BAG = OBJECTS.index("bag")
 

@@ -11,7 +11,8 @@ import optax
 from PIL import Image
 
 import jax_unlearn
-from jax_unlearn import data, embedded, losses, multipliers, samplers
+from jax_unlearn import losses, multipliers, samplers
+from jax_unlearn.app import data, embedded
 
 CLASS, STEPS, KEPT, BASE, FORGET = 1, 100, 32, 32, 32
 

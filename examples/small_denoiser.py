@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_unlearn import dual_first, formulations, losses, mixtures, samplers, schedules
+from jax_unlearn import formulations, losses, mixtures, samplers, schedules
+from jax_unlearn.duality import stored_samples as dual_first
 from jax_unlearn.primal_dual import primal_dual
 
 VARIANCE, SCALE = 0.49, 0.5

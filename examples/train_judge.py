@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_unlearn.embedded.captions import STYLES, render
+from jax_unlearn.app.embedded.captions import STYLES, render
 from jax_unlearn.models.judge import Judge, save_judge
 
 HELD_OUT = 5_000

@@ -1,7 +1,7 @@
 """Trains the embedded text-to-image model with torch diffusers: VAE, CLIP, then the denoiser.
 
 The images are Fashion-MNIST's, rendered in four styles and captioned by
-`jax_unlearn.embedded.captions`. Each stage is trained by torch, diffusers and transformers (the
+`jax_unlearn.app.embedded.captions`. Each stage is trained by torch, diffusers and transformers (the
 `torch` extra), and the result is a genuine `StableDiffusionPipeline` of 32x32 images on 8x8
 latents, with a CLIP whose text tower is the pipeline's text encoder.
 
@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from train_embedded_model import read_idx, split
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from jax_unlearn.embedded.captions import (
+from jax_unlearn.app.embedded.captions import (
     HELD_OUT_TEMPLATES,
     OBJECTS,
     STYLES,

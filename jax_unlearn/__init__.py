@@ -1,14 +1,26 @@
-"""Constrained unlearning for diffusion models in JAX (arXiv 2605.30825)."""
+"""Constrained unlearning for diffusion models in JAX (arXiv 2605.30825).
 
-__version__ = "0.1.0"
+The core is here at once, and needs jax, optax and numpy alone. What loads networks is imported
+when it is first asked for: `jax_unlearn.load_pretrained(...)`.
+"""
 
-from jax_unlearn.clip import (
-    CLIP,
-    clip_score,
-    embed_images,
-    embed_texts,
-    load_clip,
-    zero_shot,
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jax_unlearn import (
+    baselines,
+    divergences,
+    duality,
+    formulations,
+    likelihoods,
+    losses,
+    metrics,
+    mixtures,
+    multipliers,
+    quantification,
+    samplers,
+    schedules,
+    sharding,
 )
 from jax_unlearn.formulations import (
     Batch,
@@ -27,7 +39,6 @@ from jax_unlearn.formulations import (
     mixed,
     reverse_kl,
 )
-from jax_unlearn.pretrained import Pretrained, load_pretrained, save_pretrained
 from jax_unlearn.primal_dual import (
     PrimalDual,
     PrimalDualInfo,
@@ -36,48 +47,48 @@ from jax_unlearn.primal_dual import (
     primal_dual,
 )
 from jax_unlearn.schedules import NoiseSchedule
-from jax_unlearn.text_to_image import (
-    TextToImage,
-    decode_latents,
-    encode_images,
-    encode_prompts,
-    load_text_to_image,
-)
 
-__all__ = [
+if TYPE_CHECKING:
+    from jax_unlearn.pretrained import (
+        CLIP,
+        Pretrained,
+        TextToImage,
+        clip_score,
+        decode_latents,
+        embed_images,
+        embed_texts,
+        encode_images,
+        encode_prompts,
+        load_clip,
+        load_pretrained,
+        load_text_to_image,
+        save_pretrained,
+        zero_shot,
+    )
+
+__version__ = "0.2.0"
+
+_LAZY = (
     "CLIP",
-    "Batch",
-    "ConditionBatch",
-    "Examples",
-    "Forget",
-    "Formulation",
-    "Held",
-    "NoiseSchedule",
     "Pretrained",
-    "PrimalDual",
-    "PrimalDualInfo",
-    "PrimalDualState",
-    "Points",
-    "PosteriorBatch",
-    "SampleBatch",
-    "Samples",
-    "Separated",
     "TextToImage",
-    "certificate",
     "clip_score",
     "decode_latents",
     "embed_images",
     "embed_texts",
     "encode_images",
     "encode_prompts",
-    "forward_kl",
-    "likelihood",
     "load_clip",
     "load_pretrained",
     "load_text_to_image",
-    "mixed",
-    "primal_dual",
-    "reverse_kl",
     "save_pretrained",
     "zero_shot",
-]
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module("jax_unlearn.pretrained"), name)
+    if name in ("app", "models", "pretrained"):
+        return importlib.import_module(f"jax_unlearn.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

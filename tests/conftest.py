@@ -34,12 +34,7 @@ def tiny_model(tmp_path_factory):
     import jax
 
     from jax_unlearn.models.unet_2d import UNet2DConfig, init_params
-    from jax_unlearn.pretrained import (
-        Pretrained,
-        PretrainedConfig,
-        UNet2DDenoiser,
-        save_pretrained,
-    )
+    from jax_unlearn.pretrained import Pretrained, PretrainedConfig, UNet2DDenoiser, save_pretrained
     from jax_unlearn.schedules import from_diffusers
 
     unet = {

@@ -7,7 +7,7 @@ from clip_vocabulary import END, START, VOCABULARY, write_tokenizer
 
 from jax_unlearn.models import autoencoder_kl, clip_text, unet_2d_condition
 from jax_unlearn.models.initialisation import random_params
-from jax_unlearn.networks import write_network
+from jax_unlearn.pretrained.networks import write_network
 
 UNET = {
     "_class_name": "UNet2DConditionModel",

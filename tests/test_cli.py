@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_unlearn import cli
+from jax_unlearn.app import cli
 
 
 @pytest.fixture
 def refuse(tiny_model, tiny_images, tmp_path, capsys, monkeypatch):
     """Runs `data` with changes; asserts exit 2 on one line, and that no work was begun."""
-    import jax_unlearn.run
+    import jax_unlearn.app.run
 
     def never(*args, **kwargs):
         raise AssertionError("the run was begun")
@@ -85,9 +85,9 @@ def test_retaining_nothing_but_what_is_to_be_forgotten(refuse, tiny_images):
 
 
 def test_overlapping_images_are_counted_and_removed(tiny_model, tiny_images, tmp_path):
-    from jax_unlearn.options import DataOptions
+    from jax_unlearn.app.options import DataOptions
+    from jax_unlearn.app.tasks import images as problems
     from jax_unlearn.pretrained import load_pretrained
-    from jax_unlearn.tasks import images as problems
 
     with np.load(tiny_images["forget"]) as first, np.load(tiny_images["retain"]) as second:
         np.savez(
@@ -183,7 +183,7 @@ def test_help_lists_every_option_with_its_default(capsys):
     import dataclasses
     import re
 
-    from jax_unlearn.options import DataOptions
+    from jax_unlearn.app.options import DataOptions
 
     with pytest.raises(SystemExit) as stop:
         cli.main(["data", "--help"])

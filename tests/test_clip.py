@@ -11,7 +11,7 @@ from clip_vocabulary import END, VOCABULARY, write_tokenizer
 from parity import TOLERANCE, relative_error
 from PIL import Image
 
-from jax_unlearn.clip import clip_score, embed_images, embed_texts, load_clip, zero_shot
+from jax_unlearn.pretrained.clip import clip_score, embed_images, embed_texts, load_clip, zero_shot
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 GIVEN = dict(np.load(FIXTURES / "clip" / "expected.npz"))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_unlearn import data
-from jax_unlearn.data import Images, Source, batches
+from jax_unlearn.app import data
+from jax_unlearn.app.data import Images, Source, batches
 
 NAMES = {0: "T-shirt/top", 1: "Trouser", 2: "Ankle boot", 3: "7"}
 MODEL = {"shape": (4, 4, 1), "num_labels": 3, "id2label": {i: NAMES[i] for i in range(3)}}

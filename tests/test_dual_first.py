@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from jax_unlearn import dual_first, duality, mixtures
+from jax_unlearn import duality, mixtures
+from jax_unlearn.duality import stored_samples as dual_first
 from jax_unlearn.typing import Estimate
 
 KEY = jax.random.key(0)

@@ -7,9 +7,9 @@ import pytest
 from parity import relative_error
 from pipelines import UNET, shapes
 
-from jax_unlearn.editing import edit_cross_attention
 from jax_unlearn.models.initialisation import random_params
 from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionDenoiser
+from jax_unlearn.pretrained.editing import edit_cross_attention
 
 
 @pytest.fixture(scope="module")

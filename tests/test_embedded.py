@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 import jax_unlearn
-from jax_unlearn import embedded
-from jax_unlearn.clip import load_clip, zero_shot
-from jax_unlearn.data import to_unit_range
-from jax_unlearn.embedded import captions
+from jax_unlearn.app import embedded
+from jax_unlearn.app.data import to_unit_range
+from jax_unlearn.app.embedded import captions
+from jax_unlearn.app.options import RunOptions
+from jax_unlearn.app.tasks.conditions import of_prompts
+from jax_unlearn.app.tasks.drawing import drawing
 from jax_unlearn.metrics import agreement
-from jax_unlearn.options import RunOptions
-from jax_unlearn.tasks.conditions import of_prompts
-from jax_unlearn.tasks.drawing import drawing
-from jax_unlearn.text_to_image import load_text_to_image
+from jax_unlearn.pretrained.clip import load_clip, zero_shot
+from jax_unlearn.pretrained.text_to_image import load_text_to_image
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "unet_2d"

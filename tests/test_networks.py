@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 from jax_unlearn import sharding
-from jax_unlearn.networks import load_network, save_network
-from jax_unlearn.weights import write_params
+from jax_unlearn.pretrained.networks import load_network, save_network
+from jax_unlearn.pretrained.weights import write_params
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures" / "stable_diffusion"
 FOLDERS = {

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_unlearn import divergences, mixtures, posteriors, schedules
+from jax_unlearn import divergences, mixtures, quantification, schedules
+from jax_unlearn.likelihoods import posteriors
 
 LINEAR = schedules.noise_schedule()
 LAW = mixtures.gaussian_mixture(
@@ -54,7 +55,7 @@ def test_shares_are_those_of_the_joint_law_whatever_the_classifier():
     label = (rng.uniform(size=(len(x), 1)) < truth.cumsum(axis=1)).argmax(axis=1)
     blunt = np.exp(0.4 * np.log(truth)) / np.exp(0.4 * np.log(truth)).sum(axis=1, keepdims=True)
     h, labels = blunt[:, 1:], np.eye(3)[label][:, 1:]
-    found = posteriors.confusion(h[:100_000], labels[:100_000])
+    found = quantification.confusion(h[:100_000], labels[:100_000])
     left = np.array([1.0, 0.25, 0.5])
     weights = (truth * left).sum(axis=1)[100_000:]
     shares = np.average(np.asarray(found.shares(h[100_000:])), axis=0, weights=weights)
@@ -78,7 +79,7 @@ def test_the_error_of_shares_has_that_of_the_confusion():
         return rng.beta(4 * mean, 4 * (1 - mean)), np.eye(3)[label][:, 1:]
 
     judged = draw(200_000, [0.05, 0.2])[0]
-    found = [posteriors.confusion(*draw(400, [0.3, 0.2])) for _ in range(400)]
+    found = [quantification.confusion(*draw(400, [0.3, 0.2])) for _ in range(400)]
     means = [np.asarray(one.shares(judged)).mean(axis=0) for one in found]
     told = np.mean([one.variance([0.05, 0.2]) for one in found], axis=0)
     np.testing.assert_allclose(told, np.var(means, axis=0), rtol=0.3)
@@ -86,7 +87,7 @@ def test_the_error_of_shares_has_that_of_the_confusion():
 
 
 def test_confusion_adds_one_image_that_is_judged_rightly():
-    found = posteriors.confusion([[0.5, 0.1], [0.3, 0.3], [0.2, 0.0]], [[1, 0], [0, 0], [0, 0]])
+    found = quantification.confusion([[0.5, 0.1], [0.3, 0.3], [0.2, 0.0]], [[1, 0], [0, 0], [0, 0]])
     np.testing.assert_allclose(found.shown, [[0.75, 0.05], [0.0, 1.0]], rtol=1e-6)
     np.testing.assert_allclose(found.elsewhere, [0.5 / 3, 0.1], rtol=1e-6)
 
@@ -103,7 +104,7 @@ def test_confusion_adds_one_image_that_is_judged_rightly():
 )
 def test_confusion_refuses(values, labels, message):
     with pytest.raises(ValueError, match=message):
-        posteriors.confusion(values, labels)
+        quantification.confusion(values, labels)
 
 
 def test_the_posterior_of_every_path_tends_to_that_of_its_points():

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import jax_unlearn.weights as stored
+import jax_unlearn.pretrained.weights as stored
 from jax_unlearn import pretrained
 from jax_unlearn.models.unet_2d import init_params
 from jax_unlearn.pretrained import Pretrained, load_pretrained, save_pretrained
+from jax_unlearn.pretrained.weights import diffusers_key
 from jax_unlearn.schedules import from_diffusers
-from jax_unlearn.weights import diffusers_key
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures" / "unet_2d"
 # The smallest network there is: these tests read and write it, few run it.

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_unlearn.report import Grid, read_rows, verdict, write_comparison, write_report
-from jax_unlearn.report.figures import draw_curves, draw_grid
+from jax_unlearn.app.report import Grid, read_rows, verdict, write_comparison, write_report
+from jax_unlearn.app.report.figures import draw_curves, draw_grid
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "col"}
 

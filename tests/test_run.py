@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_unlearn import cli, report
-from jax_unlearn.options import DataOptions, load_run
+from jax_unlearn.app import cli, report
+from jax_unlearn.app.options import DataOptions, load_run
+from jax_unlearn.app.run import NotFinite, prepare_folder, run
+from jax_unlearn.app.tasks import images as problems
 from jax_unlearn.pretrained import load_pretrained
-from jax_unlearn.run import NotFinite, prepare_folder, run
-from jax_unlearn.tasks import images as problems
 
 SMALL = [
     "--steps", "6", "--batch-size", "16", "--forget-batch-size", "8", "--samples", "2",
@@ -227,7 +227,7 @@ def test_the_step_compiles_once(tiny_model, tiny_images, tmp_path, monkeypatch):
     traces = []
     problem, options = problem_of(tiny_model, tiny_images, tmp_path / "once")
     apply = problem.pretrained.apply
-    from jax_unlearn.tasks import image_task as module
+    from jax_unlearn.app.tasks import image_task as module
 
     original = module.forward_kl
 
@@ -249,7 +249,7 @@ def test_the_step_compiles_once(tiny_model, tiny_images, tmp_path, monkeypatch):
 def test_a_full_disk_is_one_clear_line(tiny_model, tiny_images, tmp_path, monkeypatch, capsys):
     import errno
 
-    from jax_unlearn import run as module
+    from jax_unlearn.app import run as module
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jax_unlearn import formulations, losses, schedules, sharding
+from jax_unlearn import minibatched as replay
 from jax_unlearn.formulations import (
     Batch,
     ConditionBatch,
@@ -14,7 +15,6 @@ from jax_unlearn.formulations import (
     Forget,
     Held,
     Separated,
-    replay,
     reverse_kl,
 )
 from jax_unlearn.primal_dual import primal_dual

@@ -6,17 +6,17 @@ import pytest
 import safetensors.numpy
 from pipelines import UNET, shapes, write_pipeline
 
-from jax_unlearn import multipliers, subsets
-from jax_unlearn.checkpoint import Checkpoints
+from jax_unlearn import multipliers
+from jax_unlearn.app.checkpoint import Checkpoints
 from jax_unlearn.formulations import ConditionBatch, Formulation, Held, Separated, reverse_kl
 from jax_unlearn.formulations.base import Losses
 from jax_unlearn.models.initialisation import random_params
 from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionDenoiser
-from jax_unlearn.pretrained import load_pretrained
+from jax_unlearn.pretrained import load_pretrained, subsets
+from jax_unlearn.pretrained.subsets import Subset, parse_subset
+from jax_unlearn.pretrained.text_to_image import encode_prompts, load_text_to_image
+from jax_unlearn.pretrained.weights import diffusers_key
 from jax_unlearn.primal_dual import PrimalDualState, primal_dual
-from jax_unlearn.subsets import Subset, parse_subset
-from jax_unlearn.text_to_image import encode_prompts, load_text_to_image
-from jax_unlearn.weights import diffusers_key
 
 APPLY = UNet2DConditionDenoiser(UNet2DConditionConfig.from_diffusers(UNET))
 GIVEN = (

@@ -15,7 +15,7 @@ from pipelines import UNET, UNET_XL, write_pipeline
 
 from jax_unlearn import samplers
 from jax_unlearn.pretrained import load_pretrained, save_pretrained
-from jax_unlearn.text_to_image import (
+from jax_unlearn.pretrained.text_to_image import (
     decode_latents,
     encode_images,
     encode_prompts,

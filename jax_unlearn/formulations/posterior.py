@@ -52,7 +52,7 @@ class PosteriorBatch(NamedTuple):
     and else 0, since then E_q[exp(−Σ_i λ_i h_i) | x_t] = 1 − Σ_i κ_i u_i. Where h is undecided,
     it is that of the joint law of image and concept, p_λ(x, c) ∝ q(x, c) exp(−λ_c): of those that
     show concept i in at most a share ε_i, the nearest to q. Concepts leave then, and not all that
-    resembles them: E[h_i] does not fall below q(1 − Σ h)'s, and `posteriors.Confusion` tells
+    resembles them: E[h_i] does not fall below q(1 − Σ h)'s, and `quantification.Confusion` tells
     shares from it. The target has no Monte-Carlo noise, and it is known where q goes and p_λ does
     not: what "tilt", which weights by p_λ, leaves to chance. Give points whose t have the law π.
 

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
 from jax_unlearn.models.config import is_count
-from jax_unlearn.weights import read_json
+from jax_unlearn.pretrained.weights import read_json
 
 __all__ = ["CLIPTokenizer", "load_tokenizer"]
 

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from jax_unlearn import dual_first, losses
+from jax_unlearn import losses
+from jax_unlearn.duality import stored_samples as dual_first
 from jax_unlearn.formulations import (
     ConditionBatch,
     Held,

@@ -9,14 +9,7 @@ import pytest
 from scipy import optimize
 
 from jax_unlearn import multipliers
-from jax_unlearn.formulations import (
-    ConditionBatch,
-    Held,
-    Separated,
-    likelihood,
-    mixed,
-    reverse_kl,
-)
+from jax_unlearn.formulations import ConditionBatch, Held, Separated, likelihood, mixed, reverse_kl
 from jax_unlearn.primal_dual import certificate, primal_dual
 from jax_unlearn.typing import Estimate
 

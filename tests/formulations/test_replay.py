@@ -5,16 +5,9 @@ import numpy as np
 import optax
 import pytest
 
+from jax_unlearn import minibatched as replay
 from jax_unlearn import multipliers
-from jax_unlearn.formulations import (
-    ConditionBatch,
-    Held,
-    Losses,
-    Separated,
-    Stored,
-    replay,
-    reverse_kl,
-)
+from jax_unlearn.formulations import ConditionBatch, Held, Losses, Separated, Stored, reverse_kl
 from jax_unlearn.primal_dual import primal_dual
 
 KEY = jax.random.key(0)

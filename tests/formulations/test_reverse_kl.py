@@ -8,14 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from jax_unlearn import (
-    losses,
-    mixtures,
-    multipliers,
-    samplers,
-    schedules,
-    sharding,
-)
+from jax_unlearn import losses, mixtures, multipliers, samplers, schedules, sharding
+from jax_unlearn import minibatched as replay
 from jax_unlearn.formulations import (
     ConditionBatch,
     Examples,
@@ -23,7 +17,6 @@ from jax_unlearn.formulations import (
     SampleBatch,
     Samples,
     Separated,
-    replay,
     reverse_kl,
 )
 from jax_unlearn.primal_dual import primal_dual

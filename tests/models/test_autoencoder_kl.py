@@ -13,7 +13,7 @@ from jax_unlearn.models.autoencoder_kl import (
     param_shapes,
     sample_latents,
 )
-from jax_unlearn.networks import load_network
+from jax_unlearn.pretrained.networks import load_network
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "stable_diffusion"
 

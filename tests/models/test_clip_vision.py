@@ -8,9 +8,9 @@ import safetensors.numpy
 from clip_vocabulary import write_tokenizer
 from parity import TOLERANCE, assert_near, relative_error
 
-from jax_unlearn.clip import load_clip
 from jax_unlearn.models.clip_vision import CLIPVisionConfig, CLIPVisionModel, param_shapes
-from jax_unlearn.networks import load_network, save_network
+from jax_unlearn.pretrained.clip import load_clip
+from jax_unlearn.pretrained.networks import load_network, save_network
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 GIVEN = dict(np.load(FIXTURES / "clip" / "expected.npz"))

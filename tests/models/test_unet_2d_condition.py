@@ -14,7 +14,7 @@ from jax_unlearn.models.unet_2d_condition import (
     UNet2DConditionModel,
     param_shapes,
 )
-from jax_unlearn.networks import load_network
+from jax_unlearn.pretrained.networks import load_network
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "stable_diffusion"
 ARCHITECTURES = json.loads((FOLDER / "architectures.json").read_text())

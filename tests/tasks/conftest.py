@@ -1,7 +1,7 @@
 import pytest
 from pipelines import write_pipeline
 
-from jax_unlearn.text_to_image import load_text_to_image
+from jax_unlearn.pretrained.text_to_image import load_text_to_image
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 from pipelines import write_pipeline
 
-from jax_unlearn import cli, data
-from jax_unlearn.networks import load_network
-from jax_unlearn.options import DataOptions
+from jax_unlearn.app import cli, data
+from jax_unlearn.app.options import DataOptions
+from jax_unlearn.app.tasks import images as problems
+from jax_unlearn.app.tasks.conditions import of_prompts, table_of
 from jax_unlearn.pretrained import load_pretrained
-from jax_unlearn.subsets import subset_labels
-from jax_unlearn.tasks import images as problems
-from jax_unlearn.tasks.conditions import of_prompts, table_of
-from jax_unlearn.text_to_image import decode_latents, encode_prompts, load_text_to_image
+from jax_unlearn.pretrained.networks import load_network
+from jax_unlearn.pretrained.subsets import subset_labels
+from jax_unlearn.pretrained.text_to_image import decode_latents, encode_prompts, load_text_to_image
 
 SMALL = [
     "--steps", "3", "--batch-size", "8", "--forget-batch-size", "8", "--samples", "2",
@@ -135,7 +135,7 @@ def test_many_prompts_are_encoded_as_each_alone(model):
 
 
 def test_large_images_are_decoded_a_few_at_a_time(model, monkeypatch):
-    from jax_unlearn.tasks import conditions as module
+    from jax_unlearn.app.tasks import conditions as module
 
     latents = jax.random.normal(jax.random.key(0), (5, 8, 8, 4))
     monkeypatch.setattr(module, "batch_rows", lambda shape: 2)

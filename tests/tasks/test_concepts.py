@@ -10,12 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_unlearn import cli, divergences, likelihoods, losses, posteriors, report
-from jax_unlearn import run as running
-from jax_unlearn.formulations import replay
-from jax_unlearn.options import ConceptOptions, DemoOptions, load_run, save_run
+from jax_unlearn import divergences, likelihoods, losses
+from jax_unlearn import minibatched as replay
+from jax_unlearn.app import cli, report
+from jax_unlearn.app import run as running
+from jax_unlearn.app.options import ConceptOptions, DemoOptions, load_run, save_run
+from jax_unlearn.app.tasks import (
+    concept_evaluation,
+    concept_formulations,
+    concept_problem,
+    concepts,
+)
+from jax_unlearn.likelihoods import posteriors
 from jax_unlearn.pretrained import load_pretrained, relabelled
-from jax_unlearn.tasks import concept_evaluation, concept_formulations, concept_problem, concepts
 
 SMALL = {
     "steps": 4, "batch_size": 16, "forget_batch_size": 8, "samples": 2, "sampling_steps": 4,

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_unlearn.app.options import RunOptions
+from jax_unlearn.app.tasks.conditions import of_labels
+from jax_unlearn.app.tasks.drawing import drawing
 from jax_unlearn.models.judge import JudgeFunctions
-from jax_unlearn.options import RunOptions
 from jax_unlearn.pretrained import load_pretrained
-from jax_unlearn.tasks.conditions import of_labels
-from jax_unlearn.tasks.drawing import drawing
 
 
 def by_brightness(images):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_unlearn import data, divergences, schedules
-from jax_unlearn.options import ImageOptions
+from jax_unlearn import divergences, schedules
+from jax_unlearn.app import data
+from jax_unlearn.app.options import ImageOptions
+from jax_unlearn.app.tasks import base, evaluation
+from jax_unlearn.app.tasks import images as problems
 from jax_unlearn.pretrained import Pretrained, PretrainedConfig
-from jax_unlearn.tasks import base, evaluation
-from jax_unlearn.tasks import images as problems
 
 STEPS = 50
 SCHEDULER = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": STEPS}

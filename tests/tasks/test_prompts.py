@@ -12,16 +12,18 @@ import pytest
 from clip_vocabulary import write_tokenizer
 from pipelines import write_pipeline
 
-from jax_unlearn import cli, posteriors
+from jax_unlearn import quantification
+from jax_unlearn.app import cli
+from jax_unlearn.app.options import ConceptOptions, SampleOptions
+from jax_unlearn.app.sampling import draw_grid
+from jax_unlearn.app.tasks import concept_evaluation, concept_formulations, concepts
+from jax_unlearn.app.tasks.concept_problem import make_prompt_problem
 from jax_unlearn.formulations import Points, Samples
-from jax_unlearn.networks import load_network
-from jax_unlearn.options import ConceptOptions, SampleOptions
+from jax_unlearn.likelihoods import posteriors
 from jax_unlearn.pretrained import load_pretrained
-from jax_unlearn.sampling import draw_grid
-from jax_unlearn.subsets import subset_labels
-from jax_unlearn.tasks import concept_evaluation, concept_formulations, concepts
-from jax_unlearn.tasks.concept_problem import make_prompt_problem
-from jax_unlearn.text_to_image import encode_prompts, load_text_to_image
+from jax_unlearn.pretrained.networks import load_network
+from jax_unlearn.pretrained.subsets import subset_labels
+from jax_unlearn.pretrained.text_to_image import encode_prompts, load_text_to_image
 
 CLIP = pathlib.Path(__file__).parent.parent / "fixtures" / "clip"
 SMALL = {
@@ -160,7 +162,7 @@ def test_a_base_does_not_explain_itself(model, retain, monkeypatch):
 
     monkeypatch.setattr(posteriors, "posterior_path", recorded)
     # A network that knows nothing tells nothing apart.
-    monkeypatch.setattr(posteriors, "confusion", lambda values, labels: None)
+    monkeypatch.setattr(quantification, "confusion", lambda values, labels: None)
     concept_formulations.stored_samples(problem, options)
     ((concepts_seen, members),) = seen  # compiled once
     names = [problem.conditions.names[c] for c in concepts_seen]

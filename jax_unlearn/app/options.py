@@ -1,0 +1,466 @@
+"""The options of each command: one frozen dataclass each, saved with the run as run.json."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax_unlearn
+from jax_unlearn.pretrained.subsets import parse_subset
+
+__all__ = [
+    "ConceptOptions",
+    "DataOptions",
+    "DemoOptions",
+    "ImageOptions",
+    "ModelOptions",
+    "RunOptions",
+    "SampleOptions",
+    "Threshold",
+    "load_run",
+    "parse_threshold",
+    "save_run",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What every unlearning run can be told."""
+
+    out: pathlib.Path = pathlib.Path("unlearned")
+    """Folder for the results; refused if it exists, unless --resume or --overwrite."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out, with the options saved there."""
+    overwrite: bool = False
+    """Move an existing --out aside (to OUT.previous-N) and start anew."""
+    steps: int = 100
+    """Primal-dual steps."""
+    batch_size: int = 64
+    """Retained images a step."""
+    forget_batch_size: int = 32
+    """Images to forget a step, spread evenly over the constraints."""
+    learning_rate: float = 5e-4
+    """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
+    dual_learning_rate: float = 0.02
+    """Ascent rate of the multipliers' sum, for violations relative to the reference's values."""
+    dual_damping: float = 0.2
+    """Proportional gain of the multipliers' PI controller, on the same scale; 0 is plain ascent."""
+    max_multiplier: float = 0.9
+    """Bound on the sum of the multipliers' sizes, inside (0, 1): at 1 the problem is unbounded. A
+    sum that stays at its bound means that the constraints cannot be met at that price."""
+    evaluation_images: int = 384
+    """Images (or draws, or trajectories) that each reported estimate is made from."""
+    samples: int = 32
+    """Samples drawn for each label before and after; 0 draws none and skips their metrics."""
+    sampling_steps: int = 25
+    """DDIM steps of a sample, 1 to the number of training steps."""
+    guidance: float = 2.5
+    """Classifier-free guidance scale of the samples: 1 is none, 0 the null label alone."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def validate(self) -> None:
+        """Checks every number against its domain.
+
+        Raises:
+          ValueError: naming the option, what was given and what is allowed.
+        """
+        _check(self, _POSITIVE, lambda value: value > 0 and math.isfinite(value), "be positive")
+        _check(self, _NOT_NEGATIVE, lambda v: v >= 0 and math.isfinite(v), "be 0 or more")
+        _check(self, _SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        _check(self, _SHARES_BELOW_ONE, lambda value: 0 <= value < 1, "lie in [0, 1)")
+        _check(self, _INSIDE, lambda value: 0 < value < 1, "lie in (0, 1)")
+
+
+_POSITIVE = (
+    "steps", "batch_size", "forget_batch_size", "learning_rate", "balance", "evaluation_images",
+    "sampling_steps", "checkpoint_every", "classifier_draws", "stored_samples",
+)  # fmt: skip
+_NOT_NEGATIVE = ("dual_learning_rate", "dual_damping", "samples", "guidance", "seed")
+_SHARES = ("base_share", "null_share")
+_SHARES_BELOW_ONE = ("classifier_noise",)
+_INSIDE = ("held_out_share", "max_multiplier")
+
+
+def _check(options: Any, names: Sequence[str], allowed: Callable[[Any], bool], must: str) -> None:
+    for name in names:
+        value = getattr(options, name, None)
+        if value is not None and not allowed(value):
+            raise ValueError(f"--{name.replace('_', '-')} must {must}, not {value}.")
+
+
+def _check_thresholds(threshold: tuple[str, ...], forget: tuple[str, ...]) -> None:
+    for text in threshold:
+        parse_threshold(text)
+    if len(threshold) not in (1, len(forget)):
+        raise ValueError(
+            f"{len(threshold)} thresholds for {len(forget)} --forget: give one for all, or one "
+            "each."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOptions(RunOptions):
+    """What every run that forgets images can be told."""
+
+    per_image: bool = False
+    """Make each image to forget a constraint of its own, with its own multiplier. Single images
+    want --weighting nelbo, a lower --learning-rate (1e-4) and more --steps (300)."""
+    threshold: tuple[str, ...] = ("calibrated",)
+    """What each constraint's denoising loss must reach: a number (in the loss's unit), "2x" (that
+    many times the reference model's own value) or "calibrated" (as likely as held-out retained
+    images, and no less). One for all, or one for each --forget."""
+    weighting: Literal["simple", "nelbo"] = "simple"
+    """Unit of objective and constraints: "simple" is the mean squared error of the noise, a
+    dimension and time step; "nelbo" is the negative ELBO (path KL) in nats an image."""
+    estimator: Literal["two_term", "importance", "norm_balanced"] = "two_term"
+    """How the gradient of the Lagrangian is estimated; see jax_unlearn.forward_kl."""
+    base_share: float = 0.5
+    """Share of --batch-size shown under conditions that must become the law of the retained images
+    (the null label and forgotten labels) when whole labels are forgotten; in [0, 1]."""
+    null_share: float = 0.5
+    """Share of images shown under the null label, where the model has one; in [0, 1]."""
+    balance: float = 2.0
+    """"norm_balanced": largest norm of the constraints' gradient, as a share of the objective's."""
+    held_out_share: float = 0.2
+    """Share of the retained images held out, to calibrate and judge on, never trained on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoOptions(ImageOptions):
+    """Forgets a class, or repeated images, or with --text prompts, of the embedded models."""
+
+    text: bool = False
+    """Forget prompts of the embedded model from text to image, by reverse KL and likelihood."""
+    forget: tuple[str, ...] = ()
+    """Labels to forget, by name or number, each one constraint, default Trouser; or "repeated", the
+    sixteen images that the embedded model's training set repeats, each of them a constraint. With
+    --text objects or styles, default sneaker."""
+    evaluation_images: int = 192
+    """Images (or draws, or trajectories) that each reported estimate is made from."""
+    samples: int = 16
+    """Samples drawn for each label before and after; 0 draws none and skips their metrics."""
+    formulation: Literal["all", "forward-kl", "reverse-kl", "likelihood"] = "all"
+    """Which runs to make, each in a folder of its own if "all". The options here are forward KL's;
+    the others take of them seed, guidance, and (but for --text) samples: see `concept --help`."""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What to forget, the defaults filled in."""
+        return self.forget or (("sneaker",) if self.text else ("Trouser",))
+
+    def validate(self) -> None:
+        """Checks every number, and the thresholds."""
+        super().validate()
+        _check_thresholds(self.threshold, self.asked)
+        if self.text and self.formulation == "forward-kl":
+            raise ValueError("--text forgets prompts: that is reverse KL, likelihood, or all.")
+        if "repeated" in self.forget and self.formulation not in ("all", "forward-kl"):
+            raise ValueError("--forget repeated forgets images: that is --formulation forward-kl.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(RunOptions):
+    """What a run on a diffusers checkpoint of the user's can be told of it."""
+
+    model: str = ""
+    """Pipeline folder (model_index.json), model folder (config.json) or name on the hub;
+    "embedded" is the embedded model of labels, "embedded-text" that of prompts."""
+    clip: pathlib.Path | None = None
+    """Models of prompts: folder of a CLIP (transformers' CLIPModel, with its tokenizer), which
+    names what samples show among the run's prompts."""
+    judge: pathlib.Path | None = None
+    """Models of labels: folder of a classifier (judge.json, judge.safetensors) that names what
+    samples show."""
+    train: str = "full"
+    """What trains: full, cross-attention, cross-attention-kv, no-cross-attention (ESD's esd-x,
+    esd-x-strict, esd-u), or lora:RANK, or lora:RANK:SUBSET. Models of labels train in full."""
+    save: Literal["pipeline", "unet", "lora"] = "pipeline"
+    """What OUT/model is: the whole pipeline, the UNet alone, or, of --train lora:RANK, the change
+    that diffusers' load_lora_weights reads."""
+    link: bool = False
+    """Link the files of the pipeline's unchanged parts (hard links) instead of copying them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the denoiser computes in; parameters are float32."""
+    remat: bool = False
+    """Compute the denoiser's blocks again in backward passes instead of storing what they found:
+    a third more time, and a fraction of the memory."""
+
+    def validate(self) -> None:
+        """Checks what trains and what is saved, and every number."""
+        super().validate()
+        if parse_subset(self.train).rank is None and self.save == "lora":
+            raise ValueError("--save lora needs --train lora:RANK.")
+
+    def refuse(self, names: Sequence[str], why: str) -> None:
+        """Refuses options of another kind of model, where one is not at its default.
+
+        Raises:
+          ValueError: naming the option, and why.
+        """
+        for name in names:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"--{name} is for {why}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(ImageOptions, ModelOptions):
+    """Forgets images that a diffusers checkpoint was trained on.
+
+    Models from text to image see images under their captions: that written as PATH:CAPTION, or the
+    text in a .txt file of the same name beside each image, or else no prompt.
+    """
+
+    forget: tuple[str, ...] = ()
+    """Images to forget, each one constraint: a folder, an image, an .npz or an idx file; PATH:LABEL
+    gives or selects the label, PATH:CAPTION gives the caption."""
+    retain: tuple[str, ...] = ()
+    """Images to retain, in the same forms."""
+    held_out: tuple[str, ...] = ()
+    """Retained images that the model was not trained on; default: a share of --retain."""
+    resize: bool = False
+    """Crop and resize images, and convert their channels, to what the model takes."""
+
+    def validate(self) -> None:
+        """Checks that the job is complete, and every number."""
+        super().validate()
+        for name in ("model", "forget", "retain"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing: see jax-unlearn data --help.")
+        _check_thresholds(self.threshold, self.forget)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptOptions(ModelOptions):
+    """Forgets concepts that a diffusers checkpoint is conditioned on: labels or prompts; no images.
+
+    The trained model p is conditioned on what is forgotten: a label c, or each prompt c that the
+    concept's names make of the templates. There it is held to the reference's law of a base,
+    q(·|base), and must not show any of the forgotten concepts; every other label, and for prompts
+    those of --retain and no prompt at all, is held to what it was.
+    """
+
+    model: str = "embedded"
+    forget: tuple[str, ...] = ()
+    """Concepts to forget, each one constraint: labels, by name or number; or for prompts a name, or
+    several that mean the same: "sneaker|trainer"."""
+    template: tuple[str, ...] = ("{}",)
+    """Prompts: what names are put into, in place of {}; each template widens every concept.
+    "a photo of a {} => a photo" also says which prompt, without the concept, it is held to."""
+    formulation: Literal["reverse-kl", "likelihood"] = "reverse-kl"
+    """"reverse-kl": KL(p‖q(·|c)) of at least the threshold, along the model's own trajectories.
+    "likelihood": of samples of p at most the threshold's share shows c, as the reference model
+    itself judges: a diffusion classifier of its labels, or of names against what they are held
+    to, whose errors on samples of its own are allowed for. With --target-steps 0 E_p[h_c] as it
+    is, the posterior among all labels or prompts."""
+    base: str | None = None
+    """What is held to instead of a concept: a label, or (default) the null label; for prompts a
+    name put into the templates, or (default) no prompt. A template's own base goes first."""
+    anchor: str | None = None
+    """Label that "calibrated" thresholds are measured on, default the mean of the kept labels; or,
+    for prompts, a name put into the templates, which is then kept too."""
+    retain: tuple[str, ...] = ()
+    """Prompts to keep, or @FILE with one a line; all conditions to keep count the same."""
+    show: tuple[str, ...] = ()
+    """Prompts that are drawn and measured but not trained on, or @FILE; paraphrases, say."""
+    threshold: tuple[str, ...] = ("calibrated",)
+    """A number (nats; for likelihoods a share), "1.2x" (that many times the value that --base
+    itself has) or "calibrated" (as far from c, or as unlikely to be c, as samples of --anchor; n
+    samples do not show a probability below 1/(n + 2))."""
+    separate_null: bool = False
+    """Separate the null label, or no prompt, from the concepts too: it also generates them."""
+    start: Literal["edited", "reference"] | None = None
+    """Prompts: start from "edited" keys and values of cross-attention, which see the base in place
+    of what is forgotten, or from the "reference". Default: edited, where --train trains them."""
+    estimator: Literal["bounded", "pathwise", "stop_gradient"] = "bounded"
+    """"reverse-kl": how far gradients go through the sampler; see jax_unlearn.reverse_kl."""
+    minibatches: int = 1
+    """"reverse-kl": primal steps on each sampled trajectory, each on as many of its points, at the
+    price of one step on all; the multipliers take one. A divisor of --chain-steps; more than 1
+    needs --estimator stop_gradient."""
+    steps: int = 60
+    """Primal-dual steps; the command line takes 300 of "likelihood", which are cheaper."""
+    batch_size: int = 24
+    """Kept conditions a step."""
+    forget_batch_size: int = 12
+    """Forgotten conditions a step. Their part of all rows is their weight in the objective."""
+    learning_rate: float = 1e-4
+    """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
+    dual_learning_rate: float = 0.2
+    """"reverse-kl": ascent rate of the multipliers, for violations relative to the thresholds."""
+    dual_damping: float = 0.5
+    """"reverse-kl": proportional gain of the multipliers' PI controller, on the same scale."""
+    chain_steps: int = 10
+    """Steps of the model's own ancestral sampler, along which it is trained ("reverse-kl") and path
+    KLs are measured; few steps overstate them, thresholds and values alike."""
+    stored_samples: int = 512
+    """"likelihood": samples of the reference that are drawn once and trained on, of --base and
+    of the kept labels each."""
+    target_steps: int = 10
+    """"likelihood": noise levels of each stored sample at which the optimum's own score is computed
+    beforehand, from the reference's predictions at all concepts, for the training to regress on, 2
+    or more; 0 trains on the samples themselves, weighted, which is cheaper to set up and forgets
+    less for more."""
+    corrections: int = 3
+    """"likelihood": how often, at equal distances up to the middle of the run, the multipliers are
+    corrected by what samples of the model itself show by then, --stored-samples each time;
+    constraints are then to hold by a standard error."""
+    classifier_draws: int = 8
+    """"likelihood": draws of noise for each image that h_c is estimated from, 2 or more."""
+    classifier_noise: float = 0.7
+    """"likelihood": h_c is the posterior at the image with noise of this standard deviation (that
+    of image and noise together is 1): details of an image tell concepts apart less than they
+    mislead networks. 0 is the image itself."""
+
+    def validate(self) -> None:
+        """Checks that the job is complete, and every number."""
+        super().validate()
+        if not self.forget:
+            raise ValueError("--forget is missing: see jax-unlearn concept --help.")
+        if repeated := {text for text in self.forget if self.forget.count(text) > 1}:
+            raise ValueError(f"--forget {', '.join(sorted(repeated))} is given twice.")
+        for name in ("chain_steps", "classifier_draws", "stored_samples"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"--{name.replace('_', '-')} must be 2 or more.")
+        if self.target_steps < 0 or self.target_steps == 1:
+            raise ValueError("--target-steps must be 0, or 2 or more.")
+        if self.corrections < 0:
+            raise ValueError("--corrections must be 0 or more.")
+        if self.minibatches < 1 or self.chain_steps % self.minibatches:
+            raise ValueError(
+                f"--minibatches {self.minibatches} does not divide --chain-steps "
+                f"{self.chain_steps}."
+            )
+        if self.minibatches > 1 and (self.formulation, self.estimator) != (
+            "reverse-kl",
+            "stop_gradient",
+        ):
+            raise ValueError(
+                "--minibatches are of trajectories that are held fixed: use --formulation "
+                "reverse-kl --estimator stop_gradient."
+            )
+        _check_thresholds(self.threshold, self.forget)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """Draws a grid of samples from a diffusers checkpoint."""
+
+    model: str = "embedded"
+    """Pipeline folder, model folder or name on the hub; "embedded" is the embedded model."""
+    out: pathlib.Path = pathlib.Path("samples.png")
+    """The picture to write; refused if it exists, unless --overwrite."""
+    overwrite: bool = False
+    """Replace an existing picture."""
+    labels: tuple[str, ...] = ()
+    """Labels to draw, by name or number, a row each; default all of them."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to draw, a row each, where the model is conditioned on prompts."""
+    lora: pathlib.Path | None = None
+    """Folder or file of a low-rank change of the model, as --save lora writes it."""
+    samples: int = 10
+    """Samples for each label."""
+    steps: int = 50
+    """Sampler steps, 1 to the number of training steps."""
+    method: Literal["ddim", "ddpm"] = "ddim"
+    """Sampler."""
+    guidance: float = 2.5
+    """Classifier-free guidance scale: 1 is none, 0 the null label alone."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def validate(self) -> None:
+        """Checks every number.
+
+        Raises:
+          ValueError: naming the option.
+        """
+        for name in ("samples", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be 1 or more, not {getattr(self, name)}.")
+        if self.guidance < 0:
+            raise ValueError(f"--guidance must be 0 or more, not {self.guidance}.")
+        if self.out.exists() and not self.overwrite:
+            raise ValueError(f"{self.out} exists: choose another --out, or --overwrite it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """A threshold as it was asked for.
+
+    Attributes:
+      kind: "absolute", "relative" (times the reference model's value) or "calibrated".
+      number: of the first two; None for "calibrated".
+    """
+
+    kind: Literal["absolute", "relative", "calibrated"]
+    number: float | None = None
+
+
+def parse_threshold(text: str) -> Threshold:
+    """Reads "calibrated", "2x" or "0.1".
+
+    Raises:
+      ValueError: for anything else, and for numbers that are not positive and finite.
+    """
+    if text == "calibrated":
+        return Threshold("calibrated")
+    relative = text.endswith("x")
+    try:
+        number = float(text[:-1] if relative else text)
+    except ValueError:
+        raise ValueError(
+            f"threshold {text!r} is not a number, a ratio such as 2x, or 'calibrated'."
+        ) from None
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"threshold {text!r} must be positive and finite: losses are.")
+    return Threshold("relative" if relative else "absolute", number)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def save_run(path: pathlib.Path, command: str, options: Any) -> None:
+    """Writes the resolved options of a command, beside and renamed into place."""
+    fields = {
+        field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)
+    }
+    for name in ("resume", "overwrite"):
+        fields.pop(name, None)
+    text = {"command": command, "version": jax_unlearn.__version__, "options": fields}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(text, indent=2) + "\n")
+    partial.replace(path)
+
+
+def load_run(path: pathlib.Path, command: str, kind: type) -> Any:
+    """Reads options back from run.json.
+
+    Raises:
+      ValueError: if there is no such file, it is not of this command, or an option is unknown.
+    """
+    try:
+        run = json.loads(path.read_text())
+        saved, fields = run["command"], dict(run["options"])
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the run.json of a run.") from error
+    if saved != command:
+        raise ValueError(f"{path} is of `jax-unlearn {saved}`, not `jax-unlearn {command}`.")
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(f"{path} has unknown options: {', '.join(unknown)}.")
+    for name, value in fields.items():
+        if isinstance(value, list):
+            fields[name] = tuple(value)
+        elif isinstance(known[name].default, pathlib.Path) or (name in ("judge", "clip") and value):
+            fields[name] = pathlib.Path(value)
+    return kind(**fields)

@@ -1,0 +1,110 @@
+"""What a finished run says: the contents of report.json."""
+
+import dataclasses
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+
+import jax_unlearn
+from jax_unlearn.app.options import RunOptions
+from jax_unlearn.app.tasks.base import Measured, Task, estimate
+from jax_unlearn.primal_dual import Certificate
+from jax_unlearn.typing import Estimate
+
+__all__ = ["describe"]
+
+
+def describe(
+    task: Task,
+    options: RunOptions,
+    command: str,
+    after: Measured,
+    certified: Certificate,
+    mean_multipliers: np.ndarray,
+    timing: dict[str, float],
+) -> dict[str, Any]:
+    """The contents of report.json, but for what the page adds.
+
+    Args:
+      task: what was to be done, and the measurements of the reference model.
+      options: of the run.
+      command: that repeats it.
+      after: measurements of the unlearned model.
+      certified: the certificate.
+      mean_multipliers: over the steps, [m].
+      timing: seconds by part; "all" of them, those before a resume included.
+    """
+    before = task.before
+    saved = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    metrics: dict[str, Any] = {
+        name: task.captions.get(name, {})
+        | {"before": _plain(before.metrics.get(name)), "after": _plain(value)}
+        for name, value in after.metrics.items()
+    }
+    for name, parts in after.paired.items():
+        metrics[name] = dict(task.captions.get(name, {}))
+        for part, values in parts.items():
+            first = before.paired[name][part]
+            metrics[name][part] = {
+                "before": _plain(estimate(first)),
+                "after": _plain(estimate(values)),
+                "change": _plain(estimate(values - first)),
+            }
+    return {
+        "asked": {
+            "command": f"jax-unlearn {command} --config {options.out / 'run.json'} --out NEW",
+            "model": task.pretrained.config.name or task.pretrained.config.source,
+            **task.asked,
+            "thresholds": ", ".join(saved["threshold"]),
+            "options": {
+                name: ", ".join(value) if isinstance(value, tuple) else value
+                for name, value in saved.items()
+            },
+        },
+        "formulation": task.formulation.name,
+        "objective": {
+            **_plain(after.objective),
+            "unit": task.units[0],
+            "description": task.objective,
+        },
+        "constraints": [
+            {
+                "name": name,
+                "value": float(certified.values.value[i]),
+                "stderr": float(certified.values.stderr[i]),
+                "unit": task.units[1],
+                "threshold": float(certified.thresholds[i]),
+                "reference_value": float(task.reference_values[i]),
+                "slack": -float(certified.violations[i]),
+                "multiplier": float(certified.multipliers[i]),
+                "mean_multiplier": float(mean_multipliers[i]),
+                "satisfied": bool(certified.satisfied[i]),
+            }
+            for i, name in enumerate(task.names)
+        ],
+        "feasible": bool(certified.feasible),
+        "complementary_slackness": float(np.abs(certified.complementary_slackness).max()),
+        "metrics": metrics,
+        "steps": options.steps,
+        "seconds": round(timing["all"], 2),
+        "timing": {name: round(value, 2) for name, value in timing.items() if name != "all"},
+        "seed": options.seed,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "versions": {
+            "jax_unlearn": jax_unlearn.__version__,
+            "python": sys.version.split()[0],
+            **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Estimates as {"value", "stderr"}, at any depth."""
+    if isinstance(value, Estimate):
+        return {"value": float(value.value), "stderr": float(value.stderr)}
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return value

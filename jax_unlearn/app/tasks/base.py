@@ -1,0 +1,123 @@
+"""What a task is: an unlearning job made ready for the loop that `run` runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jax_unlearn.app.report import Grid
+from jax_unlearn.formulations import Formulation
+from jax_unlearn.minibatched import Visit
+from jax_unlearn.pretrained import Pretrained
+from jax_unlearn.typing import Array, ArrayLike, Estimate, Params
+
+__all__ = ["Measured", "Task", "batch_rows", "estimate", "in_batches", "spread"]
+
+BATCH = 64
+# Of what is measured without gradients; sixteen latents of Stable Diffusion 1 at once.
+BATCH_ELEMENTS = 2**18
+
+
+class Measured(NamedTuple):
+    """The numbers and pictures of one set of parameters.
+
+    Attributes:
+      objective: with its standard error, in `Task.objective_unit`.
+      constraints: the value of each constraint, [m].
+      metrics: name -> number, Estimate, or a further level of names.
+      paired: metric -> part -> one value an image [n], on the same images and noise every time.
+      samples: uint8 [labels, samples, height, width, channels]; unconditional models have one
+        row; None where none were asked for.
+      reconstructions: uint8, images to forget noised and denoised again; None without images.
+    """
+
+    objective: Estimate
+    constraints: Estimate
+    metrics: dict[str, Any]
+    paired: dict[str, dict[str, np.ndarray]]
+    samples: np.ndarray | None
+    reconstructions: np.ndarray | None
+
+
+class Task(NamedTuple):
+    """An unlearning job, the reference model measured.
+
+    Attributes:
+      pretrained: the model.
+      params: to start from; the reference stays that of `pretrained`.
+      names: of the constraints.
+      formulation: of the problem.
+      dual: the optimizer of the multipliers.
+      thresholds: [m].
+      multipliers: λ to start from, [m].
+      reference_values: of the constraints, as the report puts them beside the thresholds, [m].
+      batch: step -> what the host brings to it; a pure function of the seed and the step.
+      prepare: from that to what the formulation takes; traced with the step.
+      before: the reference model's measurements.
+      measure: params -> Measured, the same way.
+      asked: what the report says was asked for: "forget", "retain", and "notes".
+      units: of the objective and of the constraints.
+      objective: what it is, in words.
+      captions: metric -> its "unit" or "description".
+      grids: the pictures of the report, from the measurements after.
+      visit: of `replay.minibatched`, to take --minibatches primal steps a step.
+      corrections: number of steps done -> (params, multipliers) -> multipliers, by what the model
+        itself shows by then.
+    """
+
+    pretrained: Pretrained
+    params: Params
+    names: tuple[str, ...]
+    formulation: Formulation
+    dual: optax.GradientTransformation
+    thresholds: np.ndarray
+    multipliers: ArrayLike
+    reference_values: np.ndarray
+    batch: Callable[[int], Any]
+    prepare: Callable[[Any], Any]
+    before: Measured
+    measure: Callable[[Params], Measured]
+    asked: dict[str, Any]
+    units: tuple[str, str]
+    objective: str
+    captions: dict[str, dict[str, str]]
+    grids: Callable[[Measured], list[Grid]]
+    visit: Visit | None = None
+    corrections: Mapping[int, Callable[[Params, Array], Array]] = {}
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """The mean of independent values [n, ...] and its standard error (NaN for one value)."""
+    mean = np.asarray(values.mean(axis=0))
+    if len(values) < 2:
+        return Estimate(mean, np.full_like(mean, np.nan))
+    return Estimate(mean, np.asarray(values.std(axis=0, ddof=1) / np.sqrt(len(values))))
+
+
+def batch_rows(shape: Sequence[int]) -> int:
+    """How many images or latents of a shape are measured at once: 64, or fewer large ones."""
+    return max(1, min(BATCH, BATCH_ELEMENTS // int(np.prod(shape))))
+
+
+def in_batches(function: Callable[..., Any], key: Array, *arrays: Any, size: int = BATCH) -> Any:
+    """function(key of the batch, *rows) over batches of one shape; the last is padded.
+
+    Each argument is an array, a tree of arrays, or None. The function returns an array or a tree
+    of them, each with a row for each row given.
+    """
+    count = len(arrays[0])
+    size = min(size, count)
+    outputs = []
+    for number, start in enumerate(range(0, count, size)):
+        rows = np.arange(start, start + size) % count
+        part = jax.tree.map(lambda array, rows=rows: array[rows], arrays)
+        outputs.append(jax.device_get(function(jax.random.fold_in(key, number), *part)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
+
+
+def spread(count: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
+    """`wanted` indices below `count`, every one as often as any other, give or take one."""
+    rounds = -(-wanted // count)
+    return np.concatenate([rng.permutation(count) for _ in range(rounds)])[:wanted]

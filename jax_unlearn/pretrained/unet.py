@@ -1,0 +1,394 @@
+"""Reading and writing diffusers' folders, without torch.
+
+A pipeline folder holds `model_index.json`, `unet/` (`config.json` and safetensors) and
+`scheduler/`, and for text to image also what encodes prompts and images; the first released models
+keep all of it in one folder. `load_pretrained` reads the denoiser of each, and `save_pretrained`
+writes a pipeline folder, which torch users open with `DiffusionPipeline.from_pretrained`.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax.numpy as jnp
+
+from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel
+from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionDenoiser
+from jax_unlearn.pretrained.hub import find_model
+from jax_unlearn.pretrained.networks import load_network, write_network
+from jax_unlearn.pretrained.weights import new_folder, read_json, write_json
+from jax_unlearn.schedules import NoiseSchedule, from_diffusers
+from jax_unlearn.typing import Array, Condition, Params
+
+__all__ = [
+    "Pretrained",
+    "PretrainedConfig",
+    "TEXT_TO_IMAGE",
+    "UNet2DDenoiser",
+    "load_pretrained",
+    "relabelled",
+    "save_pretrained",
+    "save_unet",
+]
+
+TEXT_TO_IMAGE = {
+    "StableDiffusionPipeline": ("text_encoder", "tokenizer", "unet", "vae"),
+    "StableDiffusionXLPipeline": (
+        "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae",
+    ),
+}  # fmt: skip
+"""The pipelines from text to image, and the parts that they must have."""
+
+# What a part is read from; the rest of a folder are pickles and the files of other frameworks.
+_SUFFIXES = (".json", ".txt", ".safetensors")
+# These do not noise by x_t = α x_0 + σ ε at integer t, or noise what is no continuous image.
+_OTHER_PROCESSES = re.compile(r"ScoreSde|Karras|EDM|Flow|VQ|RePaint|IPNDM|CM|TCD|LCM|Consistency")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedConfig:
+    """What a diffusers folder says beside its weights.
+
+    Attributes:
+      unet: the raw `config.json`.
+      scheduler: the raw `scheduler_config.json`.
+      id2label: names of the labels, or None.
+      null_label: the label that stands for "no label" in classifier-free guidance, or None.
+      source: where the model was loaded from.
+      name: what reports call it; "" is its source.
+      pipeline: the raw `model_index.json` of a pipeline from text to image, else {}.
+    """
+
+    unet: dict[str, Any]
+    scheduler: dict[str, Any]
+    id2label: dict[int, str] | None = None
+    null_label: int | None = None
+    source: str = ""
+    pipeline: dict[str, Any] = dataclasses.field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of what is denoised: an image, or latents.
+
+        Raises:
+          ValueError: if the config has no `sample_size`.
+        """
+        network = UNet2DConditionConfig if self.pipeline else UNet2DConfig
+        return network.from_diffusers(self.unet).sample_shape
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels there are, without the null label; 0 for an unconditional model."""
+        labels = self.unet.get("num_class_embeds") or 0
+        if self.unet.get("class_embed_type") is not None:
+            return len(self.id2label or {})
+        return labels - (self.null_label is not None)
+
+    def label_name(self, label: int) -> str:
+        """The name of a label, or its number where it has none."""
+        return (self.id2label or {}).get(label, str(label))
+
+    def find_label(self, text: str) -> int:
+        """The number of a label given by name, in any case, or by number.
+
+        Raises:
+          ValueError: if the model has no such label; the message lists those that it has.
+        """
+        names = self.id2label or {}
+        for label in range(self.num_labels):
+            if (
+                text in (str(label), names.get(label))
+                or text.lower() == names.get(label, "").lower()
+            ):
+                return label
+        if not self.num_labels:
+            raise ValueError(f"label {text!r}: the model is not conditioned on labels.")
+        listed = ", ".join(f"{n} {names.get(n, '')}".strip() for n in range(self.num_labels))
+        raise ValueError(f"label {text!r}: the model has {listed}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DDenoiser:
+    """A `UNet2DModel` as a pure function; hashable, so that it may be a static argument.
+
+    Attributes:
+      config: the network's options.
+      null_label: what `cond=None` stands for, or None.
+      dtype: computing dtype; None is that of the images.
+      remat: as that of `UNet2DModel`.
+    """
+
+    config: UNet2DConfig
+    null_label: int | None = None
+    dtype: Any = None
+    remat: bool = False
+
+    def __call__(self, params: Params, x_t: Array, t: Array, cond: Condition = None, /) -> Array:
+        """Predicts from noisy images, as `UNet2DModel`.
+
+        Raises:
+          ValueError: if `cond` is None for a class-conditional model without a null label.
+        """
+        if cond is None and self.null_label is not None:
+            cond = jnp.full((x_t.shape[0],), self.null_label, jnp.int32)
+        model = UNet2DModel(self.config, self.dtype, self.remat)
+        return cast(Array, model.apply({"params": params}, x_t, t, cond))
+
+
+class Pretrained(NamedTuple):
+    """A loaded model: prediction = apply(params, x_t, t, cond)."""
+
+    apply: Callable[[Params, Array, Array, Condition], Array]
+    params: Params
+    schedule: NoiseSchedule
+    config: PretrainedConfig
+
+
+def load_pretrained(
+    path_or_name: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+    remat: bool = False,
+) -> Pretrained:
+    """Loads the denoiser of a diffusers pipeline with its schedule, without torch.
+
+    Of pixel-space pipelines that is a `UNet2DModel`, and `cond` are labels [batch] or None. Of
+    `StableDiffusionPipeline` and `StableDiffusionXLPipeline` it is a `UNet2DConditionModel` on
+    latents, and `cond` are encoded prompts: `text_to_image.load_text_to_image` also loads what
+    makes these.
+
+    Parameters are float32 whatever the weights are stored in. `model_index.json` may name the
+    labels as `id2label`, as DiT's pipelines do; a network with one embedding more than labels
+    takes its last one for "no label".
+
+    Args:
+      path_or_name: a pipeline folder, a folder of `config.json` beside its weights (of a
+        `UNet2DModel`), or `owner/name` on the Hugging Face hub, of which only json and
+        safetensors are fetched.
+      dtype: computing dtype, e.g. `jnp.bfloat16`; None computes in that of the images.
+      variant: which of several sets of weights, e.g. "fp16" or "non_ema"; None takes the
+        unnamed one, or the only one.
+      remat: compute each block again in backward passes: a third more time, and a fraction of the
+        memory.
+
+    Returns:
+      The model, its parameters, its noise schedule and its raw configuration.
+
+    Raises:
+      ValueError: if there is no such model, if it is of another class, lacks a part or needs an
+        option that is not supported, if its weights are pickled, damaged, not finite, missing,
+        misshapen or of no parameter.
+    """
+    folder, fetch = find_model(path_or_name)
+    index = folder / "model_index.json"
+    index = read_json(index) if index.is_file() else {}
+    _check_pipeline(index, folder)
+    text_to_image = index.get("_class_name") in TEXT_TO_IMAGE
+    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = read_json(unet_folder / "config.json")
+    kind = "UNet2DConditionModel" if text_to_image else "UNet2DModel"
+    if unet.get("_class_name") != kind:
+        raise ValueError(
+            f"{unet_folder / 'config.json'} is of class {unet.get('_class_name')!r}: expected a "
+            f"{kind!r}, or the folder of a pipeline from text to image."
+        )
+    try:
+        network = (UNet2DConditionConfig if text_to_image else UNet2DConfig).from_diffusers(unet)
+        if text_to_image and network.in_channels != network.out_channels:
+            raise ValueError(
+                f"in_channels {network.in_channels} and out_channels {network.out_channels} "
+                "differ: networks that also take an image, as for inpainting, are not supported."
+            )
+    except ValueError as error:
+        raise ValueError(f"{unet_folder / 'config.json'}: {error}") from error
+    scheduler = _read_scheduler(folder)
+    try:
+        schedule = from_diffusers(scheduler)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the scheduler_config.json of {folder}: {error}") from error
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    id2label, null_label, pipeline = None, None, {}
+    if isinstance(network, UNet2DConditionConfig):
+        apply, pipeline = UNet2DConditionDenoiser(network, dtype, remat), index
+    else:
+        id2label = _read_labels(index, network, folder)
+        if id2label is not None and network.num_class_embeds == len(id2label) + 1:
+            null_label = len(id2label)
+        apply = UNet2DDenoiser(network, null_label, dtype, remat)
+
+    only = f".{variant}" if variant else ""
+    stem = f"diffusion_pytorch_model*{only}*.safetensors"
+    fetch([f"unet/{stem}", stem])
+    params = load_network(unet_folder, variant=variant).params
+    config = PretrainedConfig(
+        unet, scheduler, id2label, null_label, os.fspath(path_or_name), pipeline
+    )
+    return Pretrained(apply, params, schedule, config)
+
+
+def relabelled(params: Params, labels: Sequence[int], base: int) -> Params:
+    """The parameters with `labels` embedded as `base` is: there p(·|label) = q(·|base) exactly.
+
+    For networks with a table of labels (`class_embedding`); others are returned as they are.
+    """
+    if "class_embedding" not in params or "embedding" not in params["class_embedding"]:
+        return params
+    table = jnp.asarray(params["class_embedding"]["embedding"])
+    return params | {
+        "class_embedding": {"embedding": table.at[jnp.asarray(labels)].set(table[base])}
+    }
+
+
+def save_pretrained(
+    path: str | os.PathLike[str],
+    pretrained: Pretrained,
+    *,
+    overwrite: bool = False,
+    hard_links: bool = False,
+) -> None:
+    """Writes a pipeline folder that diffusers and `load_pretrained` open.
+
+    The folder appears complete or not at all: it is written beside its place and renamed. The
+    parts of a pipeline from text to image that are not trained come from `config.source`; of
+    their weights those without a variant's name, or else the only ones under that name.
+
+    Args:
+      path: the folder to make.
+      pretrained: the model; parameters are written as float32.
+      overwrite: replace a model that is there. It is deleted only once the new one stands.
+      hard_links: link the files of parts that are not trained instead of copying them. Nothing
+        is then stored twice, and who edits one of them in place edits both.
+
+    Raises:
+      ValueError: if `path` exists and is not to be overwritten, or holds something other than a
+        model, if the parameters do not fit the configuration or are not finite, or if the
+        source is gone or cannot be linked.
+    """
+    config = pretrained.config
+    names = {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": config.unet.get("_diffusers_version", "0.35.0"),
+    }
+    scheduler = names | {"_class_name": "DDPMScheduler"} | config.scheduler
+    kind = scheduler["_class_name"]
+    index: dict[str, Any] = config.pipeline or names | {
+        "_class_name": "DDIMPipeline" if kind == "DDIMScheduler" else "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    index = index | {"scheduler": ["diffusers", kind]}
+    if config.id2label is not None:
+        index["id2label"] = {str(label): name for label, name in config.id2label.items()}
+
+    with new_folder(path, overwrite=overwrite) as folder:
+        (folder / "unet").mkdir()
+        (folder / "scheduler").mkdir()
+        write_json(folder / "model_index.json", index)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        write_network(folder / "unet", names | config.unet, pretrained.params)
+        if unchanged := sorted(_parts(config.pipeline) - {"unet", "scheduler"}):
+            source, fetch = find_model(config.source)
+            fetch([f"{part}/*{suffix}" for part in unchanged for suffix in _SUFFIXES])
+            for part in unchanged:
+                _copy_part(source / part, folder / part, hard_links)
+
+
+def save_unet(
+    path: str | os.PathLike[str], pretrained: Pretrained, *, overwrite: bool = False
+) -> None:
+    """Writes the denoiser alone, a folder that `UNet2DConditionModel.from_pretrained` opens.
+
+    Raises:
+      ValueError: as `save_pretrained`.
+    """
+    with new_folder(path, overwrite=overwrite) as folder:
+        write_network(folder, pretrained.config.unet, pretrained.params)
+
+
+def _copy_part(source: pathlib.Path, target: pathlib.Path, hard_links: bool) -> None:
+    if not source.is_dir():
+        raise ValueError(f"{source}, which the model was loaded with, is gone: it cannot be saved.")
+    target.mkdir()
+    chosen = {}
+    # An unnamed file, which has the shorter name, takes the place of its variants.
+    for path in sorted(source.iterdir(), key=lambda path: (-len(path.name), path.name)):
+        if path.suffix in _SUFFIXES and path.is_file():
+            chosen[re.sub(r"\.\w+\.safetensors$", ".safetensors", path.name)] = path
+    for name, path in chosen.items():
+        if not hard_links:
+            shutil.copyfile(path, target / name)
+            continue
+        try:
+            os.link(path.resolve(), target / name)  # The hub's cache is one of symbolic links.
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be linked into {target.parent} ({error.strerror}): save without "
+                "hard_links."
+            ) from error
+
+
+def _parts(index: Mapping[str, Any]) -> set[str]:
+    """The parts that a `model_index.json` names, each in the folder of its name."""
+    return {
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value != [None, None]
+    }
+
+
+def _check_pipeline(index: Mapping[str, Any], folder: pathlib.Path) -> None:
+    parts, kind = _parts(index), index.get("_class_name")
+    if kind not in TEXT_TO_IMAGE:
+        if odd := sorted(parts - {"unet", "scheduler"}):
+            raise ValueError(
+                f"{folder} is a {kind or 'pipeline'} with the parts {odd}: expected one of "
+                f"{', '.join(TEXT_TO_IMAGE)}, or a pixel-space pipeline of a UNet2DModel and a "
+                "scheduler, such as DDPMPipeline."
+            )
+        return
+    if missing := sorted({*TEXT_TO_IMAGE[kind], "scheduler"} - parts):
+        raise ValueError(f"{folder} is a {kind} whose model_index.json does not name {missing}.")
+    if missing := sorted(part for part in parts if not (folder / part).is_dir()):
+        raise ValueError(f"{folder} is a {kind} without the folders {missing}.")
+
+
+def _read_scheduler(folder: pathlib.Path) -> dict[str, Any]:
+    """The scheduler's config, wherever it lies; {}, which is DDPM, where there is none."""
+    places = [folder / "scheduler", folder]
+    if folder.absolute().name == "unet":  # The bare network inside a pipeline folder.
+        places.append(folder.absolute().parent / "scheduler")
+    for place in places:
+        if (place / "scheduler_config.json").is_file():
+            scheduler = read_json(place / "scheduler_config.json")
+            kind = str(scheduler.get("_class_name", "DDPMScheduler"))
+            if _OTHER_PROCESSES.search(kind):
+                raise ValueError(
+                    f"{place / 'scheduler_config.json'} is a {kind}: expected a scheduler of a "
+                    "discrete variance-preserving process, such as DDPMScheduler."
+                )
+            return scheduler
+    return {}
+
+
+def _read_labels(
+    index: Mapping[str, Any], network: UNet2DConfig, folder: pathlib.Path
+) -> dict[int, str] | None:
+    labels = index.get("id2label")
+    if labels is None:
+        return None
+    where = f"id2label in {folder / 'model_index.json'}"
+    try:
+        labels = {int(label): str(name) for label, name in labels.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} must map integers to names, not {labels!r}.") from error
+    if sorted(labels) != list(range(len(labels))):
+        raise ValueError(f"{where} must name the labels 0, 1, 2, ..., not {sorted(labels)}.")
+    count = network.num_class_embeds
+    if network.class_embed_type is None and count not in (len(labels), len(labels) + 1):
+        raise ValueError(f"{where} names {len(labels)} labels for {count} class embeddings.")
+    return labels
