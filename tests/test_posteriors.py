@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_unlearn import divergences, mixtures, quantification, schedules
+from jax_unlearn import divergences, mixtures, schedules
 from jax_unlearn.likelihoods import posteriors
 
 LINEAR = schedules.noise_schedule()
@@ -45,66 +45,6 @@ def exact(path, times):
             for x, t in zip(path.x_t, times, strict=True)
         ]
     )
-
-
-def test_shares_are_those_of_the_joint_law_whatever_the_classifier():
-    # Components 1 and 2 are concepts; p shows a quarter and a half as much of them as the mixture.
-    x = np.asarray(mixtures.sample(LAW, jax.random.key(2), 200_000))
-    truth = np.asarray(mixtures.responsibilities(LAW, x, jnp.inf))
-    rng = np.random.default_rng(0)
-    label = (rng.uniform(size=(len(x), 1)) < truth.cumsum(axis=1)).argmax(axis=1)
-    blunt = np.exp(0.4 * np.log(truth)) / np.exp(0.4 * np.log(truth)).sum(axis=1, keepdims=True)
-    h, labels = blunt[:, 1:], np.eye(3)[label][:, 1:]
-    found = quantification.confusion(h[:100_000], labels[:100_000])
-    left = np.array([1.0, 0.25, 0.5])
-    weights = (truth * left).sum(axis=1)[100_000:]
-    shares = np.average(np.asarray(found.shares(h[100_000:])), axis=0, weights=weights)
-    expected = np.array([0.5, 0.3, 0.2]) * left
-    expected = (expected / expected.sum())[1:]
-    np.testing.assert_allclose(shares, expected, atol=0.004)
-    plain = np.average(h[100_000:], axis=0, weights=weights)
-    assert np.abs(plain - expected).max() > 0.05
-    # Of the images that the confusion is of, the shares are those of the labels.
-    own = np.asarray(found.shares(h[:100_000])).mean(axis=0)
-    np.testing.assert_allclose(own, labels[:100_000].mean(axis=0), atol=1e-4)
-
-
-def test_the_error_of_shares_has_that_of_the_confusion():
-    # Repeated draws of the labelled images, against the variance that each of them tells.
-    rng = np.random.default_rng(1)
-
-    def draw(count, shares):
-        label = rng.choice(3, count, p=[1 - sum(shares), *shares])
-        mean = np.array([[0.1, 0.05], [0.6, 0.1], [0.2, 0.7]])[label]
-        return rng.beta(4 * mean, 4 * (1 - mean)), np.eye(3)[label][:, 1:]
-
-    judged = draw(200_000, [0.05, 0.2])[0]
-    found = [quantification.confusion(*draw(400, [0.3, 0.2])) for _ in range(400)]
-    means = [np.asarray(one.shares(judged)).mean(axis=0) for one in found]
-    told = np.mean([one.variance([0.05, 0.2]) for one in found], axis=0)
-    np.testing.assert_allclose(told, np.var(means, axis=0), rtol=0.3)
-    np.testing.assert_allclose(np.mean(means, axis=0), [0.05, 0.2], atol=0.01)
-
-
-def test_confusion_adds_one_image_that_is_judged_rightly():
-    found = quantification.confusion([[0.5, 0.1], [0.3, 0.3], [0.2, 0.0]], [[1, 0], [0, 0], [0, 0]])
-    np.testing.assert_allclose(found.shown, [[0.75, 0.05], [0.0, 1.0]], rtol=1e-6)
-    np.testing.assert_allclose(found.elsewhere, [0.5 / 3, 0.1], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("values", "labels", "message"),
-    [
-        ([[0.5]], [[1, 0]], "expected values and labels"),
-        ([0.5], [1], "expected values and labels"),
-        ([[0.5]], [[0.5]], "labels must be 0 or 1"),
-        ([[0.5, 0.1]], [[1, 1]], "labels must be 0 or 1, and name one"),
-        ([[0.5]] * 200, [[1]] * 100 + [[0]] * 100, "finds them in 50 % .* and 50 % of all others"),
-    ],
-)
-def test_confusion_refuses(values, labels, message):
-    with pytest.raises(ValueError, match=message):
-        quantification.confusion(values, labels)
 
 
 def test_the_posterior_of_every_path_tends_to_that_of_its_points():
