@@ -13,6 +13,7 @@ from jax_unlearn.duality.compositions import (
     compose_likelihood,
     compose_reverse_kl,
 )
+from jax_unlearn.duality.floors import Floor, likelihood_floor, reverse_kl_floor
 from jax_unlearn.duality.solutions import (
     DualSolution,
     solve_forward_kl,
@@ -20,15 +21,28 @@ from jax_unlearn.duality.solutions import (
     solve_mixed,
     solve_reverse_kl,
 )
+from jax_unlearn.duality.stored_samples import (
+    SampledSolution,
+    likelihood_multipliers,
+    likelihood_solver,
+    reverse_kl_multipliers,
+)
 
 __all__ = [
     "DualSolution",
+    "Floor",
+    "SampledSolution",
     "compose_forward_kl",
     "compose_likelihood",
     "compose_reverse_kl",
     "dual_forward_kl",
     "dual_likelihood",
     "dual_reverse_kl",
+    "likelihood_floor",
+    "likelihood_multipliers",
+    "likelihood_solver",
+    "reverse_kl_floor",
+    "reverse_kl_multipliers",
     "solve_forward_kl",
     "solve_likelihood",
     "solve_mixed",

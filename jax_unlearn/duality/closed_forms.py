@@ -95,13 +95,14 @@ def mixed_problem(
     """KL(p‖q) → min subject to KL(p‖q_i) ≥ b_i and E_p[h_j] ≤ ε_j; rows are (log q_i, h_j).
 
     Both kinds are E_p[f_i] ≥ ±threshold of one function: f_i = log p − log q_i, or f_j = −h_j. The
-    second derivative of the dual is −Cov_p(f)/(1−Λ), Λ the sum over the first kind. Where p must
-    keep q's masses of groups of cells (bool [k, n]; only without q_i), p_λ is the tilt in each, g
-    sums over them with these masses, and the covariance is that within.
+    second derivative of the dual is −Cov_p(f)/(1−Λ), Λ the sum over the first kind. With groups of
+    cells (bool [k, n]; only without q_i) p must keep q's mass of each. Then p_λ is the tilt within
+    each group, g sums over them with these masses, and the covariance is that within.
     """
     log_q_unlearn, likelihoods = rows
     is_kl = jnp.arange(thresholds.shape[0]) < log_q_unlearn.shape[0]
     support = jnp.isfinite(log_q)
+    # Such a q_i lacks mass that q has: KL(p‖q_i) is infinite, and its constraint met, for free.
     hollow = jnp.any(support & ~jnp.isfinite(log_q_unlearn), axis=1)
     q = jnp.exp(log_q)
     members = jnp.ones((1, q.shape[0]), bool) if groups is None else groups
@@ -120,7 +121,9 @@ def mixed_problem(
     offsets = jnp.concatenate([logs, h])
     kinds = is_kl.astype(log_q.dtype)
     signs = 2 * kinds - 1
+    # λ_j multiplies h_j, whose scale is the user's: ν_j = λ_j E_q[h_j] has none.
     unit = jnp.concatenate([jnp.ones_like(logs[:, 0]), jnp.where(average > 0, 1 / average, 1.0)])
+    # What ε_j near 0, which has no size of its own, is measured by.
     smallest = jnp.sqrt(jnp.finfo(q.dtype).eps) * jnp.where(average > 0, average, 1.0)
 
     def functions(log_p: Array) -> Array:
@@ -129,8 +132,9 @@ def mixed_problem(
     def point(scaled: Array) -> Point:
         multipliers = unit * scaled
         margin = 1.0 - multipliers @ kinds
-        power = jnp.where(margin > 0, margin, 1.0)
+        power = jnp.where(margin > 0, margin, 1.0)  # outside the domain all but `dual` is void
         logits = (log_q - multipliers @ offsets) / power
+        # A group without mass has the weight 0, but its sum must be finite for that to hold.
         every = jnp.where(inside.any(axis=1)[:, None], inside, True)
         log_sums = (
             jax.nn.logsumexp(jnp.broadcast_to(logits, every.shape), axis=1, where=every)
@@ -150,6 +154,8 @@ def mixed_problem(
         inverse = 1.0 / (1.0 - (unit * scaled) @ kinds)
         return -jnp.log(inverse), -inverse * kinds, inverse**2 * jnp.outer(kinds, kinds)
 
+    # Alone, KL(p‖q_i) is greatest for all mass in the cell of least q_i, and E_p[h_j] smallest for
+    # all mass of each group in its cell of least h_j.
     most = jnp.max(-logs, axis=1, where=support, initial=0.0)
     least = jnp.min(
         jnp.broadcast_to(h[:, None], (h.shape[0], *inside.shape)),
@@ -195,8 +201,12 @@ def grouped_problem(log_q: Array, rows: tuple[Array, Array], thresholds: Array) 
 
 
 def forward_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) -> Problem:
-    """KL(q‖p) → min subject to KL(q_i‖p) ≥ b_i."""
+    """KL(q‖p) → min subject to KL(q_i‖p) ≥ b_i.
+
+    The second derivative of the dual is −Σ_x q_i q_j / r + 1/(1−Λ), with r = q − Σ_i λ_i q_i.
+    """
     support = jnp.isfinite(log_q)
+    # Such a q_i has mass where q has none: KL(q_i‖q) is infinite, its constraint met, for free.
     free = jnp.any(~support & jnp.isfinite(log_q_unlearn), axis=1)
     q = jnp.exp(log_q)
     log_q = jnp.where(support, log_q, 0.0)
@@ -204,6 +214,7 @@ def forward_kl_problem(log_q: Array, log_q_unlearn: Array, thresholds: Array) ->
     thresholds = jnp.where(free, -1.0, thresholds)
     masses = jnp.exp(rows)
     log_ratios = jnp.where(jnp.isfinite(rows), rows - log_q, -jnp.inf)
+    # λ_i q_i ≤ q alone ends at λ_i = min q/q_i, which is `unit`: there ν_i = 1.
     shift = jax.lax.stop_gradient(jnp.max(log_ratios, axis=1))
     unit = jnp.exp(-shift)
     ratios = jnp.exp(log_ratios - shift[:, None])  # at most one
@@ -279,6 +290,16 @@ def dual_reverse_kl(
       log_q: [n].
       log_q_unlearn: [m, n].
       thresholds: b in nats, [m].
+
+    Example:
+      Two cells. At λ = 1/2, α is 1 and E_q[q/q_1] = ½ (2/3 + 2) = 4/3, so that
+      g = −½ log(4/3) + ½ b = −0.1438 + 0.1.
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import duality
+      >>> log_q, log_q_1 = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([[0.75, 0.25]]))
+      >>> round(float(duality.dual_reverse_kl([0.5], log_q, log_q_1, [0.2])), 4)
+      -0.0438
     """
     multipliers, *data = _floats(multipliers, log_q, log_q_unlearn, thresholds)
     return _dual(reverse_kl_problem(*data), multipliers)
@@ -294,6 +315,16 @@ def dual_forward_kl(
     where q_i has mass that q lacks; −inf outside. Source: arXiv 2605.30825.
 
     Args: as `dual_reverse_kl`.
+
+    Example:
+      Two cells. At λ = 1/2, p_λ = (1/4, 3/4), KL(q‖p_λ) = 0.1438 and KL(q_1‖p_λ) = 0.5493, so that
+      g = 0.1438 + ½ (0.5 − 0.5493).
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import duality
+      >>> log_q, log_q_1 = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([[0.75, 0.25]]))
+      >>> round(float(duality.dual_forward_kl([0.5], log_q, log_q_1, [0.5])), 4)
+      0.1192
     """
     multipliers, *data = _floats(multipliers, log_q, log_q_unlearn, thresholds)
     return _dual(forward_kl_problem(*data), multipliers)
@@ -312,6 +343,17 @@ def dual_likelihood(
       log_q: [n].
       likelihoods: h ≥ 0, [m, n].
       thresholds: ε in units of h, [m].
+
+    Example:
+      h is 1 in the first of two cells. At λ = log 3, E_q[e^{−λh}] = ½ (1/3 + 1) = 2/3, so that
+      g = −log(2/3) − ¼ log 3.
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import duality
+      >>> log_q = jnp.log(jnp.array([0.5, 0.5]))
+      >>> g = duality.dual_likelihood(jnp.log(jnp.array([3.0])), log_q, [[1.0, 0.0]], [0.25])
+      >>> round(float(g), 4)
+      0.1308
     """
     multipliers, *data = _floats(multipliers, log_q, likelihoods, thresholds)
     return _dual(likelihood_problem(*data), multipliers)
@@ -320,8 +362,18 @@ def dual_likelihood(
 def tilt_reverse_kl(multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: ArrayLike) -> Array:
     """The log masses [n] of p_λ ∝ q Π_i (q/q_i)^{α_i}, α_i = λ_i/(1−Λ); nan outside the domain.
 
-    Equally p_λ ∝ (q / Π_i q_i^{λ_i})^{1/(1−Λ)}. Source: arXiv 2605.30825. Args: as
-    `dual_reverse_kl`.
+    Equally p_λ ∝ (q / Π_i q_i^{λ_i})^{1/(1−Λ)}. Source: arXiv 2605.30825.
+
+    Args: as `dual_reverse_kl`.
+
+    Example:
+      At λ = 1/2, p_λ ∝ q²/q_1 = (1/3, 1).
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import duality
+      >>> log_q, log_q_1 = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([[0.75, 0.25]]))
+      >>> [round(float(p), 3) for p in jnp.exp(duality.tilt_reverse_kl([0.5], log_q, log_q_1))]
+      [0.25, 0.75]
     """
     multipliers, log_q, rows = _floats(multipliers, log_q, log_q_unlearn)
     return _tilt(reverse_kl_problem(log_q, rows, _zeros(rows)), multipliers)
@@ -330,7 +382,18 @@ def tilt_reverse_kl(multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: Arr
 def tilt_forward_kl(multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: ArrayLike) -> Array:
     """The log masses [n] of p_λ = (q − Σ_i λ_i q_i) / (1−Λ); nan outside the domain.
 
-    Source: arXiv 2605.30825. Args: as `dual_forward_kl`.
+    Source: arXiv 2605.30825.
+
+    Args: as `dual_forward_kl`.
+
+    Example:
+      At λ = 1/2, q − ½ q_1 = (1/8, 3/8).
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import duality
+      >>> log_q, log_q_1 = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([[0.75, 0.25]]))
+      >>> [round(float(p), 3) for p in jnp.exp(duality.tilt_forward_kl([0.5], log_q, log_q_1))]
+      [0.25, 0.75]
     """
     multipliers, log_q, rows = _floats(multipliers, log_q, log_q_unlearn)
     return _tilt(forward_kl_problem(log_q, rows, _zeros(rows)), multipliers)
@@ -339,7 +402,19 @@ def tilt_forward_kl(multipliers: ArrayLike, log_q: ArrayLike, log_q_unlearn: Arr
 def tilt_likelihood(multipliers: ArrayLike, log_q: ArrayLike, likelihoods: ArrayLike) -> Array:
     """The log masses [n] of p_λ ∝ q exp(−Σ_i λ_i h_i); nan unless λ ≥ 0.
 
-    Source: arXiv 2605.30825. Args: as `dual_likelihood`.
+    Source: arXiv 2605.30825.
+
+    Args: as `dual_likelihood`.
+
+    Example:
+      h is 1 in the first of two equal cells: at λ = log 3, p_λ ∝ (1/3, 1).
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import duality
+      >>> log_q, multipliers = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([3.0]))
+      >>> log_p = duality.tilt_likelihood(multipliers, log_q, [[1.0, 0.0]])
+      >>> [round(float(p), 3) for p in jnp.exp(log_p)]
+      [0.25, 0.75]
     """
     multipliers, log_q, rows = _floats(multipliers, log_q, likelihoods)
     return _tilt(likelihood_problem(log_q, rows, _zeros(rows)), multipliers)

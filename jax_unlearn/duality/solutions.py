@@ -25,22 +25,22 @@ class DualSolution(NamedTuple):
 
     **What is certain.** The dual function is differentiable inside its domain, with the
     violations of p_λ as gradient. Where its maximum is attained there (`attained`), p_λ
-    therefore meets every constraint and λ_i violation_i = 0, so that it is optimal and the gap
-    is zero, on any space, however coarse, although RU and FU are not convex in p. A gap appears
+    therefore meets every constraint, and λ_i violation_i = 0. So it is optimal and the gap is
+    zero, on any space, however coarse, although RU and FU are not convex in p. A gap appears
     where the maximum sits on the edge of the domain, Λ → 1 (RU), p_λ → 0 somewhere (FU) or
     λ → ∞ (LU). In a space without atoms strong duality holds there too, since mass can be split
-    at will (arXiv 2605.30825); in a finite one the best p is then no tilt, and the dual value
+    at will (arXiv 2605.30825). In a finite one the best p is then no tilt, and the dual value
     is a lower bound of its price and no more. For FU this happens on a finite space only where
     q is itself a mixture of the q_i; elsewhere log p = −∞ is approached, at a price.
 
-    **Derivatives** of `multipliers` follow from the implicit function theorem; the optimality
+    **Derivatives** of `multipliers` follow from the implicit function theorem. The optimality
     condition is the natural residual ν − [ν + a violation(ν)]_+ = 0 of the KKT conditions, in
     units ν = λ/unit that keep ν near one. They serve thresholds, log masses and likelihoods, in
-    forward and reverse mode, under jit and vmap, and every other field is differentiated
-    through λ. Envelope: dP*/db_i = λ_i (RU, FU), dP*/dε_i = −λ_i (LU). At a weakly active
-    constraint (λ_i = 0 and violation_i = 0) λ* has two one-sided derivatives; that of the
-    inactive side is given. Where λ is not unique (q_i that coincide) the one of least norm in ν
-    is given. Where the optimum is not attained derivatives are nan.
+    forward and reverse mode, under jit and vmap. Every other field is differentiated through λ.
+    Envelope: dP*/db_i = λ_i (RU, FU), dP*/dε_i = −λ_i (LU). At a weakly active constraint
+    (λ_i = 0 and violation_i = 0) λ* has two one-sided derivatives; that of the inactive side is
+    given. Where λ is not unique (q_i that coincide) the one of least norm in ν is given. Where
+    the optimum is not attained derivatives are nan.
 
     Attributes:
       multipliers: λ, [m]; where not `attained`, the point at which the ascent stopped.
@@ -80,27 +80,30 @@ class DualSolution(NamedTuple):
 
 
 class _Ascent(NamedTuple):
-    scaled: Array
-    at: closed_forms.Point
-    merit: Array
-    residual: Array
-    damping: Array
-    barrier: Array
-    along_path: Array
+    scaled: Array  # ν
+    at: closed_forms.Point  # of ν
+    merit: Array  # g + μ B at ν
+    residual: Array  # of the KKT conditions at ν
+    damping: Array  # Levenberg's τ
+    barrier: Array  # μ; 0 in the direct ascent
+    along_path: Array  # whether this is the second attempt
     iterations: Array
     done: Array
 
 
 def _maximise(problem: closed_forms.Problem) -> tuple[Array, Array]:
-    """ν and the iterations it took: Newton's method on g, and if it gets caught on g + μ B.
+    """argmax g(ν) over ν ≥ 0 and the iterations it took: Newton's method, direct or along a path.
 
-    The direct ascent from λ = 0 solves (C_FF + τ diag C_FF) d = ∇g over the coordinates F that
-    are positive or rise, and projects onto ν ≥ 0; Levenberg's τ also keeps it inside the
-    domain. It takes a few steps, but can get caught at the edges besides ν ≥ 0. The second
-    attempt then follows the maxima of g + μ B, B = Σ log ν_i + wall, which keep away from
-    them, with μ → 0 whenever Newton's decrement is below μ, and ends as the first began. A step
-    is taken if the merit rises enough, or, where that no longer resolves the difference, if
-    the KKT residual falls; else τ grows, which along the path shortens the step.
+    The direct ascent from ν = 0 solves (C_FF + τ diag C_FF) d = ∇g over the coordinates F that
+    are positive or rise, and projects onto ν ≥ 0. Levenberg's τ also keeps it inside the domain.
+    It takes a few steps, but can get caught at the edges besides ν ≥ 0.
+
+    The second attempt then follows the maxima of g + μ B, B = Σ log ν_i + wall, which keep away
+    from the edges (an interior-point method). μ falls whenever Newton's decrement is below it,
+    and at μ = 0 the attempt ends as the first began.
+
+    A step is taken if the merit g + μ B rises enough. Where that no longer resolves the
+    difference, it is taken if the KKT residual falls. Else τ grows, which shortens the step.
     """
     unit, size = problem.unit, problem.size
     eps = jnp.finfo(unit.dtype).eps
@@ -117,11 +120,17 @@ def _maximise(problem: closed_forms.Problem) -> tuple[Array, Array]:
         return jnp.max(active / size)
 
     def step(state: _Ascent) -> _Ascent:
+        # One program serves both attempts: `where` chooses what depends on the attempt, as jit and
+        # vmap need. First the quadratic model of the merit at ν.
         scaled, at, barrier, on_path = state.scaled, state.at, state.barrier, state.barrier > 0
         inverse = jnp.where(on_path, 1.0 / scaled, 0.0)
         _, slopes, bend = problem.wall(scaled)
         gradient = unit * at.violations + barrier * (inverse + slopes)
         curvature = problem.curvature(scaled, at) + barrier * (jnp.diag(inverse**2) + bend)
+
+        # Newton's system in units of the curvature's diagonal, which makes it well scaled whatever
+        # the h_i are. A coordinate held at ν_i = 0 gets the row of the identity, and so no move.
+        # Where the curvature rounds to 0 the floor of the diagonal keeps the move finite.
         free = (scaled > 0) | (gradient > 0)
         diagonal = jnp.maximum(jnp.diag(curvature), eps * (eps + jnp.abs(gradient)))
         root = jnp.sqrt(jnp.where(free, diagonal, 1.0))
@@ -129,10 +138,16 @@ def _maximise(problem: closed_forms.Problem) -> tuple[Array, Array]:
         matrix = jnp.where(both, curvature / jnp.outer(root, root), 0.0)
         matrix += jnp.diag(jnp.where(free, jnp.where(on_path, least, state.damping), 1.0))
         move = jnp.linalg.solve(matrix, jnp.where(free, gradient / root, 0.0)) / root
+
+        # Along the path no ν_i loses more than 0.9 of itself: it must stay positive. The direct
+        # ascent goes all the way and is cut off at 0, which is how a constraint turns inactive.
         fall = jnp.max(jnp.where(on_path, -move * inverse, 0.0), initial=0.9)
         share = jnp.where(on_path, 0.9 / fall / (1.0 + state.damping), 1.0)
         trial = jnp.maximum(scaled + share * move, 0.0)
 
+        # Accept or not. Armijo's condition asks for a share of the promised rise. Near the maximum
+        # a rise is below rounding: half the residual, at no loss beyond rounding, will do. Outside
+        # the domain g is −∞, so that such a trial is always refused.
         new = problem.point(trial)
         value, residual = merit(trial, new.dual, barrier), kkt(trial, new)
         slope, gain = gradient @ (trial - scaled), value - state.merit
@@ -144,10 +159,17 @@ def _maximise(problem: closed_forms.Problem) -> tuple[Array, Array]:
             (trial, new, residual),
             (scaled, at, state.residual),
         )
+
+        # τ falls to a tenth after a step, and to next to nothing once it is small: the last steps
+        # are Newton's own. After a refusal it grows tenfold, from a value that matters.
         lower = jnp.where(state.damping > 1e-3, 0.1 * state.damping, least)
         higher = jnp.maximum(10 * state.damping, jnp.where(on_path, 1.0, 1e-3))
         damping = jnp.where(taken, lower, higher)
 
+        # What comes next. The end is a residual at rounding level, or a dual value beyond what any
+        # p costs, which proves that no p meets the thresholds. On the path an iterate near the
+        # maximum for this μ takes the next one, and 0 once μ no longer shows in g. A direct ascent
+        # that ended far from a solution begins anew from the inside, on the path.
         stuck = jnp.all(trial == state.scaled) | (damping > 1 / eps**2)
         solved = (residual <= 4 * eps) | (at.dual > 2 * problem.ceiling + 1)
         next_mu = on_path & ((gradient @ move < barrier) | stuck)
@@ -182,13 +204,17 @@ def _maximise(problem: closed_forms.Problem) -> tuple[Array, Array]:
 
 
 def _invert(linear: Any, target: Array) -> Array:
-    """Solves a small linear system given as a function, by least squares of least norm."""
+    """Solves a small linear system given as a function, by least squares of least norm.
+
+    Where q_i coincide the system is singular, and λ not unique: least norm chooses one.
+    """
     matrix = jax.vmap(linear, out_axes=1)(jnp.eye(target.shape[0], dtype=target.dtype))
     return jnp.linalg.pinv(matrix) @ target
 
 
 @jax.custom_jvp
 def _without_derivative_unless(condition: Array, values: Array) -> Array:
+    """The values, with derivatives nan where the condition fails: rather none than a wrong one."""
     del condition
     return values
 
@@ -207,6 +233,7 @@ def _solution(formulation: Any, log_q: Array, rows: Any, thresholds: Array) -> D
         moved = scaled + problem.point(scaled).violations / problem.size
         return scaled - jnp.where(moved > 0, moved, 0.0)
 
+    # `custom_root` differentiates the residual at the solution, not the ascent that found it.
     def solve(function: Any, start: Array) -> tuple[Array, Array]:
         del function, start
         scaled, count = _maximise(problem)
@@ -216,6 +243,7 @@ def _solution(formulation: Any, log_q: Array, rows: Any, thresholds: Array) -> D
         natural_residual, jnp.zeros_like(problem.unit), solve, _invert, has_aux=True
     )
     found = jax.lax.stop_gradient(problem.point(scaled))
+    # Two proofs that no p meets the thresholds: one alone is out of reach, or g exceeds any price.
     impossible = jnp.any(problem.beyond) | (
         found.dual > problem.ceiling * (1 + tolerance) + tolerance
     )
@@ -275,10 +303,12 @@ def solve_reverse_kl(
 
     p_λ ∝ (q / Π_i q_i^{λ_i})^{1/(1−Λ)}, and λ maximises `dual_reverse_kl` over λ ≥ 0, Λ < 1. As
     Λ → 1 p_λ becomes a point mass; thresholds that only it or less could meet are reported as
-    not attained. On an unbounded space the domain also asks for a finite E_q[w_λ], which a q_i with
-    lighter tails than q can make infinite at a Λ < 1 (Gaussians of variances s² and s_i² < s²: at
-    λ_i ≥ s_i²/s²): p_λ does not exist there, and a solution on a grid that comes near is one of the
-    grid's ends. Source: arXiv 2605.30825.
+    not attained. Source: arXiv 2605.30825.
+
+    On an unbounded space the domain also asks for a finite E_q[w_λ]. A q_i with lighter tails than
+    q can make it infinite at a Λ < 1: for Gaussians of variances s² and s_i² < s², at
+    λ_i ≥ s_i²/s². p_λ does not exist there, and a solution on a grid that comes near is one of the
+    grid's ends.
 
     Args:
       log_q: log masses of the reference, [n]; −inf is an empty cell.
@@ -290,6 +320,21 @@ def solve_reverse_kl(
 
     Raises:
       ValueError: for shapes that do not fit, or (outside jit) masses that do not sum to one.
+
+    Example:
+      Two cells, q = (1/2, 1/2) and q_1 = (3/4, 1/4). p = (1/4, 3/4) is ½ log 3 nats from q_1. It is
+      the nearest to q of these, since it is p_λ ∝ q²/q_1 at λ = 1/2.
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import duality
+      >>> log_q, log_q_1 = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([[0.75, 0.25]]))
+      >>> solution = duality.solve_reverse_kl(log_q, log_q_1, [0.5 * jnp.log(3.0)])
+      >>> round(float(solution.multipliers[0]), 3), bool(solution.attained)
+      (0.5, True)
+      >>> [round(float(p), 3) for p in jnp.exp(solution.log_p)]
+      [0.25, 0.75]
+      >>> round(float(solution.primal_value), 3)  # KL(p‖q) in nats
+      0.131
     """
     data = _checked(log_q, log_q_unlearn, thresholds, "log_q_unlearn")
     return _solution(closed_forms.reverse_kl_problem, *data)
@@ -301,15 +346,31 @@ def solve_forward_kl(
     """min_p KL(q‖p) subject to KL(q_i‖p) ≥ b_i, on a finite space.
 
     p_λ = (q − Σ_i λ_i q_i)/(1−Λ), and λ maximises `dual_forward_kl` over λ ≥ 0, Σ_i λ_i q_i ≤ q.
-    In a continuous space there is a b past which λ stays on the edge of its domain: the
-    constraint is then met by ever smaller and deeper holes in p where q ≈ Σ_i λ_i q_i, each
-    further nat of b_i costs the same λ_i, and the infimum is not attained.
-    On a grid the holes are cells whose mass falls out of floating-point range, and λ agrees
-    with the edge to the last digit: not attained. A threshold beyond `largest_thresholds` that
-    is attained nevertheless is met by emptying cells, with a small `margin`.
     Source of the closed form: arXiv 2605.30825.
 
+    In a continuous space there is a b past which λ stays on the edge of its domain. The
+    constraint is then met by ever smaller and deeper holes in p where q ≈ Σ_i λ_i q_i. Each
+    further nat of b_i costs the same λ_i, and the infimum is not attained. On a grid the holes
+    are cells whose mass falls out of floating-point range, and λ agrees with the edge to the
+    last digit: not attained. A threshold beyond `largest_thresholds` that is attained
+    nevertheless is met by emptying cells, with a small `margin`.
+
     Args, returns, raises: as `solve_reverse_kl`.
+
+    Example:
+      Two cells, q = (1/2, 1/2) and q_1 = (3/4, 1/4). From p = (1/4, 3/4) q_1 is ½ log 3 nats away,
+      and p = (q − ½ q_1)/½: λ = 1/2.
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import duality
+      >>> log_q, log_q_1 = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([[0.75, 0.25]]))
+      >>> solution = duality.solve_forward_kl(log_q, log_q_1, [0.5 * jnp.log(3.0)])
+      >>> round(float(solution.multipliers[0]), 3), bool(solution.attained)
+      (0.5, True)
+      >>> [round(float(p), 3) for p in jnp.exp(solution.log_p)]
+      [0.25, 0.75]
+      >>> round(float(solution.primal_value), 3)  # KL(q‖p) in nats
+      0.144
     """
     data = _checked(log_q, log_q_unlearn, thresholds, "log_q_unlearn")
     return _solution(closed_forms.forward_kl_problem, *data)
@@ -328,8 +389,8 @@ def solve_likelihood(
     thresholds together the dual is unbounded: λ then grows until its value exceeds what any p
     costs, which is the proof. Source: arXiv 2605.30825.
 
-    With groups, p is a family p(·|k), and the problem min Σ_k q(k) KL(p(·|k)‖q(·|k)) subject to
-    Σ_k q(k) E_{p(·|k)}[h_i] ≤ ε_i: p keeps q's mass q(k) of each group of cells, which without them
+    With groups, p is a family p(·|k): min Σ_k q(k) KL(p(·|k)‖q(·|k)) subject to
+    Σ_k q(k) E_{p(·|k)}[h_i] ≤ ε_i. p keeps q's mass q(k) of each group of cells, which without them
     it may move from one to another. p_λ(·|k) ∝ q(·|k) exp(−Σ_i λ_i h_i), and
     g(λ) = −Σ_k q(k) log E_{q(·|k)}[exp(−Σ_i λ_i h_i)] − λᵀε.
 
@@ -343,8 +404,23 @@ def solve_likelihood(
       A `DualSolution`, float64 under x64 and float32 otherwise: look at `attained`.
 
     Raises:
-      ValueError: for shapes that do not fit, or (outside jit) masses that do not sum to one,
+      ValueError: for shapes that do not fit. Outside jit also for masses that do not sum to one,
         likelihoods that are negative or not finite, or a cell of no group or of several.
+
+    Example:
+      h is 1 in the first of two equal cells, and may be 1/4 on average instead of 1/2. So
+      p = (1/4, 3/4), which is ∝ (e^{−λ}, 1) at λ = log 3.
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import duality
+      >>> log_q = jnp.log(jnp.array([0.5, 0.5]))
+      >>> solution = duality.solve_likelihood(log_q, [[1.0, 0.0]], [0.25])
+      >>> round(float(solution.multipliers[0]), 3), bool(solution.attained)
+      (1.099, True)
+      >>> [round(float(p), 3) for p in jnp.exp(solution.log_p)]
+      [0.25, 0.75]
+      >>> bool(duality.solve_likelihood(log_q, [[1.0, 0.5]], [0.25]).attained)  # below min h
+      False
     """
     log_q, rows, bounds = _checked(log_q, likelihoods, thresholds, "likelihoods")
     if groups is None:
@@ -362,9 +438,9 @@ def solve_mixed(
 ) -> DualSolution:
     """min_p KL(p‖q) subject to KL(p‖q_i) ≥ b_i and E_p[h_j] ≤ ε_j, on a finite space.
 
-    p_{λ,μ} ∝ (q Π_i q_i^{−λ_i} exp(−Σ_j μ_j h_j))^{1/(1−Λ)}, Λ = Σ_i λ_i, and (λ, μ) maximises
-    −(1−Λ) log Σ_x (q Π_i q_i^{−λ_i} e^{−Σ_j μ_j h_j})^{1/(1−Λ)} + λᵀb − μᵀε over λ, μ ≥ 0, Λ < 1:
-    the closed forms of `solve_reverse_kl` and `solve_likelihood` in one, and all that is
+    p_{λ,μ} ∝ (q Π_i q_i^{−λ_i} exp(−Σ_j μ_j h_j))^{1/(1−Λ)}, Λ = Σ_i λ_i. Over λ, μ ≥ 0, Λ < 1,
+    (λ, μ) maximises −(1−Λ) log Σ_x (q Π_i q_i^{−λ_i} e^{−Σ_j μ_j h_j})^{1/(1−Λ)} + λᵀb − μᵀε.
+    These are the closed forms of `solve_reverse_kl` and `solve_likelihood` in one, and all that is
     said there holds.
 
     Args:
@@ -378,6 +454,20 @@ def solve_mixed(
 
     Raises:
       ValueError: as those two.
+
+    Example:
+      Three equal cells, q_1 = (1/2, 1/4, 1/4), and h is 1 in the third. At λ = 1/2, μ = ½ log 2, p
+      is ∝ e^{−2μh}/q_1 = (2, 4, 2). Its KL from q_1 is ¼ log 2, and E_p[h] = 1/4.
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import duality
+      >>> log_q, log_q_1 = jnp.log(jnp.full(3, 1 / 3)), jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+      >>> thresholds = [0.25 * jnp.log(2.0), 0.25]
+      >>> solution = duality.solve_mixed(log_q, log_q_1, [[0.0, 0.0, 1.0]], thresholds)
+      >>> [round(float(multiplier), 3) for multiplier in solution.multipliers]
+      [0.5, 0.347]
+      >>> [round(float(p), 3) for p in jnp.exp(solution.log_p)]
+      [0.25, 0.5, 0.25]
     """
     count, thresholds = np.shape(log_q_unlearn)[0], jnp.asarray(thresholds)
     log_q, logs, bounds = _checked(log_q, log_q_unlearn, thresholds[:count], "log_q_unlearn")

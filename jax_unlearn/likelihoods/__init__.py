@@ -10,6 +10,7 @@ from jax_unlearn.likelihoods.classifier import (
     noised_weights,
 )
 from jax_unlearn.likelihoods.ode import log_likelihood, log_ratio
+from jax_unlearn.likelihoods.path_ratios import path_log_ratios
 from jax_unlearn.likelihoods.posteriors import (
     PosteriorPath,
     mixture_shares,
@@ -30,6 +31,7 @@ __all__ = [
     "log_ratio",
     "mixture_shares",
     "noised_weights",
+    "path_log_ratios",
     "path_times",
     "path_weighting",
     "posterior_path",

@@ -1,6 +1,6 @@
 """The diffusion classifier: posteriors of concepts by the model's own denoising losses, in nats.
 
-A likelihood constraint bounds E_p[h_i(x)]; all it needs is a `Likelihood`, a function of clean
+A likelihood constraint bounds E_p[h_i(x)]. All it needs is a `Likelihood`, a function of clean
 images x_0 [batch, ...] with values h_i(x_0) >= 0, [batch]. Three kinds, each one line:
 
   lambda x: jnp.exp(log_density(x))                                   # a density
@@ -23,7 +23,9 @@ from jax_unlearn.typing import Array, ArrayLike, Denoiser, Estimate, Params
 __all__ = [
     "Likelihood",
     "concept_energies",
+    "count_concepts",
     "diffusion_classifier",
+    "for_rows",
     "log_odds",
     "noised_weights",
 ]
@@ -50,10 +52,10 @@ def _path_weights(schedule: schedules.NoiseSchedule) -> Array:
 def noised_weights(schedule: schedules.NoiseSchedule, noise: float) -> Array:
     """`divergences.path_kl_weights` of the steps whose σ_t is at least `noise`, else 0, [T].
 
-    With them an energy is the negative ELBO not of x_0 but of x_s ∼ q(x_s|x_0), on average, s the
-    last step left out: a classifier of the noised image, by Bayes' rule as the other is. Two
-    concepts differ by less there, but so do the errors of networks, which at low noise outweigh
-    what tells concepts apart; and the estimate needs fewer draws.
+    With them an energy is the negative ELBO not of x_0 but of x_s ∼ q(x_s|x_0), on average, with s
+    the last step left out. That makes a classifier of the noised image, by Bayes' rule as the other
+    is. Two concepts differ by less there, but so do the errors of networks, which at low noise
+    outweigh what tells concepts apart. The estimate also needs fewer draws.
 
     Args:
       schedule: of the denoiser.
@@ -61,6 +63,16 @@ def noised_weights(schedule: schedules.NoiseSchedule, noise: float) -> Array:
 
     Raises:
       ValueError: if it leaves every step out, or for a zero terminal SNR.
+
+    Example:
+      ᾱ = 1/2, 1/4, 1/8 has σ = 0.71, 0.87, 0.94. The last two SNRs are 1/3 and 1/7, and
+      ½ (7/3 − 1) = 0.667.
+
+      >>> from jax_unlearn import likelihoods, schedules
+      >>> schedule = schedules.noise_schedule(trained_betas=[0.5, 0.5, 0.5])
+      >>> weights = likelihoods.noised_weights(schedule, noise=0.9)
+      >>> [round(float(weight), 3) for weight in weights]
+      [0.0, 0.0, 0.667]
     """
     weights = _path_weights(schedule)
     sigma = np.sqrt(1 / (1 + np.exp(np.asarray(schedule.log_snr))))
@@ -93,7 +105,20 @@ def _time_weighting(
 
 
 def count_concepts(concepts: Any) -> int:
-    """The length of the one leading axis of conditions, or a ValueError."""
+    """The length of the one leading axis of conditions.
+
+    Args:
+      concepts: conditions, a pytree whose leaves are [concepts, ...].
+
+    Raises:
+      ValueError: for leaves whose leading axes differ, or a leaf without one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import likelihoods
+      >>> likelihoods.count_concepts({"label": jnp.arange(3), "embedding": jnp.ones((3, 77, 8))})
+      3
+    """
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(concepts)}
     if len(counts) != 1 or counts == {()}:
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(concepts)]
@@ -102,7 +127,14 @@ def count_concepts(concepts: Any) -> int:
 
 
 def for_rows(concept: Any, batch: int) -> Any:
-    """One condition, given to each of `batch` rows."""
+    """One condition, given to each of `batch` rows: leaves [...] -> [batch, ...].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import likelihoods
+      >>> likelihoods.for_rows(jnp.array(7), 3).tolist()
+      [7, 7, 7]
+    """
     return jax.tree.map(lambda c: jnp.broadcast_to(c, (batch, *jnp.shape(c))), concept)
 
 
@@ -122,19 +154,19 @@ def concept_energies(
     """(w_t/π_t) ‖ε − ε_c(α x_0 + σ ε, t)‖² -> [draws, batch, concepts].
 
     The mean over draws is an unbiased estimate of the energy E_c(x_0) = Σ_t w_t E‖ε − ε_c‖², with
-    ε_c that of the sampled chain, which may clip.
-    Every concept sees the same (t, ε), so that ‖ε‖² and most of the noise cancel in
-    differences E_c − E_b; the draws of an image are stratified over time. Memory is that of one
-    draw's forward pass, gradients included (they run it again).
+    ε_c that of the sampled chain, which may clip. Every concept sees the same (t, ε), so that ‖ε‖²
+    and most of the noise cancel in differences E_c − E_b. The draws of an image are stratified over
+    time. Memory is that of one draw's forward pass, gradients included (they run it again).
 
     With the default weights, E_c + `divergences.prior_kl` + (d/2) log(2π v_1) is the negative
-    ELBO of the ancestral chain of ε_c with posterior variances, whose last step is Gaussian
-    with that of t = 1, v_1. So E_c bounds −log p_c(x_0) up to what no concept changes; the gap
-    is KL(q(x_{1:T}|x_0) ‖ p_c(x_{1:T}|x_0)) of the noised images. It does not vanish, even
-    for exact denoisers, but then its difference between concepts does, as the steps are refined
-    and σ_0 falls below their details; for networks that difference is unknown. Where ᾱ_{T−1} is
-    nearly 0 (cosine schedules), w_{T−1} is so large that a network's errors at that step count
-    for nats: weights with 0 there leave them out.
+    ELBO of the ancestral chain of ε_c with posterior variances. Its last step is Gaussian with the
+    variance of t = 1, v_1. So E_c bounds −log p_c(x_0) up to what no concept changes. The gap is
+    KL(q(x_{1:T}|x_0) ‖ p_c(x_{1:T}|x_0)) of the noised images, and does not vanish even for exact
+    denoisers. Its difference between concepts then does, as the steps are refined and σ_0 falls
+    below their details; for networks that difference is unknown.
+
+    Where ᾱ_{T−1} is nearly 0 (cosine schedules), w_{T−1} is so large that a network's errors at
+    that step count for nats. Weights with 0 there leave them out.
 
     Args:
       apply: the conditional denoiser.
@@ -153,20 +185,36 @@ def concept_energies(
     Raises:
       ValueError: for concepts without one common leading axis, weights or probabilities that
         are not [T], no draws, or default weights at a zero terminal SNR.
+
+    Example:
+      A network that believes x_0 to be its concept c predicts (x_t − α c)/σ, which is off by
+      α (c − x_0)/σ. At ᾱ = 3/4 the square is 3 (c − x_0)²: 0 and 12 for x_0 = 0 and c = 0, 2.
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import likelihoods, schedules
+      >>> schedule = schedules.noise_schedule(trained_betas=[0.25, 0.5])
+      >>> def apply(params, x_t, t, cond):
+      ...     alpha, sigma = schedules.alpha_sigma(schedule.log_snr[t], x_t)
+      ...     return (x_t - alpha * cond[:, None]) / sigma
+      >>> energies = likelihoods.concept_energies(
+      ...     apply, None, schedule, jax.random.key(0), x_0=jnp.zeros((1, 1)),
+      ...     concepts=jnp.array([0.0, 2.0]), draws=4, weights=[1.0, 0.0],
+      ... )
+      >>> [round(float(energy), 2) for energy in energies.mean(axis=0)[0]]
+      [0.0, 12.0]
     """
     weighting = _time_weighting(schedule, weights, probabilities)
     x_0, count, batch = jnp.asarray(x_0), count_concepts(concepts), x_0.shape[0]
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}.")
-    cumulative = jnp.cumsum(weighting.probabilities)
 
     @jax.checkpoint
     def one(inputs: tuple[Array, Array]) -> Array:
         index, draw_key = inputs
         time_key, noise_key = jax.random.split(draw_key)
         u = (index + jax.random.uniform(time_key, (batch,))) / draws
-        t = jnp.searchsorted(cumulative, u * cumulative[-1], side="right")
-        t = jnp.minimum(t, schedule.num_steps - 1).astype(jnp.int32)
+        t = losses.time_quantiles(weighting.probabilities, u)
         noise = jax.random.normal(noise_key, x_0.shape, x_0.dtype)
         x_t = schedules.add_noise(x_0=x_0, noise=noise, log_snr=schedule.log_snr[t])
 
@@ -196,7 +244,7 @@ def diffusion_classifier(
 ) -> Estimate:
     """The posterior log p(c|x_0) = log softmax_c(log prior_c − E_c(x_0)), [batch, concepts].
 
-    E_c = Σ_t w_t E‖ε − ε_c(x_t, t)‖² as `concept_energies` estimates it, noise shared across
+    E_c = Σ_t w_t E‖ε − ε_c(x_t, t)‖², as `concept_energies` estimates it, with noise shared across
     concepts (Li et al. 2023). It is Bayes' rule with the ELBO of each concept in place of its
     log-likelihood: exact where the gaps of the concepts are equal, and only then.
 
@@ -218,6 +266,24 @@ def diffusion_classifier(
 
     Raises:
       ValueError: as `concept_energies`; for fewer than 2 draws or a prior not [concepts].
+
+    Example:
+      The network of `concept_energies`. x_0 = 0.9 costs 3 · 0.9² under concept 0 and 3 · 1.1² under
+      concept 2, so that the odds are e^{1.2} = 3.3 to 1.
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import likelihoods, schedules
+      >>> schedule = schedules.noise_schedule(trained_betas=[0.25, 0.5])
+      >>> def apply(params, x_t, t, cond):
+      ...     alpha, sigma = schedules.alpha_sigma(schedule.log_snr[t], x_t)
+      ...     return (x_t - alpha * cond[:, None]) / sigma
+      >>> posterior = likelihoods.diffusion_classifier(
+      ...     apply, None, schedule, jax.random.key(0), x_0=jnp.full((1, 1), 0.9),
+      ...     concepts=jnp.array([0.0, 2.0]), draws=4, weights=[1.0, 0.0],
+      ... )
+      >>> [round(float(p), 3) for p in jnp.exp(posterior.value[0])]
+      [0.769, 0.231]
     """
     count = count_concepts(concepts)
     log_prior = jnp.zeros(count) if log_prior is None else jnp.asarray(log_prior)
@@ -236,6 +302,7 @@ def diffusion_classifier(
 
 
 def at_least_two(name: str, given: int) -> None:
+    """Raises ValueError for fewer than two draws, of which no standard error follows."""
     if given < 2:
         raise ValueError(f"a standard error takes at least 2 {name}, not {given}.")
 
@@ -271,6 +338,23 @@ def log_odds(
 
     Raises:
       ValueError: as `concept_energies`, and for fewer than 2 draws.
+
+    Example:
+      The network of `concept_energies`: concept 0 knows x_0 = 0, and the base −2 costs 12 nats.
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import likelihoods, schedules
+      >>> schedule = schedules.noise_schedule(trained_betas=[0.25, 0.5])
+      >>> def apply(params, x_t, t, cond):
+      ...     alpha, sigma = schedules.alpha_sigma(schedule.log_snr[t], x_t)
+      ...     return (x_t - alpha * cond[:, None]) / sigma
+      >>> odds = likelihoods.log_odds(
+      ...     apply, None, schedule, jax.random.key(0), x_0=jnp.zeros((1, 1)),
+      ...     concepts=jnp.array([0.0]), base=jnp.array(-2.0), draws=4, weights=[1.0, 0.0],
+      ... )
+      >>> round(float(odds.value[0, 0]), 2)
+      12.0
     """
     at_least_two("draws", draws)
     count_concepts(concepts)

@@ -56,7 +56,10 @@ def _log_likelihoods(
     probes: int = 8,
     last: int | None = None,
 ) -> Array:
-    """One log p for each probe, [probes, batch]; [1, batch] with the exact trace."""
+    """One log p for each probe, [probes, batch]; [1, batch] with the exact trace.
+
+    The state (x, log p) follows d/ds (x, log p) = (σ dτ/ds v, div(σ dτ/ds v)).
+    """
     x_0 = jnp.asarray(x_0)
     if last is None:
         last = schedule.num_steps - 1
@@ -137,26 +140,26 @@ def log_likelihood(
     probes: int = 8,
     last: int | None = None,
 ) -> Estimate:
-    """The log-likelihood log p(x_0) by the probability-flow ODE, in nats -> [batch].
+    """log p(x_0) = log N(x(last); 0, I) + ∫ div(σ v)(x, t) dτ, in nats -> [batch].
 
-    log p(x_0) = log N(x(last); 0, I) + ∫ div(σ v)(x, t) dτ along dx/dτ = σ v(x, t), x(0) = x_0,
-    with v the velocity α ε − σ x̂_0 and τ = log tan(φ/2), tan φ = σ/α = exp(−logSNR/2) (Song et
-    al. 2021, "Score-based generative modeling through SDEs", eq. 39, in other coordinates). x
-    keeps the scale of the data and of unit noise; τ is log σ at low noise, where details of any
-    scale may appear, and finite at a zero terminal SNR.
+    x follows the probability-flow ODE dx/dτ = σ v(x, t) from x(0) = x_0, with v the velocity
+    α ε − σ x̂_0. Time is τ = log tan(φ/2), where tan φ = σ/α = exp(−logSNR/2). This is Song et al.
+    2021, "Score-based generative modeling through SDEs", eq. 39, in other coordinates. x keeps the
+    scale of the data and of unit noise. τ is log σ at low noise, where details of any scale may
+    appear, and finite at a zero terminal SNR.
 
-    p is the law that the flow makes of N(0, I) at t = last, *at the least noisy step t = 0*: for
-    an exact denoiser, of α_0 x + σ_0 ε, not of x. Images are not clipped. In bits per dimension:
-    `divergences.bits_per_dim(-log_p, d)`, plus log2(127.5) for the 256 levels of [−1, 1] with
-    uniform noise of one level added to them.
+    p is the law that the flow makes of N(0, I) at t = last, *at the least noisy step t = 0*. For
+    an exact denoiser it is that of α_0 x + σ_0 ε, not of x. Images are not clipped. In bits per
+    dimension: `divergences.bits_per_dim(-log_p, d)`, plus log2(127.5) for the 256 levels of [−1, 1]
+    with uniform noise of one level added to them.
 
     The solver is the classical Runge-Kutta method of order four, in a time s in which each
     step's start, middle and end are integers t: τ(s) is the parabola through its values there.
-    So the network is called at integers only, four times a step. On Gaussian data, 30 steps are
-    within 1e-3 bits per dimension, on average over the data, on the usual schedules of 1000
-    steps: 1e-5 for deviations near 1, and up to 2e-3 for details finer than σ_0, where the
-    schedule's own first steps are wide and more steps do not help. Gradients recompute each
-    step.
+    So the network is called at integers only, four times a step. Gradients recompute each step.
+
+    On Gaussian data and the usual schedules of 1000 steps, 30 steps are within 1e-3 bits per
+    dimension on average: 1e-5 for deviations near 1. For details finer than σ_0 the error is up to
+    2e-3. There the schedule's own first steps are wide, and more steps do not help.
 
     Args:
       predict: (x_t, integer t [batch]) -> prediction in the schedule's prediction type, such
@@ -169,9 +172,9 @@ def log_likelihood(
         Hutchinson's estimate with "rademacher" or "gaussian" probes, which is unbiased.
       probes: how many, at least 2, held fixed along the flow.
       last: the time step at which p is N(0, I). None is T−1, or, for networks that predict ε,
-        the last step with α_t ≥ 1/200: their velocity is (ε − σ x)/α, which multiplies their
-        errors by 1/α (the embedded model, with a cosine schedule: 328 bits a dimension from
-        T−1 and 2.98 from 990), while the prior's error is at most about ½ ᾱ_last ‖x_0‖² nats.
+        the last step with α_t ≥ 1/200. Their velocity is (ε − σ x)/α, which multiplies their
+        errors by 1/α: the embedded model, with a cosine schedule, has 328 bits a dimension from
+        T−1 and 2.98 from 990. The prior's error is at most about ½ ᾱ_last ‖x_0‖² nats.
 
     Returns:
       log p(x_0) and its standard error over probes, 0 with the exact trace; the solver's own
@@ -179,6 +182,17 @@ def log_likelihood(
 
     Raises:
       ValueError: for steps, last or divergence out of range, fewer than 2 probes, or no key.
+
+    Example:
+      For data N(0, 1) the flow stands still, and log p(2) = −½ log(2π) − 2.
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import likelihoods, mixtures, schedules
+      >>> schedule = schedules.noise_schedule(num_steps=100, beta_end=0.2)
+      >>> predict = mixtures.denoiser(mixtures.gaussian_mixture([[0.0]], 1.0), schedule)
+      >>> found = likelihoods.log_likelihood(predict, schedule, jnp.array([[2.0]]), steps=5)
+      >>> round(float(found.value[0]), 3)
+      -2.919
     """
     options: dict[str, Any] = {"divergence": divergence, "probes": probes, "last": last}
     return _over_probes(_log_likelihoods(predict, schedule, x_0, key, steps=steps, **options))
@@ -195,8 +209,32 @@ def log_ratio(
     """The log-ratio log q(x_0)/q_i(x_0), `predict` over `other`, in nats -> [batch].
 
     Two runs of `log_likelihood` with the same probes, whose noise cancels as far as the two
-    denoisers agree; the standard error is that of the difference. Arguments, `steps` and the other
-    options among them, and errors are those of `log_likelihood`.
+    denoisers agree. The standard error is that of the difference.
+
+    Args:
+      predict: the denoiser of q.
+      other: that of q_i.
+      schedule: noise schedule of both, not traced.
+      x_0: images [batch, ...].
+      key: a PRNG key, for the probes.
+      **options: `steps`, `divergence`, `probes` and `last` of `log_likelihood`.
+
+    Raises:
+      ValueError: as `log_likelihood`.
+
+    Example:
+      N(0, 1) over N(1, 1) at x = 2: −½ 2² + ½ 1² = −1.5, but for the noise of the first step.
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import likelihoods, mixtures, schedules
+      >>> schedule = schedules.noise_schedule(num_steps=100, beta_end=0.2)
+      >>> q, q_1 = (
+      ...     mixtures.denoiser(mixtures.gaussian_mixture([[mean]], 1.0), schedule)
+      ...     for mean in (0.0, 1.0)
+      ... )
+      >>> found = likelihoods.log_ratio(q, q_1, schedule, jnp.array([[2.0]]), steps=5)
+      >>> round(float(found.value[0]), 2)
+      -1.5
     """
     above, below = (
         _log_likelihoods(one, schedule, x_0, key, **options) for one in (predict, other)

@@ -1,8 +1,8 @@
 """Posteriors of concepts at every noise level of an image, and the scores of what they reweight.
 
 Of a mixture q = Σ_c π_c q_c the posterior p(c|x_t) is a martingale along noising and denoising:
-E[p(c|x_0) | x_t] = p(c|x_t), so that ∇ log E[w(x_0) | x_t] is known without noise for any w that
-is linear in the posteriors. Tracking them along a path is due to Koulischer et al. 2025 ("Dynamic
+E[p(c|x_0) | x_t] = p(c|x_t). So ∇ log E[w(x_0) | x_t] is known without noise for any w that is
+linear in the posteriors. Tracking them along a path is due to Koulischer et al. 2025 ("Dynamic
 negative guidance of diffusion models", 2410.14398).
 """
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_unlearn import losses, schedules
+from jax_unlearn import losses, samplers, schedules
 from jax_unlearn.likelihoods.classifier import count_concepts, for_rows
 from jax_unlearn.typing import Array, ArrayLike, Denoiser, Params
 
@@ -55,11 +55,11 @@ def posterior_path(
 ) -> PosteriorPath:
     """Noises each image along one path and follows the posterior of the concepts back down it.
 
-    p(c|x_s) = p(c|x_t) N(x_s; μ_c(x_t), v) / Z, with the ancestral step μ_c from t to the less
-    noisy s, and v the geometric mean of its two variances. For exact denoisers and ever finer
-    steps that is so for every path, without noise. The draws of `likelihoods.diffusion_classifier`
-    are independent, and only the average of many has a limit. Memory is that of all concepts'
-    forward passes at one time step.
+    p(c|x_s) = p(c|x_t) N(x_s; μ_c(x_t), v) / Z. μ_c is the `samplers.ancestral_mean` of the step
+    from t to the less noisy s, and v its "fixed_geometric" variance. For exact denoisers and ever
+    finer steps that is so for every path, without noise. The draws of
+    `likelihoods.diffusion_classifier` are independent, and only the average of many has a limit.
+    Memory is that of all concepts' forward passes at one time step.
 
     Args:
       apply: the conditional denoiser.
@@ -75,6 +75,24 @@ def posterior_path(
     Raises:
       ValueError: for concepts without one common leading axis, or members or a prior that do
         not fit them.
+
+    Example:
+      The concepts are the points −1 and 1: network c predicts (x_t − α c)/σ. In the noise both are
+      equally likely; further down the path the image 1 is known to be the second.
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import likelihoods, schedules
+      >>> schedule = schedules.noise_schedule(num_steps=100, beta_end=0.2)
+      >>> def apply(params, x_t, t, cond):
+      ...     alpha, sigma = schedules.alpha_sigma(schedule.log_snr[t], x_t)
+      ...     return (x_t - alpha * cond[:, None]) / sigma
+      >>> path = likelihoods.posterior_path(
+      ...     apply, None, schedule, jax.random.key(0), x_0=jnp.ones((1, 1)),
+      ...     times=jnp.array([99, 60, 30, 5]), concepts=jnp.array([-1.0, 1.0]), members=jnp.eye(2),
+      ... )
+      >>> [[round(float(u), 2) for u in path.posterior[k, 0]] for k in (0, -1)]
+      [[0.5, 0.5], [0.0, 1.0]]
     """
     members = jnp.asarray(members, jnp.float32)
     count = count_concepts(concepts)
@@ -91,6 +109,7 @@ def posterior_path(
     def noised(carry: tuple[Array, Array], inputs: tuple[Array, Array]) -> Any:
         x, before = carry
         noise_key, now = inputs
+        # x_t given x_s of less noise: √(ᾱ_t/ᾱ_s) x_s and the noise that is missing.
         ratio = jax.nn.sigmoid(now) / jax.nn.sigmoid(before)
         x = jnp.sqrt(ratio) * x + jnp.sqrt(1 - ratio) * jax.random.normal(noise_key, x.shape)
         return (x, now), x
@@ -102,18 +121,13 @@ def posterior_path(
     def step(log_posterior: Array, inputs: tuple[Array, ...]) -> Any:
         x_t, x_s, time, at, following = inputs
         t, at_each = jnp.full((batch,), time), jnp.full((batch,), at)
-        alpha_t, alpha_s = jax.nn.sigmoid(at), jax.nn.sigmoid(following)
-        ratio = alpha_t / alpha_s
-        var_t, var_s = jax.nn.sigmoid(-at), jax.nn.sigmoid(-following)
-        variance = (1 - ratio) * jnp.sqrt(var_s / var_t)
+        variance = samplers.ancestral_variance(at, following, "fixed_geometric")
 
         def one(concept: Any) -> tuple[Array, Array]:
             prediction = apply(params, x_t, t, for_rows(concept, batch))
             found = schedules.clipped(prediction, schedule, x_t=x_t, log_snr=at_each)
-            mean = jnp.sqrt(alpha_s) * (1 - ratio) / var_t * found.x_0
-            mean += jnp.sqrt(ratio) * var_s / var_t * x_t
-            squares = jnp.square(x_s - mean).sum(axis=tuple(range(1, x_t.ndim)))
-            return found.epsilon, -squares / (2 * variance)
+            mean = samplers.ancestral_mean(found.x_0, x_t=x_t, log_snr_t=at, log_snr_s=following)
+            return found.epsilon, -losses.squared_error(x_s, mean) / (2 * variance)
 
         epsilon, gained = jax.lax.map(one, concepts, batch_size=count)
         p = jnp.exp(log_posterior)
@@ -146,6 +160,15 @@ def mixture_shares(log_posterior: ArrayLike, *, iterations: int = 100) -> np.nda
 
     Raises:
       ValueError: for no samples, or another shape.
+
+    Example:
+      Three samples are surely of the first concept and one of the second: (3 + ½)/5 and (1 + ½)/5.
+
+      >>> import numpy as np
+      >>> from jax_unlearn import likelihoods
+      >>> log_posterior = np.log([[1.0, 1e-9]] * 3 + [[1e-9, 1.0]])
+      >>> likelihoods.mixture_shares(log_posterior).round(3).tolist()
+      [0.7, 0.3]
     """
     log_posterior = np.asarray(log_posterior, np.float64)
     if log_posterior.ndim != 2 or not log_posterior.size:
@@ -165,11 +188,25 @@ def path_weighting(
     """Time steps drawn evenly in log-SNR, weighted so that ‖ε_p − ε_q‖² is a path KL in nats.
 
     w_t = ½ (logSNR_{t−1} − logSNR_t), the limit of `divergences.path_kl_weights` for fine steps,
-    and π_t ∝ w_t; both are zero above a log-SNR of `cleanest`, where what a network predicts hardly
+    and π_t ∝ w_t. Both are zero above a log-SNR of `cleanest`, where what a network predicts hardly
     depends on its condition.
+
+    Args:
+      schedule: not traced.
+      cleanest: the largest log-SNR.
 
     Raises:
       ValueError: for a zero terminal SNR, or one above `cleanest`.
+
+    Example:
+      The log-SNR 6 is left out, and the steps down to 2 and to 0 count 4/2 and 2/2.
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import likelihoods, schedules
+      >>> schedule = schedules.NoiseSchedule(jnp.array([6.0, 2.0, 0.0]))
+      >>> weighting = likelihoods.path_weighting(schedule)
+      >>> weighting.weights.tolist(), [round(float(p), 3) for p in weighting.probabilities]
+      ([0.0, 2.0, 1.0], [0.0, 0.667, 0.333])
     """
     log_snr = np.asarray(schedule.log_snr, np.float64)
     if not np.isfinite(log_snr).all() or log_snr[-1] > cleanest:
@@ -187,8 +224,22 @@ def path_weighting(
 def path_times(weighting: losses.TimeWeighting, steps: int, rng: np.random.Generator) -> np.ndarray:
     """Time steps for `posterior_path`: one drawn in each of `steps` equal parts of π, falling.
 
+    Args:
+      weighting: its probabilities are π.
+      steps: how many.
+      rng: numpy's generator, of which `steps` uniforms are drawn.
+
     Raises:
       ValueError: for more steps than have a probability.
+
+    Example:
+      As many as have a probability are all of them.
+
+      >>> import numpy as np
+      >>> from jax_unlearn import likelihoods, losses
+      >>> weighting = losses.TimeWeighting(np.ones(3), np.array([0.0, 0.7, 0.3]))
+      >>> likelihoods.path_times(weighting, 2, np.random.default_rng(0)).tolist()
+      [2, 1]
     """
     probabilities = np.asarray(weighting.probabilities, np.float64)
     possible = np.flatnonzero(probabilities)
