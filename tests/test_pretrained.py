@@ -12,9 +12,14 @@ import pytest
 import safetensors.numpy
 
 import jax_unlearn.pretrained.weights as stored
-from jax_unlearn import pretrained
-from jax_unlearn.models.unet_2d import init_params
-from jax_unlearn.pretrained import Pretrained, load_pretrained, save_pretrained
+from jax_unlearn.models.unet_2d import UNet2DConfig, init_params
+from jax_unlearn.pretrained import (
+    Pretrained,
+    PretrainedConfig,
+    UNet2DDenoiser,
+    load_pretrained,
+    save_pretrained,
+)
 from jax_unlearn.pretrained.weights import diffusers_key
 from jax_unlearn.schedules import from_diffusers
 
@@ -40,11 +45,9 @@ SCHEDULER = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2
 @pytest.fixture(scope="module")
 def model():
     params = init_params(UNET, jax.random.key(0))
-    config = pretrained.PretrainedConfig(UNET, SCHEDULER, {0: "cat", 1: "dog"}, 2, "")
-    network = pretrained.UNet2DConfig.from_diffusers(UNET)
-    return Pretrained(
-        pretrained.UNet2DDenoiser(network, 2), params, from_diffusers(SCHEDULER), config
-    )
+    config = PretrainedConfig(UNET, SCHEDULER, {0: "cat", 1: "dog"}, 2, "")
+    denoiser = UNet2DDenoiser(UNet2DConfig.from_diffusers(UNET), 2)
+    return Pretrained(denoiser, params, from_diffusers(SCHEDULER), config)
 
 
 @pytest.fixture
@@ -143,6 +146,50 @@ def test_bare_folder_with_and_without_scheduler(folder, tmp_path):
     save_pretrained(tmp_path / "again", loaded)
     again = load_pretrained(tmp_path / "again")
     np.testing.assert_array_equal(again.schedule.log_snr, loaded.schedule.log_snr)
+
+
+def test_a_scheduler_that_is_given_replaces_what_is_found(folder, tmp_path):
+    file = tmp_path / "noise.json"
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_end": 0.01}))
+    shutil.copytree(folder / "scheduler", tmp_path / "other")
+    edit_json(tmp_path / "other" / "scheduler_config.json", num_train_timesteps=50)
+    for given, expected in (
+        (file, {"beta_end": 0.01}),
+        (str(file), {"beta_end": 0.01}),
+        (tmp_path / "other", {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50}),
+        ({"prediction_type": "v_prediction"}, {"prediction_type": "v_prediction"}),
+        (folder, SCHEDULER),
+    ):
+        loaded = load_pretrained(folder, scheduler=given)
+        assert expected.items() <= loaded.config.scheduler.items()
+        schedule = from_diffusers(expected)
+        np.testing.assert_array_equal(loaded.schedule.log_snr, schedule.log_snr)
+        assert loaded.schedule.prediction_type == schedule.prediction_type
+    # What is saved has the noise that was given.
+    given = load_pretrained(folder, scheduler=file)
+    save_pretrained(tmp_path / "saved", given)
+    again = load_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(again.schedule.log_snr, given.schedule.log_snr)
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert index["_class_name"] == "DDIMPipeline"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("empty", "scheduler .*empty has no scheduler_config.json"),
+        ("nowhere", "no such folder: .*nowhere"),
+        (from_diffusers({}), "a path or a mapping, not .*NoiseSchedule"),
+        ({"_class_name": "EDMEulerScheduler"}, "^scheduler: is of class 'EDMEulerScheduler'"),
+        ({"beta_schedule": "sigmoid"}, "^scheduler: beta_schedule 'sigmoid'"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_used_is_refused(folder, tmp_path, given, message):
+    (tmp_path / "empty").mkdir()
+    given = tmp_path / given if isinstance(given, str) else given
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(folder, scheduler=given)
 
 
 def test_old_attention_names(model, folder):
@@ -349,9 +396,10 @@ def test_options_that_are_not_understood_are_refused(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "ScoreSdeVeScheduler"}, "is a ScoreSdeVeScheduler"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is a FlowMatch"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
+        ({"_class_name": "ScoreSdeVeScheduler"}, "is of class 'ScoreSdeVeScheduler': expected"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is of class 'FlowMatch"),
+        ({"beta_schedule": "sigmoid"}, "scheduler_config.json: beta_schedule 'sigmoid'"),
+        ({"prediction_type": "flow"}, "scheduler_config.json: prediction_type 'flow'"),
     ],
 )
 def test_other_processes_are_refused(folder, change, message):

@@ -10,19 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import relative_error
-from pipelines import UNET, UNET_XL, write_pipeline
+import safetensors.numpy
+from parity import TOLERANCE, relative_error
+from pipelines import SCHEDULER, UNET, UNET_XL, write_pipeline
 
 from jax_unlearn import samplers
-from jax_unlearn.pretrained import load_pretrained, save_pretrained
+from jax_unlearn.pretrained import load_pretrained, save_pretrained, save_unet
 from jax_unlearn.pretrained.text_to_image import (
     decode_latents,
     encode_images,
     encode_prompts,
+    is_text_to_image,
     load_text_to_image,
 )
+from jax_unlearn.schedules import from_diffusers
 
 PROMPTS = ["the cat", "a dog!"]
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "stable_diffusion"
+SDXL = FIXTURES / "unet" / "stable-diffusion-xl-base-1.0"
 
 
 def assert_same(params, other):
@@ -247,11 +252,159 @@ def test_pickles_are_refused(folder, part):
     assert "\n" not in str(caught.value)
 
 
-def test_bare_unet_is_refused(folder):
+# ------------------------------------------------------------------ a UNet alone
+
+
+@pytest.fixture
+def alone(folders, xl, tmp_path):
+    """The UNet of a pipeline, in a folder that nothing lies beside."""
+    return pathlib.Path(shutil.copytree(folders[xl] / "unet", tmp_path / "alone"))
+
+
+def weights(folder):
+    return folder / "diffusion_pytorch_model.safetensors"
+
+
+def test_a_unet_alone_is_that_of_its_pipeline(model, folders, xl):
+    found = load_pretrained(folders[xl] / "unet")
+    assert_same(found.params, model.pretrained.params)
+    assert found.apply == model.pretrained.apply
+    assert hash(found.apply) == hash(model.pretrained.apply)
+    np.testing.assert_array_equal(found.schedule.log_snr, model.pretrained.schedule.log_snr)
+    assert found.config.scheduler == SCHEDULER
+    assert found.config.sample_shape == (8, 8, 4)
+    assert found.config.num_labels == 0
+    assert found.config.text_conditional
+    assert found.config.pipeline == {}
+    cond = encode_prompts(model, PROMPTS)
+    np.testing.assert_array_equal(prediction(found, cond), prediction(model.pretrained, cond))
+
+
+def test_a_unet_alone_equals_torch():
+    # Written by torch, with what torch's network makes of the same inputs.
+    given = dict(np.load(SDXL / "expected.npz"))
+    found = load_pretrained(SDXL, scheduler={"prediction_type": "v_prediction"})
+    assert found.schedule.prediction_type == "v_prediction"
+    cond = {name: given[name] for name in ("encoder_hidden_states", "text_embeds", "time_ids")}
+    x_t, t = (given[name] for name in list(given)[:2])
+    actual = jax.jit(found.apply)(found.params, x_t, t, cond)
+    assert relative_error(actual, given["output"]) < TOLERANCE
+
+
+def test_a_unet_alone_needs_a_scheduler(alone, folders, xl):
     with pytest.raises(
-        ValueError, match="'UNet2DConditionModel': expected .* folder of a pipeline"
-    ):
-        load_pretrained(folder / "unet")
+        ValueError, match="alone is a UNet2DConditionModel without .* pass scheduler="
+    ) as caught:
+        load_pretrained(alone)
+    assert "\n" not in str(caught.value)
+    noise = from_diffusers(SCHEDULER).log_snr
+    scheduler = folders[xl] / "scheduler"
+    for given in (folders[xl], scheduler, scheduler / "scheduler_config.json", SCHEDULER):
+        found = load_pretrained(alone, scheduler=given)
+        np.testing.assert_array_equal(found.schedule.log_snr, noise)
+        assert found.config.scheduler == SCHEDULER
+    (alone / "scheduler").mkdir()
+    for place in (alone, alone / "scheduler"):
+        shutil.copy(scheduler / "scheduler_config.json", place)
+        np.testing.assert_array_equal(load_pretrained(alone).schedule.log_snr, noise)
+        (place / "scheduler_config.json").unlink()
+    given = {"beta_schedule": "squaredcos_cap_v2"}
+    found = load_pretrained(folders[xl] / "unet", scheduler=given)
+    np.testing.assert_array_equal(found.schedule.log_snr, from_diffusers(given).log_snr)
+
+
+def test_a_unet_alone_is_saved_alone(alone, tmp_path):
+    found = perturbed(load_pretrained(alone, scheduler=SCHEDULER))
+    save_pretrained(tmp_path / "saved", found)
+    files = {
+        str(path.relative_to(tmp_path / "saved"))
+        for path in (tmp_path / "saved").rglob("*")
+        if path.is_file()
+    }
+    network = {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert files == network | {"scheduler/scheduler_config.json"}
+    again = load_pretrained(tmp_path / "saved")
+    assert_same(again.params, found.params)
+    assert again.apply == found.apply
+    assert again.config.scheduler == SCHEDULER
+    save_pretrained(tmp_path / "saved", perturbed(again), overwrite=True)
+    assert_same(load_pretrained(tmp_path / "saved").params, perturbed(again).params)
+
+    save_unet(tmp_path / "unet", found)
+    assert {path.name for path in (tmp_path / "unet").iterdir()} == network
+    given = tmp_path / "saved"
+    assert_same(load_pretrained(tmp_path / "unet", scheduler=given).params, found.params)
+
+
+def test_variants_and_shards_of_a_unet_alone(alone):
+    tensors = safetensors.numpy.load_file(weights(alone))
+    half = {name: values.astype(np.float16) for name, values in tensors.items()}
+    safetensors.numpy.save_file(half, alone / "diffusion_pytorch_model.fp16.safetensors")
+    whole = load_pretrained(alone, scheduler=SCHEDULER).params
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16).astype(np.float32), whole)
+    assert_same(load_pretrained(alone, scheduler=SCHEDULER, variant="fp16").params, rounded)
+
+    weights(alone).unlink()
+    weight_map = {}
+    for shard in (1, 2):
+        name = f"diffusion_pytorch_model-0000{shard}-of-00002.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[shard - 1 :: 2]}
+        safetensors.numpy.save_file(part, alone / name)
+        weight_map |= dict.fromkeys(part, name)
+    index = alone / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert_same(load_pretrained(alone, scheduler=SCHEDULER).params, whole)
+    (alone / name).unlink()
+    with pytest.raises(ValueError, match="is not a file beside it"):
+        load_pretrained(alone, scheduler=SCHEDULER)
+
+
+def test_a_unet_alone_is_no_pipeline(alone, folders, xl, tiny_model):
+    for path in (alone, folders[xl] / "unet"):
+        with pytest.raises(
+            ValueError, match="has no model_index.json, .* expected the folder of one of Stable"
+        ) as caught:
+            load_text_to_image(path)
+        assert "\n" not in str(caught.value)
+        assert is_text_to_image(path)
+    assert is_text_to_image(folders[xl])
+    assert not is_text_to_image(tiny_model)
+    assert not is_text_to_image(tiny_model / "unet")
+    assert not is_text_to_image(folders[xl] / "vae")
+    assert not is_text_to_image(folders[xl] / "scheduler")
+
+
+def test_a_unet_alone_takes_no_labels(folders, xl):
+    found = load_pretrained(folders[xl] / "unet")
+    x_t = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
+    for cond in (None, jnp.array([0, 1])):
+        with pytest.raises(ValueError, match="cond must be a|the hidden states of the text must"):
+            jax.eval_shape(found.apply, found.params, x_t, jnp.array([1, 2]), cond)
+
+
+def test_a_unet_alone_that_also_takes_images_is_refused(alone):
+    edit_json(alone / "config.json", in_channels=9)
+    with pytest.raises(ValueError, match=r"config.json: in_channels 9 .* differ: .* inpainting"):
+        load_pretrained(alone, scheduler=SCHEDULER)
+
+
+def test_a_unet_alone_on_the_hub(monkeypatch, alone):
+    calls = []
+
+    def fetch(name, *, allow_patterns):
+        calls.append((name, allow_patterns))
+        return str(alone)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(ValueError, match="owner/name is a UNet2DCond.* pass scheduler="):
+        load_pretrained("owner/name")
+    assert calls == [("owner/name", ["*.json"])]  # nothing large for a model without its noise
+    found = load_pretrained("owner/name", scheduler=SCHEDULER)
+    assert found.config.source == "owner/name"
+    (alone / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    calls.clear()
+    load_pretrained(alone, scheduler="owner/pipeline")
+    assert calls == [("owner/pipeline", ["*.json"])]
 
 
 @pytest.mark.parametrize(
@@ -377,3 +530,44 @@ def test_diffusers_draws_the_same_from_what_is_saved(written_by_torch, tmp_path,
     assert relative_error(ours, theirs) < 1e-4
     # And not those of the model before.
     assert relative_error(draw(model.pretrained.params, cond, free), theirs) > 1e-2
+
+
+@pytest.mark.torch
+def test_diffusers_opens_a_unet_alone(written_by_torch, tmp_path):
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    model = load_text_to_image(written_by_torch)
+    found = perturbed(load_pretrained(written_by_torch / "unet"))
+    save_pretrained(tmp_path / "saved", found)
+    save_unet(tmp_path / "unet", found)
+    cond = encode_prompts(model, PROMPTS)
+    ours = prediction(found, cond)
+    x_t = jax.random.normal(jax.random.key(0), ours.shape)  # as `prediction` draws it
+    given = cond if isinstance(cond, dict) else {"encoder_hidden_states": cond}
+    x_t, *rest = (torch.tensor(np.asarray(values)) for values in (x_t, *given.values()))
+    text, *added = rest
+    added = dict(zip(list(given)[1:], added, strict=True)) or None
+    for place in ("saved", "unet"):
+        network = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / place)
+        with torch.no_grad():
+            theirs = network(
+                x_t.permute(0, 3, 1, 2), torch.arange(2), text, added_cond_kwargs=added
+            ).sample.permute(0, 2, 3, 1)
+        assert relative_error(ours, theirs) < TOLERANCE
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "saved", subfolder="scheduler")
+    np.testing.assert_allclose(
+        scheduler.alphas_cumprod, found.schedule.alphas_cumprod, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("variant", "sharded"), [(None, True), ("fp16", False), ("fp16", True)])
+def test_what_diffusers_saves_of_a_unet_alone_loads(tmp_path, variant, sharded):
+    diffusers = pytest.importorskip("diffusers")
+    options = {name: value for name, value in UNET.items() if name[0] != "_"}
+    network = diffusers.UNet2DConditionModel(**options)
+    size = {"max_shard_size": "20KB"} if sharded else {}
+    network.save_pretrained(tmp_path, variant=variant, **size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == sharded
+    found = load_pretrained(tmp_path, scheduler=SCHEDULER, variant=variant)
+    expected = network.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(found.params["conv_in"]["kernel"], expected)

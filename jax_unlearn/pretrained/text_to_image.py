@@ -19,7 +19,7 @@ from jax_unlearn.models.clip_text import TextEncoding
 from jax_unlearn.models.clip_tokenizer import CLIPTokenizer, load_tokenizer
 from jax_unlearn.pretrained.hub import find_model
 from jax_unlearn.pretrained.networks import Network, load_network
-from jax_unlearn.pretrained.unet import TEXT_TO_IMAGE, Pretrained, load_pretrained
+from jax_unlearn.pretrained.unet import TEXT_TO_IMAGE, Pretrained, load_pretrained, unet_folder
 from jax_unlearn.pretrained.weights import read_json
 from jax_unlearn.typing import Array, Condition, Params
 
@@ -57,13 +57,19 @@ class TextToImage(NamedTuple):
 
 
 def is_text_to_image(path_or_name: str | os.PathLike[str]) -> bool:
-    """Whether a folder or hub name is a pipeline that `load_text_to_image` takes.
+    """Whether a folder or hub name is a model from text to image.
+
+    That is a pipeline that `load_text_to_image` takes, or the `UNet2DConditionModel` of one alone.
+    For the latter `load_text_to_image` says what is missing.
 
     Raises:
-      ValueError: if there is no such model.
+      ValueError: if there is no such model, or its json is malformed.
     """
-    index = find_model(path_or_name)[0] / "model_index.json"
-    return index.is_file() and read_json(index).get("_class_name") in TEXT_TO_IMAGE
+    folder, _ = find_model(path_or_name)
+    index, network = folder / "model_index.json", unet_folder(folder) / "config.json"
+    if index.is_file():
+        return read_json(index).get("_class_name") in TEXT_TO_IMAGE
+    return network.is_file() and read_json(network).get("_class_name") == "UNet2DConditionModel"
 
 
 def load_text_to_image(
@@ -90,6 +96,13 @@ def load_text_to_image(
       ValueError: as `load_pretrained`, if the model is not one from text to image, or if its parts
         do not fit one another.
     """
+    folder, fetch = find_model(path_or_name)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{os.fspath(path_or_name)} has no model_index.json, so nothing that encodes prompts "
+            f"and images: expected the folder of one of {', '.join(TEXT_TO_IMAGE)}. A UNet alone "
+            "is for load_pretrained, and takes prompts that are encoded."
+        )
     pretrained = load_pretrained(path_or_name, dtype=dtype, variant=variant, remat=remat)
     kind = pretrained.config.pipeline.get("_class_name")
     if kind not in TEXT_TO_IMAGE:
@@ -97,7 +110,6 @@ def load_text_to_image(
             f"{os.fspath(path_or_name)} is not conditioned on text: expected one of "
             f"{', '.join(TEXT_TO_IMAGE)}."
         )
-    folder, fetch = find_model(path_or_name)
     parts = [part for part in TEXT_TO_IMAGE[kind] if part != "unet"]
     fetch([f"{part}/{files}" for part in parts for files in ("*.safetensors", "merges.txt")])
     # "text_encoder" before "text_encoder_2", whose hidden states are joined in this order.

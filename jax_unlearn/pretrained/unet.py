@@ -2,8 +2,9 @@
 
 A pipeline folder holds `model_index.json`, `unet/` (`config.json` and safetensors) and
 `scheduler/`, and for text to image also what encodes prompts and images; the first released models
-keep all of it in one folder. `load_pretrained` reads the denoiser of each, and `save_pretrained`
-writes a pipeline folder, which torch users open with `DiffusionPipeline.from_pretrained`.
+keep all of it in one folder. A network alone is a folder of its `config.json` and safetensors.
+`load_pretrained` reads the denoiser of each. `save_pretrained` writes what it was read from: torch
+users open it with `DiffusionPipeline.from_pretrained`, or `UNet2DConditionModel.from_pretrained`.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ __all__ = [
     "relabelled",
     "save_pretrained",
     "save_unet",
+    "unet_folder",
 ]
 
 TEXT_TO_IMAGE = {
@@ -43,6 +45,7 @@ TEXT_TO_IMAGE = {
 }  # fmt: skip
 """The pipelines from text to image, and the parts that they must have."""
 
+_TEXT_NETWORK = "UNet2DConditionModel"
 # What a part is read from; the rest of a folder are pickles and the files of other frameworks.
 _SUFFIXES = (".json", ".txt", ".safetensors")
 # These do not noise by x_t = α x_0 + σ ε at integer t, or noise what is no continuous image.
@@ -60,7 +63,8 @@ class PretrainedConfig:
       null_label: the label that stands for "no label" in classifier-free guidance, or None.
       source: where the model was loaded from.
       name: what reports call it; "" is its source.
-      pipeline: the raw `model_index.json` of a pipeline from text to image, else {}.
+      pipeline: the raw `model_index.json` of a pipeline from text to image; {} for others, and
+        for a `UNet2DConditionModel` alone.
     """
 
     unet: dict[str, Any]
@@ -72,13 +76,18 @@ class PretrainedConfig:
     name: str = ""
 
     @property
+    def text_conditional(self) -> bool:
+        """Whether the denoiser takes encoded prompts as its condition, not labels or nothing."""
+        return self.unet.get("_class_name") == _TEXT_NETWORK
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of what is denoised: an image, or latents.
 
         Raises:
           ValueError: if the config has no `sample_size`.
         """
-        network = UNet2DConditionConfig if self.pipeline else UNet2DConfig
+        network = UNet2DConditionConfig if self.text_conditional else UNet2DConfig
         return network.from_diffusers(self.unet).sample_shape
 
     @property
@@ -152,25 +161,33 @@ class Pretrained(NamedTuple):
 def load_pretrained(
     path_or_name: str | os.PathLike[str],
     *,
+    scheduler: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     dtype: Any = None,
     variant: str | None = None,
     remat: bool = False,
 ) -> Pretrained:
-    """Loads the denoiser of a diffusers pipeline with its schedule, without torch.
+    """Loads the denoiser of a diffusers pipeline, or one alone, with its schedule, without torch.
 
-    Of pixel-space pipelines that is a `UNet2DModel`, and `cond` are labels [batch] or None. Of
-    `StableDiffusionPipeline` and `StableDiffusionXLPipeline` it is a `UNet2DConditionModel` on
-    latents, and `cond` are encoded prompts: `text_to_image.load_text_to_image` also loads what
-    makes these.
+    A `UNet2DModel` denoises pixels, and `cond` are labels [batch] or None. A
+    `UNet2DConditionModel`, that of `StableDiffusionPipeline` and `StableDiffusionXLPipeline`,
+    denoises latents. Its `cond` are encoded prompts: hidden states [batch, tokens, dim], or for
+    SDXL the dict that `UNet2DConditionModel` documents. `text_to_image.load_text_to_image` loads
+    a pipeline with what makes these.
 
     Parameters are float32 whatever the weights are stored in. `model_index.json` may name the
     labels as `id2label`, as DiT's pipelines do; a network with one embedding more than labels
     takes its last one for "no label".
 
+    A network alone is a folder of `config.json` beside its weights. Its `scheduler_config.json` is
+    looked for beside them, in `scheduler/`, and, if the folder is named `unet`, in the
+    `scheduler/` next to it. Without one a `UNet2DModel` is taken for a DDPM with diffusers'
+    defaults. A `UNet2DConditionModel` has no such default: its scheduler must be given.
+
     Args:
-      path_or_name: a pipeline folder, a folder of `config.json` beside its weights (of a
-        `UNet2DModel`), or `owner/name` on the Hugging Face hub, of which only json and
-        safetensors are fetched.
+      path_or_name: a pipeline folder, a network alone, or `owner/name` of either on the Hugging
+        Face hub, of which only json and safetensors are fetched.
+      scheduler: in place of the one that is found: the content of a `scheduler_config.json`, its
+        path, that of its folder, or a pipeline's folder or name on the hub.
       dtype: computing dtype, e.g. `jnp.bfloat16`; None computes in that of the images.
       variant: which of several sets of weights, e.g. "fp16" or "non_ema"; None takes the
         unnamed one, or the only one.
@@ -183,39 +200,46 @@ def load_pretrained(
     Raises:
       ValueError: if there is no such model, if it is of another class, lacks a part or needs an
         option that is not supported, if its weights are pickled, damaged, not finite, missing,
-        misshapen or of no parameter.
+        misshapen or of no parameter, or if a `UNet2DConditionModel` alone has no scheduler.
+
+    Example:
+      A UNet alone, inside the folder of its pipeline:
+
+      >>> from jax_unlearn.app import embedded
+      >>> model = load_pretrained(embedded.text_model_path() / "unet")
+      >>> model.config.sample_shape, model.config.text_conditional
+      ((8, 8, 4), True)
+      >>> given = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50}
+      >>> load_pretrained(embedded.model_path(), scheduler=given).schedule.num_steps
+      50
     """
     folder, fetch = find_model(path_or_name)
     index = folder / "model_index.json"
     index = read_json(index) if index.is_file() else {}
     _check_pipeline(index, folder)
-    text_to_image = index.get("_class_name") in TEXT_TO_IMAGE
-    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
-    unet = read_json(unet_folder / "config.json")
-    kind = "UNet2DConditionModel" if text_to_image else "UNet2DModel"
-    if unet.get("_class_name") != kind:
-        raise ValueError(
-            f"{unet_folder / 'config.json'} is of class {unet.get('_class_name')!r}: expected a "
-            f"{kind!r}, or the folder of a pipeline from text to image."
-        )
+    network_folder = unet_folder(folder)
+    unet = read_json(network_folder / "config.json")
     try:
-        network = (UNet2DConditionConfig if text_to_image else UNet2DConfig).from_diffusers(unet)
-        if text_to_image and network.in_channels != network.out_channels:
-            raise ValueError(
-                f"in_channels {network.in_channels} and out_channels {network.out_channels} "
-                "differ: networks that also take an image, as for inpainting, are not supported."
-            )
+        network = _read_network(unet, index)
     except ValueError as error:
-        raise ValueError(f"{unet_folder / 'config.json'}: {error}") from error
-    scheduler = _read_scheduler(folder)
+        raise ValueError(f"{network_folder / 'config.json'}: {error}") from error
+    found, where = _find_scheduler(folder) if scheduler is None else _given_scheduler(scheduler)
+    of_text = isinstance(network, UNet2DConditionConfig)
+    if found is None and of_text:
+        raise ValueError(
+            f"{os.fspath(path_or_name)} is a {_TEXT_NETWORK} without a scheduler_config.json, so "
+            "that its noise is unknown: pass scheduler=, the path of its pipeline or of its "
+            "scheduler_config.json, or what that holds."
+        )
+    read = {} if found is None else found
     try:
-        schedule = from_diffusers(scheduler)
+        schedule = _read_schedule(read)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"the scheduler_config.json of {folder}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     dtype = None if dtype is None else jnp.dtype(dtype)
-    id2label, null_label, pipeline = None, None, {}
+    id2label, null_label = None, None
     if isinstance(network, UNet2DConditionConfig):
-        apply, pipeline = UNet2DConditionDenoiser(network, dtype, remat), index
+        apply = UNet2DConditionDenoiser(network, dtype, remat)
     else:
         id2label = _read_labels(index, network, folder)
         if id2label is not None and network.num_class_embeds == len(id2label) + 1:
@@ -225,11 +249,15 @@ def load_pretrained(
     only = f".{variant}" if variant else ""
     stem = f"diffusion_pytorch_model*{only}*.safetensors"
     fetch([f"unet/{stem}", stem])
-    params = load_network(unet_folder, variant=variant).params
-    config = PretrainedConfig(
-        unet, scheduler, id2label, null_label, os.fspath(path_or_name), pipeline
-    )
+    params = load_network(network_folder, variant=variant).params
+    source, pipeline = os.fspath(path_or_name), index if of_text else {}
+    config = PretrainedConfig(unet, read, id2label, null_label, source, pipeline)
     return Pretrained(apply, params, schedule, config)
+
+
+def unet_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Where the denoiser of a model's folder lies: in `unet/`, or in the folder itself."""
+    return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def relabelled(params: Params, labels: Sequence[int], base: int) -> Params:
@@ -252,7 +280,10 @@ def save_pretrained(
     overwrite: bool = False,
     hard_links: bool = False,
 ) -> None:
-    """Writes a pipeline folder that diffusers and `load_pretrained` open.
+    """Writes a folder that diffusers and `load_pretrained` open.
+
+    It is a pipeline folder. Only a `UNet2DConditionModel` that was loaded alone is written alone,
+    with its `scheduler/`: there is nothing else to make a pipeline of.
 
     The folder appears complete or not at all: it is written beside its place and renamed. The
     parts of a pipeline from text to image that are not trained come from `config.source`; of
@@ -271,6 +302,7 @@ def save_pretrained(
         source is gone or cannot be linked.
     """
     config = pretrained.config
+    alone = config.text_conditional and not config.pipeline
     names = {
         "_class_name": "UNet2DModel",
         "_diffusers_version": config.unet.get("_diffusers_version", "0.35.0"),
@@ -286,11 +318,13 @@ def save_pretrained(
         index["id2label"] = {str(label): name for label, name in config.id2label.items()}
 
     with new_folder(path, overwrite=overwrite) as folder:
-        (folder / "unet").mkdir()
+        network = folder if alone else folder / "unet"
+        network.mkdir(exist_ok=True)
         (folder / "scheduler").mkdir()
-        write_json(folder / "model_index.json", index)
+        if not alone:
+            write_json(folder / "model_index.json", index)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        write_network(folder / "unet", names | config.unet, pretrained.params)
+        write_network(network, names | config.unet, pretrained.params)
         if unchanged := sorted(_parts(config.pipeline) - {"unet", "scheduler"}):
             source, fetch = find_model(config.source)
             fetch([f"{part}/*{suffix}" for part in unchanged for suffix in _SUFFIXES])
@@ -302,6 +336,8 @@ def save_unet(
     path: str | os.PathLike[str], pretrained: Pretrained, *, overwrite: bool = False
 ) -> None:
     """Writes the denoiser alone, a folder that `UNet2DConditionModel.from_pretrained` opens.
+
+    Its noise is not in it: `load_pretrained` takes such a folder with `scheduler=`.
 
     Raises:
       ValueError: as `save_pretrained`.
@@ -357,22 +393,64 @@ def _check_pipeline(index: Mapping[str, Any], folder: pathlib.Path) -> None:
         raise ValueError(f"{folder} is a {kind} without the folders {missing}.")
 
 
-def _read_scheduler(folder: pathlib.Path) -> dict[str, Any]:
-    """The scheduler's config, wherever it lies; {}, which is DDPM, where there is none."""
+def _read_network(
+    unet: Mapping[str, Any], index: Mapping[str, Any]
+) -> UNet2DConfig | UNet2DConditionConfig:
+    """The options in a `config.json`, of the class that the pipeline has, if it is in one."""
+    expected = ["UNet2DModel", _TEXT_NETWORK]
+    if index:
+        expected = expected[1:] if index.get("_class_name") in TEXT_TO_IMAGE else expected[:1]
+    kind = unet.get("_class_name")
+    if kind not in expected:
+        raise ValueError(f"is of class {kind!r}: expected {' or '.join(map(repr, expected))}.")
+    if kind != _TEXT_NETWORK:
+        return UNet2DConfig.from_diffusers(unet)
+    network = UNet2DConditionConfig.from_diffusers(unet)
+    if network.in_channels != network.out_channels:
+        raise ValueError(
+            f"in_channels {network.in_channels} and out_channels {network.out_channels} "
+            "differ: networks that also take an image, as for inpainting, are not supported."
+        )
+    return network
+
+
+def _find_scheduler(folder: pathlib.Path) -> tuple[dict[str, Any] | None, str]:
+    """The scheduler's config, wherever it lies, or None; and where that is."""
     places = [folder / "scheduler", folder]
     if folder.absolute().name == "unet":  # The bare network inside a pipeline folder.
         places.append(folder.absolute().parent / "scheduler")
     for place in places:
-        if (place / "scheduler_config.json").is_file():
-            scheduler = read_json(place / "scheduler_config.json")
-            kind = str(scheduler.get("_class_name", "DDPMScheduler"))
-            if _OTHER_PROCESSES.search(kind):
-                raise ValueError(
-                    f"{place / 'scheduler_config.json'} is a {kind}: expected a scheduler of a "
-                    "discrete variance-preserving process, such as DDPMScheduler."
-                )
-            return scheduler
-    return {}
+        path = place / "scheduler_config.json"
+        if path.is_file():
+            return read_json(path), os.fspath(path)
+    return None, f"the scheduler_config.json of {folder}"
+
+
+def _given_scheduler(
+    scheduler: str | os.PathLike[str] | Mapping[str, Any],
+) -> tuple[dict[str, Any], str]:
+    """The config that the argument `scheduler` holds or leads to, and where that is."""
+    if isinstance(scheduler, Mapping):
+        return dict(scheduler), "scheduler"
+    if not isinstance(scheduler, str | os.PathLike):
+        raise ValueError(f"scheduler must be a path or a mapping, not {type(scheduler)}.")
+    path = pathlib.Path(scheduler)
+    if path.is_file():
+        return read_json(path), os.fspath(path)
+    found, where = _find_scheduler(find_model(scheduler)[0])
+    if found is None:
+        raise ValueError(f"scheduler {os.fspath(scheduler)} has no scheduler_config.json.")
+    return found, where
+
+
+def _read_schedule(scheduler: Mapping[str, Any]) -> NoiseSchedule:
+    kind = str(scheduler.get("_class_name", "DDPMScheduler"))
+    if _OTHER_PROCESSES.search(kind):
+        raise ValueError(
+            f"is of class {kind!r}: expected a scheduler of a discrete variance-preserving "
+            "process, such as 'DDPMScheduler'."
+        )
+    return from_diffusers(scheduler)
 
 
 def _read_labels(
