@@ -25,7 +25,6 @@ __all__ = [
     "expand",
     "from_diffusers",
     "noise_schedule",
-    "prediction_target",
     "timesteps",
 ]
 
@@ -48,6 +47,16 @@ class NoiseSchedule:
       spacing: how a sampler spreads fewer than T steps: "leading", "trailing", "linspace".
       steps_offset: added to the "leading" steps.
       final_alpha_cumprod_one: whether DDIM's last step goes to ᾱ = 1 (else to ᾱ_0).
+
+    Example:
+      ᾱ = 0.9, 0.5 and 0.1; `noise_schedule` makes the usual ones.
+
+      >>> import jax.numpy as jnp
+      >>> from jax.scipy.special import logit
+      >>> from jax_unlearn import schedules
+      >>> schedule = schedules.NoiseSchedule(logit(jnp.array([0.9, 0.5, 0.1])))
+      >>> schedule.num_steps, [round(float(a), 3) for a in schedule.alphas_cumprod]
+      (3, [0.9, 0.5, 0.1])
     """
 
     log_snr: Array
@@ -111,6 +120,14 @@ def noise_schedule(
 
     Raises:
       ValueError: for an unknown name, or betas outside (0, 1).
+
+    Example:
+      Each step halves the signal's variance: ᾱ = 0.5, 0.25, 0.125.
+
+      >>> from jax_unlearn import schedules
+      >>> schedule = schedules.noise_schedule(trained_betas=[0.5, 0.5, 0.5], clip_range=1.0)
+      >>> [round(float(a), 3) for a in schedule.alphas_cumprod], schedule.clip_range
+      ([0.5, 0.25, 0.125], 1.0)
     """
     if trained_betas is not None:
         betas = np.asarray(trained_betas, np.float64)
@@ -147,12 +164,25 @@ def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     """Makes the noise schedule of a diffusers `scheduler_config.json`.
 
     DDPM, DDIM, PNDM and the other discrete schedulers share the fields that define the
-    process a network was trained on; missing ones take diffusers' defaults for the class (DDPM
-    and DDIM clip x_0, PNDM and the ODE solvers do not). Fields of a particular solver, whose
+    process a network was trained on. Missing ones take diffusers' defaults for the class: DDPM
+    and DDIM clip x_0, PNDM and the ODE solvers do not. Fields of a particular solver, whose
     names are not read here, do not change that process.
+
+    Args:
+      config: the file's content, as a mapping.
 
     Raises:
       ValueError: for a schedule, prediction or variance type that is not supported.
+
+    Example:
+      >>> from jax_unlearn import schedules
+      >>> schedule = schedules.from_diffusers(
+      ...     {"_class_name": "DDIMScheduler", "num_train_timesteps": 50, "beta_end": 0.5}
+      ... )
+      >>> schedule.num_steps, schedule.clip_range, schedule.prediction_type
+      (50, 1.0, 'epsilon')
+      >>> round(float(schedule.alphas_cumprod[0]), 6)  # 1 − beta_start
+      0.9999
     """
     for name, allowed in _NEUTRAL.items():
         if name in config and config[name] not in allowed:
@@ -186,25 +216,67 @@ def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def expand(values: Array, like: Array) -> Array:
-    """Trailing axes of one, until `values` [batch] has as many axes as `like` [batch, ...]."""
+    """Trailing axes of one, until `values` [batch] has as many axes as `like` [batch, ...].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import schedules
+      >>> images, scales = jnp.ones((2, 3, 3, 1)), jnp.array([10.0, 20.0])
+      >>> schedules.expand(scales, images).shape
+      (2, 1, 1, 1)
+      >>> [float(image.max()) for image in schedules.expand(scales, images) * images]
+      [10.0, 20.0]
+    """
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
 def alpha_sigma(log_snr: Array, like: Array) -> tuple[Array, Array]:
-    """α = √sigmoid(logSNR) and σ = √sigmoid(−logSNR), shaped to broadcast over `like`."""
+    """α = √sigmoid(logSNR) and σ = √sigmoid(−logSNR), shaped to broadcast over `like`.
+
+    Args:
+      log_snr: [batch] or a scalar.
+      like: [batch, ...].
+
+    Example:
+      ᾱ = 0.36, so that α = 0.6 and σ = 0.8.
+
+      >>> import jax.numpy as jnp
+      >>> from jax.scipy.special import logit
+      >>> from jax_unlearn import schedules
+      >>> alpha, sigma = schedules.alpha_sigma(logit(jnp.array([0.36])), jnp.ones((1, 2)))
+      >>> round(float(alpha[0, 0]), 3), round(float(sigma[0, 0]), 3)
+      (0.6, 0.8)
+    """
     alpha = jnp.sqrt(jax.nn.sigmoid(log_snr))
     sigma = jnp.sqrt(jax.nn.sigmoid(-log_snr))
     return expand(alpha, like), expand(sigma, like)
 
 
 def add_noise(*, x_0: Array, noise: Array, log_snr: Array) -> Array:
-    """x_t = α x_0 + σ ε, for `log_snr` [batch] or a scalar."""
+    """x_t = α x_0 + σ ε, the forward process, [batch, ...].
+
+    Args:
+      x_0: clean images [batch, ...].
+      noise: ε, standard normal, the shape of x_0.
+      log_snr: of x_t, [batch] or a scalar.
+
+    Example:
+      ᾱ = 0.36: 0.6 · 1 + 0.8 · 2.
+
+      >>> import jax.numpy as jnp
+      >>> from jax.scipy.special import logit
+      >>> from jax_unlearn import schedules
+      >>> one = jnp.ones((1, 1))
+      >>> x_t = schedules.add_noise(x_0=one, noise=2 * one, log_snr=logit(jnp.array([0.36])))
+      >>> round(float(x_t[0, 0]), 3)
+      2.2
+    """
     alpha, sigma = alpha_sigma(log_snr, x_0)
     return alpha * x_0 + sigma * noise
 
 
 class Predictions(NamedTuple):
-    """One prediction in every coordinate, each of the shape of x_t."""
+    """One prediction in every coordinate, each of the shape of x_t: what `convert` returns."""
 
     epsilon: Array
     x_0: Array
@@ -220,13 +292,13 @@ def convert(
     prediction_type: str,
     clip_range: float | None = None,
 ) -> Predictions:
-    """Converts a network's prediction to ε, x_0, v and the score.
+    """x_0 = α x_t − σ v = (x_t − σ ε)/α, ε = σ x_t + α v, v = α ε − σ x_0 and score = −ε/σ.
 
-    x_t = α x_0 + σ ε;  v = α ε − σ x_0, so x_0 = α x_t − σ v and ε = σ x_t + α v;
-    score = −ε/σ. With a clip_range x_0 is clipped to it, and the others are made to fit:
-    ε = (x_t − α clip(x_0))/σ. At high noise the difference is large: an ε that is off by 1 % where
-    α = 10⁻⁴ puts x_0 off by 100, and clipping mends it. At zero SNR x_0 and v do not follow from ε:
-    the division gives inf or nan there; the clipped ε is x_t/σ.
+    All four follow from the one that a network predicts, since x_t = α x_0 + σ ε. With a
+    clip_range x_0 is clipped to it, and the others are made to fit: ε = (x_t − α clip(x_0))/σ. At
+    high noise the difference is large. An ε that is off by 1 % where α = 10⁻⁴ puts x_0 off by 100,
+    and clipping mends it. At zero SNR x_0 and v do not follow from ε: the division gives inf or nan
+    there, and the clipped ε is x_t/σ.
 
     Args:
       prediction: the network's output, the shape of x_t.
@@ -237,6 +309,20 @@ def convert(
 
     Raises:
       ValueError: for another prediction type.
+
+    Example:
+      At ᾱ = 0.36 the noise of x_t = 2.2 is predicted as 2. Then x_0 = (2.2 − 0.8 · 2)/0.6 = 1,
+      v = 0.6 · 2 − 0.8 · 1 = 0.4, and the score is −2/0.8.
+
+      >>> import jax.numpy as jnp
+      >>> from jax.scipy.special import logit
+      >>> from jax_unlearn import schedules
+      >>> found = schedules.convert(
+      ...     jnp.array([[2.0]]), x_t=jnp.array([[2.2]]), log_snr=logit(jnp.array([0.36])),
+      ...     prediction_type="epsilon",
+      ... )
+      >>> [round(float(value[0, 0]), 3) for value in found]
+      [2.0, 1.0, 0.4, -2.5]
     """
     alpha, sigma = alpha_sigma(log_snr, x_t)
     if prediction_type == "epsilon":
@@ -266,7 +352,28 @@ def convert(
 def clipped(
     prediction: Array, schedule: NoiseSchedule, *, x_t: Array, log_snr: Array
 ) -> Predictions:
-    """What the schedule's samplers go on with: `convert` with its type and its clipping of x_0."""
+    """What the schedule's samplers go on with: `convert` with its type and its clipping of x_0.
+
+    Args:
+      prediction: the network's output, the shape of x_t.
+      schedule: gives the prediction type and the clip range.
+      x_t: noisy images [batch, ...].
+      log_snr: of x_t, [batch] or a scalar.
+
+    Example:
+      At ᾱ = 0.36 the estimate (2.2 − 0.8 · 0)/0.6 = 3.67 is no pixel value. It becomes 1, and the
+      noise (2.2 − 0.6 · 1)/0.8 = 2.
+
+      >>> import jax.numpy as jnp
+      >>> from jax.scipy.special import logit
+      >>> from jax_unlearn import schedules
+      >>> schedule = schedules.noise_schedule(clip_range=1.0)
+      >>> found = schedules.clipped(
+      ...     jnp.array([[0.0]]), schedule, x_t=jnp.array([[2.2]]), log_snr=logit(jnp.array([0.36]))
+      ... )
+      >>> round(float(found.x_0[0, 0]), 3), round(float(found.epsilon[0, 0]), 3)
+      (1.0, 2.0)
+    """
     return convert(
         prediction,
         x_t=x_t,
@@ -276,26 +383,29 @@ def clipped(
     )
 
 
-def prediction_target(*, x_0: Array, noise: Array, log_snr: Array, prediction_type: str) -> Array:
-    """What a network of this prediction type is trained to output: ε, x_0 or α ε − σ x_0."""
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "sample":
-        return x_0
-    if prediction_type == "v_prediction":
-        alpha, sigma = alpha_sigma(log_snr, x_0)
-        return alpha * noise - sigma * x_0
-    raise ValueError(f"prediction_type {prediction_type!r} is not one of {_PREDICTION_TYPES}.")
-
-
 def timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """The time steps of a sampler of `steps` steps, decreasing, [steps], as diffusers spaces them.
 
     "leading": i·⌊T/steps⌋ + offset; "trailing": T − i·T/steps − 1; "linspace": from T−1 to 0
     (Lin et al. 2023, table 2).
 
+    Args:
+      schedule: gives T, the spacing and the offset.
+      steps: how many.
+
     Raises:
       ValueError: if `steps` is not in [1, T], or the offset leaves the schedule.
+
+    Example:
+      Only "leading" ends short of the noise, and only "trailing" short of the image.
+
+      >>> from jax_unlearn import schedules
+      >>> for spacing in ("leading", "trailing", "linspace"):
+      ...     schedule = schedules.noise_schedule(spacing=spacing)
+      ...     print(spacing, schedules.timesteps(schedule, 4).tolist())
+      leading [750, 500, 250, 0]
+      trailing [999, 749, 499, 249]
+      linspace [999, 666, 333, 0]
     """
     total = schedule.num_steps
     if not 1 <= steps <= total:

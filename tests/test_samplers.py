@@ -300,6 +300,23 @@ def test_guidance_is_two_forward_passes():
         np.testing.assert_allclose(predict(x_t, t), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_denoising_from_the_middle_ends_where_the_whole_sample_does():
+    schedule = schedules.noise_schedule(num_steps=50, final_alpha_cumprod_one=False)
+    predict = gaussian_denoiser(schedule)
+    x = jax.random.normal(jax.random.key(0), (4, 1))
+    whole = samplers.sample(predict, schedule, jax.random.key(1), x, steps=10)
+    rest = samplers.denoise(predict, schedule, whole.x[6], whole.t[6:])
+    np.testing.assert_allclose(rest.x_0, whole.x_0, rtol=1e-6)
+    np.testing.assert_allclose(rest.x, whole.x[6:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"method": "ddpm"}, {"eta": 0.5}])
+def test_what_draws_noise_needs_a_key(options):
+    schedule = schedules.noise_schedule()
+    with pytest.raises(ValueError, match="pass a key"):
+        samplers.denoise(gaussian_denoiser(schedule), schedule, jnp.ones((1, 1)), [5], **options)
+
+
 def test_bad_calls_are_refused():
     schedule, x = schedules.noise_schedule(), jnp.zeros((1, 1))
     with pytest.raises(ValueError, match="euler"):

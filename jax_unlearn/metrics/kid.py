@@ -16,15 +16,14 @@ def kernel_distance(
     gamma: float | None = None,
     coef0: float = 1.0,
 ) -> Estimate:
-    """The unbiased squared maximum mean discrepancy under a polynomial kernel.
-
-    With k(a, b) = (γ a·b + c)^degree, of n features x and m features y,
+    """MMD², the unbiased squared maximum mean discrepancy under a polynomial kernel.
 
       MMD² = Σ_{i≠j} k(x_i, x_j) / (n(n−1)) + Σ_{i≠j} k(y_i, y_j) / (m(m−1))
              − 2 Σ_{ij} k(x_i, y_j) / (nm),
 
-    whose mean is 0 when both sets come from one distribution, at any n and m; a single value can
-    therefore be negative. At the defaults, γ = 1/d, c = 1 and degree 3, this is the KID.
+    of n features x and m features y, with k(a, b) = (γ a·b + c)^degree. Its mean is 0 when both
+    sets come from one distribution, at any n and m; a single value can therefore be negative. At
+    the defaults, γ = 1/d, c = 1 and degree 3, this is the KID.
 
     The standard error is that of this statistic exactly, not of averages over random subsets.
     The Hoeffding terms of the two-sample U-statistic are uncorrelated, so that
@@ -34,8 +33,8 @@ def kernel_distance(
     where A_x is the variance over x of E k(x, x′) − E k(x, y), and B is the mean square of k less
     its two projections. Both are estimated without bias: B by U-centred kernel matrices, A by
     the variance of the row means less what B puts into it. The last three terms are all there
-    is when the distributions agree. An estimate of A below zero counts as 0, which makes
-    the error somewhat too large, never too small on average, when they (nearly) do.
+    is when the distributions agree. An estimate of A below zero counts as 0. When they (nearly)
+    agree this makes the error somewhat too large, never too small on average.
 
     Time and memory are O(n² + m² + nm). Float32 rounds the value at about 1e-7 times the mean
     kernel; `jax.enable_x64` lowers that.
@@ -57,6 +56,15 @@ def kernel_distance(
       Bińkowski, Sutherland, Arbel, Gretton, "Demystifying MMD GANs", 2018 (the estimator).
       Székely, Rizzo, "Partial distance correlation with methods for dissimilarities", 2014
       (U-centring).
+
+    Example:
+      Four features against the same four: k is 8 for equal signs and 0 for opposite ones. So it is
+      32/12 + 32/12 − 2 · 64/16, negative as an unbiased estimate of 0 may be.
+
+      >>> from jax_unlearn import metrics
+      >>> x = [[-1.0], [-1.0], [1.0], [1.0]]
+      >>> round(float(metrics.kernel_distance(x, x).value), 3)
+      -2.667
     """
     x, y = jnp.asarray(x_features), jnp.asarray(y_features)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 4:

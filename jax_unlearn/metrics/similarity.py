@@ -1,16 +1,15 @@
 """Similarity of generated to forgotten images in a feature space.
 
-The protocol of the SSCD score of memorisation: add noise to a forgotten image up to step t,
-denoise it with the model (`reconstruct`), and compare the features of the result with those
-of the original (`cosine_similarity`) or of a whole set (`nearest_neighbours`). A model that
-remembers the image completes it; one that has forgotten it makes another image of its kind.
+The protocol of the SSCD score of memorisation has two steps. `reconstruct` adds noise to a
+forgotten image up to step t and denoises it with the model. Then `cosine_similarity` compares the
+features of the result with those of the original, or `nearest_neighbours` with those of a set. A
+model that remembers the image completes it; one that has forgotten it makes another of its kind.
 The feature extractor is the caller's.
 """
 
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -29,6 +28,13 @@ def cosine_similarity(x: ArrayLike, y: ArrayLike) -> Array:
 
     Raises:
       ValueError: if the shapes differ.
+
+    Example:
+      The angle between (1, 0) and (1, 1) is 45°, and cos 45° = 0.707.
+
+      >>> from jax_unlearn import metrics
+      >>> round(float(metrics.cosine_similarity([1.0, 0.0], [1.0, 1.0])), 3)
+      0.707
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
     if x.shape != y.shape or x.ndim == 0:
@@ -55,6 +61,15 @@ def nearest_neighbours(queries: ArrayLike, bank: ArrayLike, *, k: int = 1) -> tu
 
     Raises:
       ValueError: if the shapes do not match, or k is not in [1, m].
+
+    Example:
+      The direction counts and the length does not: (5, 5) points as (1, 1) does.
+
+      >>> from jax_unlearn import metrics
+      >>> bank = [[1.0, 0.0], [5.0, 5.0], [0.0, 1.0]]
+      >>> similarity, index = metrics.nearest_neighbours([[1.0, 1.0]], bank)
+      >>> round(float(similarity[0, 0]), 3), int(index[0, 0])
+      (1.0, 1)
     """
     queries, bank = jnp.asarray(queries), jnp.asarray(bank)
     if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
@@ -105,6 +120,18 @@ def reconstruct(
     References:
       Song, Meng, Ermon, "Denoising diffusion implicit models", 2021, eq. 12.
       Pizzi et al., "A self-supervised descriptor for image copy detection", 2022 (SSCD).
+
+    Example:
+      A model that knows two points, −1 and 1, gets 0.9 with noise: it completes 1.
+
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import metrics, mixtures, schedules
+      >>> schedule = schedules.noise_schedule(num_steps=100, beta_end=0.2)
+      >>> model = mixtures.denoiser(mixtures.gaussian_mixture([[-1.0], [1.0]], 1e-6), schedule)
+      >>> x_0, noise = jnp.full((1, 1), 0.9), jnp.full((1, 1), 0.3)
+      >>> found = metrics.reconstruct(model, schedule, x_0, noise, start=40, steps=10)
+      >>> round(float(found[0, 0]), 2)
+      1.0
     """
     x_0, noise = jnp.asarray(x_0), jnp.asarray(noise)
     if x_0.shape != noise.shape:
@@ -113,26 +140,10 @@ def reconstruct(
         raise ValueError(f"start must be in [0, {schedule.num_steps}), not {start}.")
     if not 1 <= steps <= start + 1:
         raise ValueError(f"from step {start} there are 1 to {start + 1} steps, not {steps}.")
-    schedule = dataclasses.replace(schedule, prediction_type="epsilon")
-    times = jnp.asarray(np.linspace(start, 0, steps).round().astype(np.int32))
-    log_snr = schedule.log_snr[times]
-    final = jnp.inf if schedule.final_alpha_cumprod_one else schedule.log_snr[0]
-
-    def body(x_t: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        t, log_snr_t, log_snr_s = inputs
-        x_s = samplers.ddim_step(
-            predict_epsilon(x_t, jnp.full(x_t.shape[:1], t)),
-            x_t=x_t,
-            noise=jnp.zeros_like(x_t),
-            log_snr_t=log_snr_t,
-            log_snr_s=log_snr_s,
-            schedule=schedule,
-        )
-        return x_s, None
-
     x_start = add_noise(x_0=x_0, noise=noise, log_snr=schedule.log_snr[start])
-    following = jnp.append(log_snr[1:], final)
-    return jax.lax.scan(body, x_start, (times, log_snr, following))[0]
+    times = np.linspace(start, 0, steps).round().astype(np.int32)
+    schedule = dataclasses.replace(schedule, prediction_type="epsilon")
+    return samplers.denoise(predict_epsilon, schedule, x_start, times).x_0
 
 
 def _normalised(features: Array) -> Array:
