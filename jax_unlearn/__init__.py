@@ -23,28 +23,33 @@ from jax_unlearn import (
     sharding,
 )
 from jax_unlearn.formulations import (
-    Batch,
-    ConditionBatch,
-    Examples,
-    Forget,
-    Formulation,
-    Held,
-    Points,
-    PosteriorBatch,
-    SampleBatch,
-    Samples,
-    Separated,
+    distill_likelihood,
+    distill_posterior,
+    distill_reverse_kl,
     forward_kl,
     likelihood,
     mixed,
     reverse_kl,
 )
+from jax_unlearn.minibatched import minibatched
 from jax_unlearn.primal_dual import (
     PrimalDual,
     PrimalDualInfo,
     PrimalDualState,
     certificate,
     primal_dual,
+)
+from jax_unlearn.problem import (
+    Batch,
+    Conditions,
+    Images,
+    Losses,
+    NoisyPoints,
+    Problem,
+    Samples,
+    TrajectoryPoints,
+    lagrangian,
+    violations,
 )
 from jax_unlearn.schedules import NoiseSchedule
 

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jax_unlearn.primal_dual import PrimalDual
+
 __all__ = ["check_rows", "data_mesh", "jit_step", "pmap_step", "replicate", "shard_batch"]
 
 AXIS = "data"
@@ -41,49 +43,51 @@ def check_rows(rows: int, devices: int) -> None:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Puts arrays whole on every device of the mesh.
 
-    Do this with the first state, which is on one device: `jit_step` would take it as it is, and
+    Do this with the reference and with the first state, which are on one device: `jit_step` would
     compile once more when its own, replicated, state comes back.
     """
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
-    """A step (key, state, batch) -> (state, info), compiled, its state donated but the reference.
+def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Any:
+    """A step (key, state, reference, batch) -> (state, info), compiled, its state donated.
 
-    On a mesh the state is replicated and the batch split over "data"; the compiler inserts
-    the reductions. The step is that of `primal_dual` built without an axis_name, or a
-    function around it: for a dual batch, `lambda key, state, both: algorithm.step(key, state,
-    *both)`, given `shard_batch((batch, dual_batch), mesh)`. So too for `pmap_step`.
+    On a mesh the state and the reference are replicated and the batch split over "data"; the
+    compiler inserts the reductions. The step is that of `primal_dual` built without an axis_name,
+    or a function around it: for a dual batch, `lambda key, state, reference, both:
+    algorithm.step(key, state, reference, *both)`, given `shard_batch((batch, dual_batch), mesh)`.
     """
-
-    def apart(key: Any, moving: Any, reference: Any, batch: Any) -> tuple[Any, Any]:
-        state, info = step(key, moving._replace(reference=reference), batch)
-        return state._replace(reference=None), info
-
     if mesh is None:
-        compiled = jax.jit(apart, donate_argnums=1)
-    else:
-        replicated = NamedSharding(mesh, PartitionSpec())
-        split = NamedSharding(mesh, PartitionSpec(AXIS))
-        compiled = jax.jit(
-            apart,
-            in_shardings=(replicated, replicated, replicated, split),
-            out_shardings=replicated,
-            donate_argnums=1,
-        )
-
-    def call(key: Any, state: Any, batch: Any) -> tuple[Any, Any]:
-        moved, info = compiled(key, state._replace(reference=None), state.reference, batch)
-        return moved._replace(reference=state.reference), info
-
-    return call
+        return jax.jit(step, donate_argnums=1)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.jit(
+        step,
+        in_shardings=(replicated, replicated, replicated, split),
+        out_shardings=replicated,
+        donate_argnums=1,
+    )
 
 
-def pmap_step(step: Callable[..., Any], devices: Sequence[jax.Device] | None = None) -> Any:
-    """The same step under `jax.pmap` over the axis "data".
+def pmap_step(algorithm: PrimalDual, devices: Sequence[jax.Device] | None = None) -> Any:
+    """The step of an algorithm under `jax.pmap` over the axis "data".
 
-    The step is that of `primal_dual` built with axis_name="data". The key and the state are given
-    whole and come back whole; the batch has a leading axis of devices, [devices,
-    batch / devices, ...].
+    The key, the state and the reference are given whole, and the state comes back whole; the batch
+    has a leading axis of devices, [devices, batch / devices, ...].
+
+    Raises:
+      ValueError: for an algorithm that was built without `axis_name="data"`: each device would
+        then move the parameters by its own part of the batch alone.
     """
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)
+    if algorithm.axis_name != AXIS:
+        raise ValueError(
+            f"pmap sums over the axis {AXIS!r}; the algorithm was built with "
+            f"axis_name={algorithm.axis_name!r}: give primal_dual(..., axis_name={AXIS!r})."
+        )
+    return jax.pmap(
+        algorithm.step,
+        axis_name=AXIS,
+        in_axes=(None, None, None, 0),
+        out_axes=None,
+        devices=devices,
+    )

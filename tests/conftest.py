@@ -18,6 +18,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import numpy as np
 import pytest
 
+# Scripts that write the fixtures, with torch: not tests, and not searched for doctests.
+collect_ignore_glob = ["fixtures/*"]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _frees_programs():

@@ -10,7 +10,7 @@ import pytest
 from scipy import optimize
 
 from jax_unlearn import baselines, duality, losses, mixtures, samplers, schedules
-from jax_unlearn.formulations import Batch, Examples, Forget, Separated
+from jax_unlearn.problem import Batch, Conditions, Images
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(1)
@@ -31,14 +31,14 @@ def method(name, **options):
 
 
 def examples(image, count):
-    return Examples(jnp.full((count, 1), image[0]), jnp.full(count, image[1]))
+    return Images(jnp.full((count, 1), image[0]), jnp.full(count, image[1]))
 
 
 def batch_of(count, kept=True, base=True):
     return Batch(
-        examples(KEPT, count) if kept else None,
-        examples(BASE, count) if base else None,
-        Forget(*examples(FORGOTTEN, count), jnp.zeros(count, int)),
+        kept=examples(KEPT, count) if kept else None,
+        forget=examples(FORGOTTEN, count)._replace(constraint=jnp.zeros(count, int)),
+        base=examples(BASE, count) if base else None,
     )
 
 
@@ -110,7 +110,7 @@ def test_siss_has_its_gradient(estimator, mixing, max_norm):
     """On very many rows g_x and g_a are those of the expectations, known in closed form."""
     loss = method("siss", norm=0.9, mixing=mixing, estimator=estimator, max_norm=max_norm)
     batch = batch_of(200_000, base=False)._replace(
-        kept=Examples(jnp.full((200_000, 1), KEPT[0]), jnp.full(200_000, FORGOTTEN[1]))
+        kept=Images(jnp.full((200_000, 1), KEPT[0]), jnp.full(200_000, FORGOTTEN[1]))
     )
     kept = (KEPT[0], FORGOTTEN[1])
     g_x, g_a = (
@@ -166,7 +166,7 @@ def family(strength, x_t, t, cond):
 
 def separated(count):
     ones = jnp.ones(count, int)
-    return Separated(ones, ones * 0, ones, ones * 0)
+    return Conditions(ones, ones * 0, ones, ones * 0)
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0, 3.0])
@@ -198,31 +198,17 @@ def test_esd_is_stationary_at_the_composition_and_holds_trajectories_fixed(key):
     assert slope == pytest.approx(2 * value / (0.25 - eta), rel=1e-3)
 
 
-def ddim_lines(params, label, null, scale):
+def guided_lines(params, label, null, scale):
     """x_t = slope x_T + offset at each of the chain's times under guided DDIM, in numpy."""
-    gain = params["gain"]
     shift = params["bias"][null] + scale * (params["bias"][label] - params["bias"][null])
-    slope, offset, lines = 1.0, 0.0, []
-    for t in chains.ALL:
-        lines.append((t, slope, offset))
-        epsilon = gain[t] * slope, gain[t] * offset + shift[t]
-        x_0 = [
-            (x - chains.SIGMA[t] * e) / chains.ALPHA[t]
-            for x, e in zip((slope, offset), epsilon, strict=True)
-        ]
-        if t:
-            slope, offset = (
-                chains.ALPHA[t - 1] * x + chains.SIGMA[t - 1] * e
-                for x, e in zip(x_0, epsilon, strict=True)
-            )
-    return lines
+    return chains.ddim_lines(params["gain"], shift)[0]
 
 
 def test_esd_sees_guided_states_of_the_trained_model_at_uniform_times():
     """The mean loss of a linear chain, exactly: every x_t is affine in normal noise."""
     eta, guidance, label, null = 1.2, 3.0, 2, 0
     total, quadratic = 0.0, []
-    for t, slope, offset in ddim_lines(PARAMS, label, null, guidance):
+    for t, slope, offset in guided_lines(PARAMS, label, null, guidance):
         q = REFERENCE["bias"][:, t]
         difference = PARAMS["gain"][t] - REFERENCE["gain"][t]
         shift = PARAMS["bias"][label, t] - (q[null] - eta * (q[label] - q[null]))
@@ -232,15 +218,15 @@ def test_esd_sees_guided_states_of_the_trained_model_at_uniform_times():
         chains.apply, chains.SCHEDULE, shape=(1,), strength=eta, guidance=guidance, steps=5
     )
     rows = jnp.full(16, label)
-    batch = Separated(rows, rows * 0 + null, rows, rows * 0)
+    batch = Conditions(rows, rows * 0 + null, rows, rows * 0)
     got = jax.jit(jax.vmap(lambda key: loss(single(PARAMS), single(REFERENCE), key, batch)))(
         jax.random.split(KEY, 20_000)
     )
     error = float(got.std()) / np.sqrt(got.size)
     assert abs(float(got.mean()) - total) < 4.5 * error
     assert error < 0.01 * total
-    unguided = [offset for *_, offset in ddim_lines(PARAMS, label, null, 1.0)]
-    guided = [offset for *_, offset in ddim_lines(PARAMS, label, null, guidance)]
+    unguided = [offset for *_, offset in guided_lines(PARAMS, label, null, 1.0)]
+    guided = [offset for *_, offset in guided_lines(PARAMS, label, null, guidance)]
     assert np.abs(np.subtract(unguided, guided)).max() > 0.5
 
 
@@ -340,7 +326,7 @@ def test_fisher_of_a_linear_denoiser(draws):
     got = jax.jit(
         lambda key: baselines.fisher(
             chains.apply, chains.SCHEDULE, weighting, single(PARAMS), key,
-            Examples(images, jnp.full(count, label)), draws=draws,
+            Images(images, jnp.full(count, label)), draws=draws,
         )
     )(KEY)  # fmt: skip
     assert got["gain"][t] == pytest.approx(exact["gain"], rel=0.06)
@@ -370,7 +356,7 @@ def test_concept_ablation_makes_the_condition_its_anchor(variant):
 def test_concept_ablation_holds_the_anchor_fixed_and_preserves_it(variant):
     count = 200_000
     anchor = (0.5, 1)
-    images, labels = examples(anchor, count)
+    images, labels, _ = examples(anchor, count)
     batch = baselines.Anchored(images, labels * 0 + 3, labels)
     loss = method("concept_ablation", variant=variant, preservation=0.6)
     got = jax.jit(jax.grad(loss))(single(PARAMS), None, KEY, batch)
@@ -411,7 +397,7 @@ def test_steps_compile_once(name):
     if name == "selective_amnesia":
         reference = baselines.Remembered(reference, single(FISHER))
     if name == "concept_ablation":
-        images, labels = examples(KEPT, 4)
+        images, labels, _ = examples(KEPT, 4)
         batch = baselines.Anchored(images, labels * 0 + 3, labels)
     optimizer = optax.adam(1e-2)
     params, opt_state = single(PARAMS), optimizer.init(single(PARAMS))

@@ -8,8 +8,7 @@ from pipelines import UNET, shapes, write_pipeline
 
 from jax_unlearn import multipliers
 from jax_unlearn.app.checkpoint import Checkpoints
-from jax_unlearn.formulations import ConditionBatch, Formulation, Held, Separated, reverse_kl
-from jax_unlearn.formulations.base import Losses
+from jax_unlearn.formulations import reverse_kl
 from jax_unlearn.models.initialisation import random_params
 from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionDenoiser
 from jax_unlearn.pretrained import load_pretrained, subsets
@@ -17,6 +16,7 @@ from jax_unlearn.pretrained.subsets import Subset, parse_subset
 from jax_unlearn.pretrained.text_to_image import encode_prompts, load_text_to_image
 from jax_unlearn.pretrained.weights import diffusers_key
 from jax_unlearn.primal_dual import PrimalDualState, primal_dual
+from jax_unlearn.problem import Batch, Conditions, Losses, Problem
 
 APPLY = UNet2DConditionDenoiser(UNet2DConditionConfig.from_diffusers(UNET))
 GIVEN = (
@@ -118,21 +118,24 @@ def test_optimizer_moves_its_part_alone(params):
     assert sum(leaf.size for leaf in moments) == 2 * count + 1
 
 
-def test_formulation_differentiates_its_part_alone(params):
-    def losses(params, *_):
-        squares = jnp.square(APPLY(params, *GIVEN)).mean(axis=(1, 2, 3))
-        return Losses(squares, squares[:0], jnp.zeros(0, int), {})
+def squares(params, *_):
+    found = jnp.square(APPLY(params, *GIVEN)).mean(axis=(1, 2, 3))
+    return Losses(found, found[:0], jnp.zeros(0, int))
 
-    whole = Formulation(losses, 1.0, multipliers.non_negative(), None, "squares")
+
+WHOLE = Problem(squares, 1.0, multipliers.non_negative(), "squares", fresh=squares)
+
+
+def test_problem_differentiates_its_part_alone(params):
     part = "cross-attention"
 
-    def compiled(formulation):
+    def compiled(problem):
         def loss(params):
-            return formulation.losses(params).objective.sum()
+            return problem.losses(params, None).objective.sum()
 
         return jax.jit(jax.grad(loss)).lower(params).compile()
 
-    full, less = compiled(whole), compiled(subsets.subset_formulation(whole, part))
+    full, less = compiled(WHOLE), compiled(subsets.subset_problem(WHOLE, part))
     labels, expected = leaves(subsets.subset_labels(params, part)), leaves(full(params))
     for name, gradient in leaves(less(params)).items():
         scale = 1.0 if labels[name] == "trained" else 0.0
@@ -141,6 +144,23 @@ def test_formulation_differentiates_its_part_alone(params):
     # Of a forward pass, the cotangents of activations and those of weights, about the last third.
     flops = [program.cost_analysis()["flops"] for program in (less, full)]
     assert flops[0] < 0.8 * flops[1]
+
+
+def test_losses_and_fresh_values_are_of_the_whole_network(params):
+    lora = changed(subsets.lora_init(params, jax.random.key(0), rank=1))
+    evaluate = jax.jit(lambda params: squares(params).objective)
+    merged = evaluate(subsets.lora_merge(params, lora))
+    low_rank = subsets.lora_problem(WHOLE)
+    part = subsets.subset_problem(WHOLE, "cross-attention")
+    for problem, trained, expected in (
+        (low_rank, lora, merged),
+        (part, params, evaluate(params)),
+    ):
+        for losses in (problem.losses, problem.fresh):
+            found = jax.jit(lambda x, losses=losses: losses(x, params).objective)(trained)
+            np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert np.abs(merged / evaluate(params) - 1).max() > 0.01
+    assert subsets.lora_problem(WHOLE._replace(fresh=None)).fresh is None
 
 
 def test_lora_starts_at_the_reference(params):
@@ -203,25 +223,24 @@ def test_lora_forgets_a_prompt(tmp_path):
     model = load_text_to_image(write_pipeline(tmp_path / "model", xl=True))
     apply, params, schedule, config = model.pretrained
     cat, dog, free = (encode_prompts(model, [text] * 2) for text in ("the cat", "a dog", None))
-    batch = ConditionBatch(Held(dog, dog), Separated(cat, free, cat, jnp.zeros(2, jnp.int32)))
+    batch = Batch(Conditions(dog, dog), Conditions(cat, free, cat, jnp.zeros(2, jnp.int32)))
 
     whole = reverse_kl(
         apply, schedule, estimator="stop_gradient", shape=config.sample_shape, steps=2
     )
-    algorithm = primal_dual(subsets.lora_formulation(whole), optax.adam(2e-3), optax.set_to_zero())
+    algorithm = primal_dual(subsets.lora_problem(whole), optax.adam(2e-3), optax.set_to_zero())
     step = jax.jit(algorithm.step)
     lora = subsets.lora_init(params, jax.random.key(0), rank=2)
-    state = algorithm.init(lora, [1.0], reference=params)
+    state = algorithm.init(lora, [1.0])
     infos = []
     for _ in range(8):
-        state, info = step(jax.random.key(1), state, batch)
+        state, info = step(jax.random.key(1), state, params, batch)
         infos.append(info)
     # At first p is q: its samples of the forgotten prompt are exactly q's. Then it leaves them,
     # and so nears what is held up to it.
     assert infos[0].values[0] == 0
     assert infos[-1].values[0] > 0.01 * infos[0].objective
     assert infos[-1].objective < 0.99 * infos[0].objective
-    jax.tree.map(np.testing.assert_array_equal, state.reference, params)
 
 
 def test_lora_of_another_network_is_refused(params):
@@ -239,9 +258,8 @@ def test_checkpoints_hold_what_trains(params, tmp_path):
     for i, (trained, optimizer) in enumerate(
         [(lora, adam), (params, subsets.subset_optimizer(adam, "cross-attention"))]
     ):
-        empty = jnp.zeros(())
         state = PrimalDualState(
-            trained, optimizer.init(trained), jnp.ones(1), (), jnp.ones(1), empty, jnp.int32(3)
+            trained, optimizer.init(trained), jnp.ones(1), (), jnp.ones(1), jnp.int32(3)
         )
         checkpoints = Checkpoints(tmp_path / str(i))
         checkpoints.save(state, {})

@@ -4,7 +4,7 @@ Each method is a function that returns a loss (params, reference, key, batch) ->
 gradient in params any optax optimizer takes; losses over one kind of batch may be added. Parts of
 a loss are means of their own, so that its weights do not depend on how many examples a batch has
 of each. Where a method prescribes a gradient that is not that of a loss (SISS, EraseDiff), the
-scalar has the prescribed one. Batches of images are `formulations.Batch`; its `base` and `kept`
+scalar has the prescribed one. Batches of images are `Batch`; its `base` and `kept`
 are both denoised as data here. `loss` below is Σ_t w_t E‖ε − ε_θ(x_t, t, c)‖², in the unit of
 the weights. The equal-weight Lagrangian is `primal_dual` with `optax.set_to_zero()`.
 

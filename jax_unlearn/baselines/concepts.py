@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jax_unlearn import losses, samplers, schedules
 from jax_unlearn.baselines.base import Loss
-from jax_unlearn.formulations import Separated, on_policy
+from jax_unlearn.formulations import trajectories
+from jax_unlearn.problem import Conditions
 from jax_unlearn.typing import Array, ArrayLike, Condition, Denoiser, Params
 
 __all__ = ["Anchored", "concept_ablation", "esd", "esd_target", "partial_sample"]
@@ -26,6 +27,24 @@ def partial_sample(
 
     It is x[count], t[count] of `samplers.sample`'s trajectory. `count`, in [0, steps), may be
     traced: a loop of that many steps runs, not a masked one of `steps`.
+
+    Args:
+      predict: (x_t, integer t [batch]) -> prediction, in the schedule's prediction type.
+      schedule: noise schedule.
+      x_start: standard normal noise, [batch, ...].
+      steps: of the whole sampler.
+      count: of the steps that are made, an integer.
+
+    Example: the state that the whole sampler is in after two steps of four.
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_unlearn import baselines, mixtures, samplers, schedules
+      >>> schedule = schedules.noise_schedule(num_steps=100)
+      >>> predict = mixtures.denoiser(mixtures.gaussian_mixture([[0.5]], 0.1), schedule)
+      >>> start = jnp.array([[-1.0], [2.0]])
+      >>> x_t, t = baselines.partial_sample(predict, schedule, start, steps=4, count=2)
+      >>> path = samplers.sample(predict, schedule, jax.random.key(0), start, steps=4)
+      >>> bool(jnp.allclose(x_t, path.x[2], atol=1e-5)), int(t) == int(path.t[2])
+      (True, True)
     """
     times = jnp.asarray(schedules.timesteps(schedule, steps))
     log_snr = schedule.log_snr[times]
@@ -34,7 +53,6 @@ def partial_sample(
         return samplers.ddim_step(
             predict(x_t, jnp.full(x_t.shape[:1], times[step])),
             x_t=x_t,
-            noise=jnp.zeros_like(x_t),
             log_snr_t=log_snr[step],
             log_snr_s=log_snr[step + 1],
             schedule=schedule,
@@ -50,6 +68,23 @@ def esd_target(
 
     It is reverse KL's composed score where q_i = q(·|c), q = q(·|∅) and α = η
     (`duality.compose_reverse_kl` with λ = η/(1+η)).
+
+    Args:
+      apply: the denoiser.
+      reference: the parameters of q.
+      cond: c, [n, ...].
+      null: ∅, [n, ...].
+      strength: η.
+
+    Example: a network that predicts its condition: 1 − 0.5 (3 − 1).
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import baselines
+      >>> target = baselines.esd_target(
+      ...     lambda params, x_t, t, cond: cond[:, None], None, jnp.array([3.0]),
+      ...     null=jnp.array([1.0]), strength=0.5,
+      ... )
+      >>> float(target(jnp.zeros((1, 1)), jnp.zeros(1, int))[0, 0])
+      0.0
     """
     return samplers.guided(apply, reference, cond, unconditional=null, scale=-strength)
 
@@ -78,11 +113,25 @@ def esd(
       steps: of the whole sampler.
 
     Returns:
-      A loss over `Separated`: c is `cond` for θ and the guided sampling and `target` for q, ∅ is
+      A loss over `Conditions`: c is `cond` for θ and the guided sampling and `target` for q, ∅ is
       `base`; `constraint` is not read.
+
+    Example: a network whose images of label c are all θ_c, at ᾱ = ½.
+      It has 1 for the concept, and should go to 0 − (1 − 0) = −1.
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_unlearn import baselines, schedules
+      >>> from jax_unlearn.problem import Conditions
+      >>> schedule = schedules.noise_schedule(trained_betas=[0.5, 0.5])
+      >>> apply = lambda theta, x_t, t, cond: 2**0.5 * x_t - theta[cond][:, None]
+      >>> loss = baselines.esd(apply, schedule, shape=(1,), strength=1.0, steps=1)
+      >>> concept, theta = jnp.ones(3, int), jnp.array([0.0, 1.0])
+      >>> rows = Conditions(concept, base=0 * concept, target=concept)
+      >>> round(float(loss(theta, theta, jax.random.key(0), rows)), 4)
+      4.0
     """
 
-    def loss(params: Params, reference: Params, key: Array, batch: Separated) -> Array:
+    def loss(params: Params, reference: Params, key: Array, batch: Conditions) -> Array:
         count_key, noise_key = jax.random.split(key)
         keys = losses.example_keys(noise_key, jax.tree.leaves(batch.target)[0].shape[0])
         x_t, time = partial_sample(
@@ -149,6 +198,20 @@ def concept_ablation(
 
     Raises:
       ValueError: for an unknown variant.
+
+    Example: a network whose images of label c are all θ_c, at ᾱ = ½.
+      It has 0 for the concept and 2 for its anchor: (0 − 2)² + 0.5 (1 − 2)² at an image 1.
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_unlearn import baselines, losses, schedules
+      >>> schedule = schedules.noise_schedule(trained_betas=[0.5, 0.5])
+      >>> weighting = losses.TimeWeighting(jnp.array([1.0, 0.0]), jnp.array([1.0, 0.0]))
+      >>> apply = lambda theta, x_t, t, cond: 2**0.5 * x_t - theta[cond][:, None]
+      >>> loss = baselines.concept_ablation(apply, schedule, weighting, preservation=0.5)
+      >>> concept, theta = jnp.zeros(3, int), jnp.array([0.0, 2.0])
+      >>> batch = baselines.Anchored(jnp.ones((3, 1)), concept, anchor=concept + 1)
+      >>> round(float(loss(theta, None, jax.random.key(0), batch)), 4)
+      4.5
     """
     if variant not in ("model", "noise"):
         raise ValueError(f"variant {variant!r} is not 'model' or 'noise'.")
@@ -164,7 +227,7 @@ def concept_ablation(
             schedule,
             x_t=jnp.concatenate([x_t, x_t]),
             t=jnp.concatenate([drawn.t, drawn.t]),
-            cond=on_policy.concatenate(batch.cond, batch.anchor),
+            cond=trajectories.concatenate(batch.cond, batch.anchor),
         )
         ours, anchored = jnp.split(both, 2)
         target = jax.lax.stop_gradient(anchored) if variant == "model" else drawn.noise

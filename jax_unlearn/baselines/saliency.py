@@ -24,6 +24,13 @@ def saliency_mask(gradient: Params, share: float = 0.5) -> Params:
 
     Raises:
       ValueError: for a share outside (0, 1].
+
+    Example: the two largest of four.
+      >>> import jax.numpy as jnp
+      >>> from jax_unlearn import baselines
+      >>> mask = baselines.saliency_mask({"a": jnp.array([3.0, -0.1]), "b": jnp.array([0.2, -7.0])})
+      >>> mask["a"].tolist(), mask["b"].tolist()
+      ([True, False], [False, True])
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], not be {share}.")
@@ -54,6 +61,14 @@ def masked(optimizer: optax.GradientTransformation, mask: Params) -> optax.Gradi
     Args:
       optimizer: any.
       mask: booleans, the tree and shapes of the parameters; it is carried in the state.
+
+    Example: a gradient of ones moves the first of two alone.
+      >>> import jax.numpy as jnp, optax
+      >>> from jax_unlearn import baselines
+      >>> optimizer = baselines.masked(optax.sgd(0.5), jnp.array([True, False]))
+      >>> updates, state = optimizer.update(jnp.ones(2), optimizer.init(jnp.zeros(2)))
+      >>> updates.tolist()
+      [-0.5, 0.0]
     """
 
     def select(mask: Params, updates: Params) -> Params:

@@ -1,31 +1,34 @@
-"""Constrained formulations of unlearning: reverse KL, forward KL, likelihood, and mixed."""
+"""Constrained formulations of unlearning, each a `Problem`.
 
-from jax_unlearn.formulations.base import Examples, Formulation, Losses
-from jax_unlearn.formulations.forward_kl import ESTIMATORS, Batch, Forget, forward_kl
-from jax_unlearn.formulations.likelihood import likelihood
-from jax_unlearn.formulations.mixed import mixed
-from jax_unlearn.formulations.on_policy import ConditionBatch, Held, Separated, Stored
-from jax_unlearn.formulations.posterior import Points, PosteriorBatch
-from jax_unlearn.formulations.reverse_kl import reverse_kl
-from jax_unlearn.formulations.tilt import SampleBatch, Samples
+| function | the model is sampled | rows to forget | |
+|---|---|---|---|
+| `forward_kl` | no | `Images` | KL(q_i‖p) ≥ b_i, q_i given by images |
+| `reverse_kl` | at every step | `Conditions` | KL(p‖q_i) ≥ b_i |
+| `likelihood` | at every step | `Conditions` | E_p[h_i] ≤ ε_i |
+| `mixed` | at every step | `Conditions` | both kinds |
+| `distill_reverse_kl` | no | `Samples` of q | the optimum of `reverse_kl`, by weighted denoising |
+| `distill_likelihood` | no | `Samples` of q | the optimum of `likelihood`, by weighted denoising |
+| `distill_posterior` | no | `NoisyPoints` of samples of q | the same, by regression on its score |
+"""
+
+from jax_unlearn.formulations.distill import (
+    distill_likelihood,
+    distill_posterior,
+    distill_reverse_kl,
+    sampled,
+)
+from jax_unlearn.formulations.forward_kl import forward_kl
+from jax_unlearn.formulations.on_policy import likelihood, mixed, reverse_kl
+from jax_unlearn.formulations.trajectories import sample_trajectories
 
 __all__ = [
-    "ESTIMATORS",
-    "Batch",
-    "ConditionBatch",
-    "Examples",
-    "Forget",
-    "Formulation",
-    "Held",
-    "Losses",
-    "Points",
-    "PosteriorBatch",
-    "SampleBatch",
-    "Samples",
-    "Separated",
-    "Stored",
+    "distill_likelihood",
+    "distill_posterior",
+    "distill_reverse_kl",
     "forward_kl",
     "likelihood",
     "mixed",
     "reverse_kl",
+    "sampled",
+    "sample_trajectories",
 ]

@@ -1,45 +1,15 @@
 """Forward KL: denoising losses on images of what is kept and of what is forgotten."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_unlearn import losses, multipliers, schedules
-from jax_unlearn.formulations.base import Examples, Formulation, Losses
-from jax_unlearn.typing import Array, ArrayLike, Condition, Denoiser, Params
+from jax_unlearn.problem import Batch, Images, Losses, Problem
+from jax_unlearn.typing import Array, ArrayLike, Denoiser, Params
 
-__all__ = ["Batch", "Forget", "forward_kl"]
-
-ESTIMATORS = ("two_term", "importance", "norm_balanced")
-
-
-class Forget(NamedTuple):
-    """Images to move away from.
-
-    Attributes:
-      x_0: in [−1, 1], [f, height, width, channels].
-      cond: what each is forgotten under: labels [f], embeddings [f, ...], or None.
-      constraint: the constraint i that each belongs to, integer [f].
-    """
-
-    x_0: Any
-    cond: Condition
-    constraint: Any
-
-
-class Batch(NamedTuple):
-    """What one step sees.
-
-    Attributes:
-      kept: examples at which the model is held to the reference's prediction; or None.
-      base: examples that the model is held to as data, whatever the reference says; or None.
-      forget: examples of the constraints.
-    """
-
-    kept: Examples | None
-    base: Examples | None
-    forget: Forget
+__all__ = ["forward_kl"]
 
 
 def _concatenate(*trees: Any) -> Any:
@@ -55,12 +25,10 @@ def forward_kl(
     schedule: schedules.NoiseSchedule,
     weighting: losses.TimeWeighting,
     *,
-    estimator: str = "two_term",
-    mixing: float = 0.5,
-    balance: float = 2.0,
+    mixing: float | None = None,
     project: multipliers.Projection | None = None,
     reference_values: ArrayLike | None = None,
-) -> Formulation:
+) -> Problem:
     """FU: min KL(q‖p) subject to KL(q_i‖p) ≥ b_i, for q and q_i given by images.
 
     Both divergences are, up to constants of the data, denoising losses
@@ -75,30 +43,22 @@ def forward_kl(
     run, which clips its estimate of x_0 where the schedule says so (`schedules.convert`): else
     an error at the noisiest steps, which no sample ever shows, would pass for forgetting.
 
-    Estimators:
-      "two_term": one forward pass over kept and forgotten images.
-      "importance": forgotten image j shares one noisy image, drawn from a mixture of the two
-        (`losses.mixture`) under the forgotten one's condition, with image j of
-        `batch.base`, or of `batch.kept` where there is no base; all others are used as in
-        "two_term". Needs at least as many of them as of forgotten images; with as many, a
-        batch spread over devices has the same pairs. Diagnostics
-        `ess_retain`, `ess_forget`: effective sample sizes as shares of the batch; where they
-        are near the mixing shares (1−γ, γ) the weights have saturated and nothing is gained
-        over "two_term".
-      "norm_balanced": "two_term", and the constraints' part of the gradient is shortened to
-        at most `balance` times the norm of the objective's: a trust region against a large
-        multiplier. With balance > 1 the stationary points of the Lagrangian stay the same,
-        since both parts have one norm there. Kept rows regress on the noise here, as in
-        SISS: the gradient of their path KL is zero at the reference, and would let nothing
-        move.
+    **Multipliers** are those of the paper: objective and constraints are means over their own rows,
+    and p_λ = (q − Σ_i λ_i q_i)/(1 − Λ).
+
+    **Importance sampling.** With `mixing` γ forgotten image j shares one noisy image, drawn from
+    (1−γ) q(·|x) + γ q(·|a) (`losses.mixture`) under the forgotten one's condition, with image j of
+    `batch.base`, or of `batch.kept` where there is no base: one row of the network where two are
+    needed without. There must be at least as many of them as of forgotten images; with as many, a
+    batch spread over devices has the same pairs. Diagnostics `ess_retain`, `ess_forget` are the
+    effective sample sizes as shares of the batch. Where they are near (1−γ, γ) the weights have
+    saturated, as they do in high dimension: nothing is gained then.
 
     Args:
       apply: the denoiser.
       schedule: its noise schedule.
       weighting: weights and probabilities of the time steps.
-      estimator: see above.
-      mixing: γ, the share of forgotten images in the mixture ("importance").
-      balance: ν ("norm_balanced").
+      mixing: γ, the share of forgotten images in the mixture; None noises each set by itself.
       project: onto the dual domain; default `multipliers.capped_simplex()`. In distribution
         space the domain is Σ λ_i q_i ≤ q almost everywhere. Samples cannot check that, but
         its integral, Σ λ_i ≤ 1, is necessary: beyond it the Lagrangian falls without bound by
@@ -110,36 +70,54 @@ def forward_kl(
         frozen forward of the images to forget, in one pass with that of the kept ones.
 
     Returns:
-      A Formulation over `Batch`, in the unit of the weights.
+      A Problem over `Batch` of `Images`, in the unit of the weights.
 
     Raises:
-      ValueError: for an unknown estimator, mixing outside (0, 1), or balance ≤ 0.
+      ValueError: for mixing outside (0, 1).
+
+    Example: a network whose images are all θ, at ᾱ = ½ alone. The loss of an image x is (x − θ)².
+      From a kept one θ = 1 has the distance (1 − 0)² to the reference's 0, whatever x is.
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_unlearn import formulations, lagrangian, losses, schedules
+      >>> from jax_unlearn.problem import Batch, Images
+      >>> schedule = schedules.noise_schedule(trained_betas=[0.5, 0.5])
+      >>> weighting = losses.TimeWeighting(jnp.array([1.0, 0.0]), jnp.array([1.0, 0.0]))
+      >>> apply = lambda theta, x_t, t, cond: 2**0.5 * x_t - theta
+      >>> problem = formulations.forward_kl(apply, schedule, weighting)
+      >>> forget = Images(jnp.full((2, 1), 3.0), None, constraint=jnp.zeros(2, int))
+      >>> batch = Batch(Images(jnp.ones((4, 1)), None), forget)
+      >>> value, found = lagrangian(problem, 1.0, 0.0, jax.random.key(0), batch, [0.1], [9.0])
+      >>> [round(float(x), 3) for x in (value, found.objective, found.values[0])]
+      [1.5, 1.0, 4.0]
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator {estimator!r} is not one of {ESTIMATORS}.")
-    if not 0 < mixing < 1:
+    if mixing is not None and not 0 < mixing < 1:
         raise ValueError(f"mixing must lie inside (0, 1), not be {mixing}.")
-    if balance <= 0:
-        raise ValueError(f"balance must be positive, not {balance}.")
 
     def evaluate(
         params: Params,
         reference: Params,
         key: Array,
         batch: Batch,
-        axis_name: str | None,
-        current: Array | None = None,
+        current: Array,
+        /,
+        *,
+        axis_name: str | None = None,
     ) -> Losses:
         del current  # forward-KL losses do not depend on the multipliers
         forget, parts = batch.forget, [part for part in (batch.base, batch.kept) if part]
         if not parts:
             raise ValueError("a batch needs examples in kept or in base: it has no objective.")
-        rows: Examples = _concatenate(*parts)
+        if not all(isinstance(part, Images) for part in (forget, *parts)):
+            raise ValueError("forward KL takes a Batch of Images alone.")
+        if forget.constraint is None:
+            raise ValueError("images to forget need the number of their constraint.")
+        rows: Images = _concatenate(*(part._replace(constraint=None) for part in parts))
         based = 0 if batch.base is None else batch.base.x_0.shape[0]
-        pairs = forget.x_0.shape[0] if estimator == "importance" else 0
+        pairs = 0 if mixing is None else forget.x_0.shape[0]
         if pairs > parts[0].x_0.shape[0]:
             raise ValueError(
-                f"the importance estimator pairs each of {pairs} forgotten images with one of "
+                f"importance sampling pairs each of {pairs} forgotten images with one of "
                 f"batch.{'base' if based else 'kept'}, which has {parts[0].x_0.shape[0]}."
             )
         keys = jax.random.split(key, 3)
@@ -155,7 +133,7 @@ def forward_kl(
         x_t = schedules.add_noise(x_0=rows.x_0, noise=drawn.noise, log_snr=log_snr)
         t, cond, target = drawn.t, rows.cond, drawn.noise
         mixed = None
-        if pairs:
+        if mixing is not None:
             mixed = losses.mixture(
                 x=rows.x_0[:pairs],
                 a=forget.x_0,
@@ -188,7 +166,7 @@ def forward_kl(
                 "ess_forget": losses.effective_sample_size(mixed.weight_a, axis_name=axis_name),
             }
 
-        distils = batch.kept is not None and estimator != "norm_balanced"
+        distils = batch.kept is not None
         controlled = reference_values is not None
         # One frozen forward over the rows that need it: the kept, the forgotten, or both.
         start = 0 if controlled and pairs else based if distils else count
@@ -223,15 +201,10 @@ def forward_kl(
             constraint += jnp.asarray(reference_values)[forget.constraint]
         return Losses(
             objective=weight * scale * losses.squared_error(ours[:count], target),
-            constraint=constraint,
+            values=constraint,
             index=forget.constraint,
             diagnostics=diagnostics,
         )
 
-    return Formulation(
-        losses=evaluate,
-        sign=1.0,
-        project=multipliers.capped_simplex() if project is None else project,
-        balance=balance if estimator == "norm_balanced" else None,
-        name="forward_kl",
-    )
+    project = multipliers.capped_simplex() if project is None else project
+    return Problem(evaluate, sign=1.0, project=project, name="forward_kl")

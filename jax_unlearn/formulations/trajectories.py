@@ -1,4 +1,4 @@
-"""Losses along the model's own trajectories: what reverse-KL and likelihood problems share.
+"""Losses along the model's own trajectories: what on-policy formulations share.
 
 The ancestral chain of p_θ visits `steps` of the schedule's time steps. Each row of a batch is one
 trajectory, and every time step of it a training point.
@@ -15,69 +15,21 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_unlearn import divergences, losses, samplers, schedules
-from jax_unlearn.formulations.base import Evaluate, Losses, reach
+from jax_unlearn.problem import (
+    Batch,
+    Conditions,
+    Evaluate,
+    Losses,
+    TrajectoryPoints,
+    row_shares,
+)
 from jax_unlearn.typing import Array, Condition, Denoiser, Params
 
-__all__ = ["ConditionBatch", "Held", "Separated", "Stored"]
-
-
-class Held(NamedTuple):
-    """Conditions [n, ...] at which p(·|cond) is held to q(·|base); usually the same."""
-
-    cond: Condition
-    base: Condition
-
-
-class Separated(NamedTuple):
-    """Conditions at which p is held to one distribution and moved away from others.
-
-    Attributes:
-      cond: what p is conditioned on, [f, ...]; None for a model without conditions.
-      base: p(·|cond) is held to q(·|base), [f, ...]: the null label, or an anchor.
-      target: q_i is q(·|target), [f, ...], or [f, k, ...] for k constraints on each row's
-        trajectory; None in likelihood problems, where h_i says what to forget.
-      constraint: the constraint i that each belongs to, integer [f] or [f, k].
-      likelihood: in mixed problems, the number j of the h_j on each row, integer [f] or [f, l];
-        there `constraint` is of the targets alone. None elsewhere.
-    """
-
-    cond: Condition
-    base: Condition
-    target: Condition
-    constraint: Any
-    likelihood: Any = None
-
-
-class ConditionBatch(NamedTuple):
-    """What an on-policy step sees: conditions alone; the images are the model's own.
-
-    Their frequencies are the law of conditions π of the problem over condition and image
-    jointly: objective Σ_c π(c) KL(p(·|c)‖q(·|base_c)), each constraint a mean over its rows.
-    """
-
-    kept: Held | None
-    forget: Separated
-
-
-class Stored(NamedTuple):
-    """Points of trajectories that were sampled before, for estimators that hold them fixed.
-
-    Each row's loss is that of one time step, times their number: the mean over uniform steps of
-    a trajectory is its loss. Without the trajectories' ends there are no values of h.
-
-    Attributes:
-      conditions: whose trajectories they are.
-      x_t: the point of each kept row and of each row of `forget`: (None or [n, ...], [f, ...]).
-      step: the places in the chain, 0 the noisiest: (None or integer [n], integer [f]).
-    """
-
-    conditions: ConditionBatch
-    x_t: tuple[Any, Any]
-    step: tuple[Any, Any]
+__all__ = ["Chain", "Visit", "chain", "sample_trajectories"]
 
 
 class Rows(NamedTuple):
-    """A `ConditionBatch` laid out: kept rows first, then f rows with k targets and l likelihoods.
+    """A batch of conditions as arrays: kept rows, then f rows with k targets and l likelihoods.
 
     Attributes:
       keys: of each row's noise, [n].
@@ -103,10 +55,18 @@ def concatenate(*trees: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
 
 
-def lay_out(batch: ConditionBatch, key: Array, axis_name: str | None) -> Rows:
+def as_rows(batch: Batch, key: Array, axis_name: str | None) -> Rows:
     """Concatenates the rows of a batch and gives each its own key, whatever its device."""
-    forget, constraint = batch.forget, jnp.asarray(batch.forget.constraint)
-    target = forget.target
+    kept, forget = batch.kept, batch.forget
+    given = [forget] if kept is None else [kept, forget]
+    if batch.base is not None or not all(isinstance(part, Conditions) for part in given):
+        raise ValueError(
+            "on-policy formulations take a Batch of Conditions, or of TrajectoryPoints, and no "
+            f"base; got {' and '.join(type(part).__name__ for part in given)}."
+        )
+    if forget.constraint is None:
+        raise ValueError("rows of forget need the number of their constraint.")
+    constraint, target = jnp.asarray(forget.constraint), forget.target
     if constraint.ndim == 2:
         target = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), target)
     separated = constraint.reshape(constraint.shape[0], -1)
@@ -117,21 +77,21 @@ def lay_out(batch: ConditionBatch, key: Array, axis_name: str | None) -> Rows:
         likely = jnp.asarray(forget.likelihood).reshape(constraint.shape[0], -1)
     kept_key, forget_key = jax.random.split(key)
     keys = losses.example_keys(forget_key, constraint.shape[0], axis_name=axis_name)
-    if batch.kept is None:
+    if kept is None:
         return Rows(keys, forget.cond, forget.base, 0, target, separated, likely)
-    leaves = jax.tree.leaves(batch.kept)
+    leaves = jax.tree.leaves((kept.cond, kept.base))
     if not leaves:
         raise ValueError(
             "kept rows need a cond or a base to be counted by: without conditions p is one "
             "distribution, and the rows of `forget` hold it to its base."
         )
-    kept = leaves[0].shape[0]
-    kept_keys = losses.example_keys(kept_key, kept, axis_name=axis_name)
+    count = leaves[0].shape[0]
+    kept_keys = losses.example_keys(kept_key, count, axis_name=axis_name)
     return Rows(
         keys=jnp.concatenate([kept_keys, keys]),
-        cond=concatenate(batch.kept.cond, forget.cond),
-        base=concatenate(batch.kept.base, forget.base),
-        kept=kept,
+        cond=concatenate(kept.cond, forget.cond),
+        base=concatenate(kept.base, forget.base),
+        kept=count,
         target=target,
         separated=separated,
         likely=likely,
@@ -287,6 +247,16 @@ def _no_likelihoods(x_0: Array) -> Array:
     )
 
 
+def conditions_of(batch: Batch) -> Batch:
+    """The conditions of stored points."""
+    if not isinstance(batch.kept, TrajectoryPoints | None):
+        raise ValueError(
+            f"kept must be stored points as forget is, not {type(batch.kept).__name__}."
+        )
+    kept = None if batch.kept is None else batch.kept.conditions
+    return Batch(kept, batch.forget.conditions, batch.base)
+
+
 def path_losses(
     apply: Denoiser,
     reference_apply: Denoiser,
@@ -303,6 +273,8 @@ def path_losses(
     h_j(x_0). Where the trajectory is held fixed h_j(x_0) has no gradient, and the objective
     regresses on ε_q + σ_t Σ_j λ_j ∇h_j in its place: with the constraints' multipliers λ_i the
     whole is then stationary at ε_q + (Σ_i λ_i (ε_q − ε_i) + σ_t Σ_j λ_j ∇h_j)/(1 − Σ_i λ_i).
+    Each row is a problem of its own condition, `Losses.share` the part of the rows that a
+    constraint is on.
 
     Args:
       apply: the denoiser of p.
@@ -321,12 +293,14 @@ def path_losses(
         params: Params,
         reference: Params,
         key: Array,
-        batch: ConditionBatch | Stored,
-        axis_name: str | None,
-        current: Any = None,
+        batch: Batch,
+        current: Array,
+        /,
+        *,
+        axis_name: str | None = None,
     ) -> Losses:
-        stored = isinstance(batch, Stored)
-        rows = lay_out(batch.conditions if stored else batch, key, axis_name)
+        stored = isinstance(batch.forget, TrajectoryPoints)
+        rows = as_rows(conditions_of(batch) if stored else batch, key, axis_name)
         count, kept = rows.keys.shape[0], rows.kept
         forgotten, each = rows.separated.shape
         if each and jax.tree.structure(rows.base) != jax.tree.structure(rows.target):
@@ -350,9 +324,7 @@ def path_losses(
             # λ as it acts on each row, [f, l]: zero for likelihoods that are not the row's.
             at = current[separations:]
             reached = jnp.zeros((forgotten, at.shape[0]), at.dtype)
-            reached = reached.at[jnp.arange(forgotten)[:, None], rows.likely].add(
-                reach(rows.likely, at, count, axis_name)
-            )
+            reached = reached.at[jnp.arange(forgotten)[:, None], rows.likely].add(at[rows.likely])
             if gradients is None:
 
                 def penalty(x_t: Array) -> tuple[Array, Array]:
@@ -386,10 +358,9 @@ def path_losses(
         if stored:
             if pathwise:
                 raise ValueError("stored points have no derivative: use an estimator without one.")
-            x_t, step = (
-                jnp.concatenate([part for part in parts if part is not None])
-                for parts in (batch.x_t, batch.step)
-            )
+            parts = [part for part in (batch.kept, batch.forget) if part is not None]
+            x_t = jnp.concatenate([part.x_t for part in parts])
+            step = jnp.concatenate([part.step for part in parts])
             t, log_snr = chain.times[step], chain.log_snr[step]
             epsilon = schedules.clipped(predict(x_t, t), chain.schedule, x_t=x_t, log_snr=log_snr)
             weight = chain.weights.shape[0] * chain.weights[step]
@@ -416,6 +387,60 @@ def path_losses(
             mean = path_kl.mean()
             mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
             diagnostics = {"path_kl": mean}
-        return Losses(objective, values, index, diagnostics)
+        constrained = jnp.concatenate(
+            [rows.separated.reshape(-1), separations + rows.likely.reshape(-1)]
+        )
+        share = row_shares(constrained, current.shape[0], count, axis_name)
+        return Losses(objective, values, index, share, diagnostics)
 
     return evaluate
+
+
+Visit = Callable[..., Batch]
+"""(params, key, batch, *, axis_name=None) -> a `Batch` of points; see `sample_trajectories`."""
+
+
+def sample_trajectories(
+    apply: Denoiser, schedule: schedules.NoiseSchedule, *, shape: tuple[int, ...], steps: int
+) -> Visit:
+    """A function (params, key, batch of conditions) -> x_t of the model's own chain.
+
+    With the same key they are those of an on-policy formulation's losses, with the same shape and
+    steps, whose errors it raises.
+
+    Returns:
+      A function whose result has `TrajectoryPoints` with leading axes [steps, rows, ...]: `step`
+      counts 0, 1, …; `conditions` have the axis of rows alone.
+
+    Example: two steps of three rows.
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_unlearn import formulations, schedules
+      >>> from jax_unlearn.problem import Batch, Conditions
+      >>> schedule = schedules.noise_schedule(trained_betas=[0.5, 0.5])
+      >>> visit = formulations.sample_trajectories(
+      ...     lambda params, x_t, t, cond: x_t, schedule, shape=(4,), steps=2
+      ... )
+      >>> rows = Conditions(None, None, constraint=jnp.zeros(3, int))
+      >>> points = visit(None, jax.random.key(0), Batch(None, rows)).forget
+      >>> points.x_t.shape, points.step[:, 0].tolist()
+      ((2, 3, 4), [0, 1])
+    """
+    along = chain(schedule, shape, steps)
+
+    def visit(params: Params, key: Array, batch: Batch, *, axis_name: str | None = None) -> Batch:
+        rows = as_rows(batch, key, axis_name)
+        x_t, _ = run(
+            lambda x_t, t: apply(params, x_t, t, rows.cond),
+            lambda x_t, t, log_snr, epsilon: x_t,
+            along,
+            rows.keys,
+            bound=0.0,
+        )
+        place = jnp.broadcast_to(jnp.arange(steps)[:, None], x_t.shape[:2])
+        forget = TrajectoryPoints(batch.forget, x_t[:, rows.kept :], place[:, rows.kept :])
+        if batch.kept is None:
+            return Batch(None, forget)
+        kept = TrajectoryPoints(batch.kept, x_t[:, : rows.kept], place[:, : rows.kept])
+        return Batch(kept, forget)
+
+    return visit

@@ -7,6 +7,7 @@ it (ESD-u). LoRA is Hu et al. 2021 (2106.09685).
 
 import os
 import pathlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -16,8 +17,6 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from jax_unlearn.formulations import Formulation
-from jax_unlearn.formulations.base import Losses
 from jax_unlearn.pretrained.weights import (
     diffusers_key,
     new_folder,
@@ -25,17 +24,18 @@ from jax_unlearn.pretrained.weights import (
     stored_shapes,
     write_params,
 )
+from jax_unlearn.problem import Evaluate, Losses, Problem
 from jax_unlearn.typing import Array, Params
 
 __all__ = [
     "Subset",
     "load_lora",
-    "lora_formulation",
+    "lora_problem",
     "lora_init",
     "lora_merge",
     "parse_subset",
     "save_lora",
-    "subset_formulation",
+    "subset_problem",
     "subset_labels",
     "subset_optimizer",
     "subset_params",
@@ -123,7 +123,7 @@ def subset_optimizer(
     """An optimizer of one part of the parameters, with no state for the others.
 
     It sees the gradient of that part alone, so that a clipping inside it does too. Use it with
-    `subset_formulation`, or `subset_params`, which spare the other derivatives.
+    `subset_problem`, or `subset_params`, which spare the other derivatives.
     """
     return optax.multi_transform(
         {"trained": optimizer, "frozen": optax.set_to_zero()},
@@ -144,16 +144,25 @@ def subset_params(params: Params, part: str) -> Params:
     )
 
 
-def subset_formulation(formulation: Formulation, part: str) -> Formulation:
+def _over(problem: Problem, whole: Callable[[Params, Params], Params]) -> Problem:
+    """The same problem over what trains; whole(what trains, reference) -> all parameters."""
+
+    def of(evaluate: Evaluate) -> Evaluate:
+        def losses(params: Params, reference: Params, /, *rest: Any, **options: Any) -> Losses:
+            return evaluate(whole(params, reference), reference, *rest, **options)
+
+        return losses
+
+    fresh = None if problem.fresh is None else of(problem.fresh)
+    return problem._replace(losses=of(problem.losses), fresh=fresh)
+
+
+def subset_problem(problem: Problem, part: str) -> Problem:
     """The same problem, differentiated in one part of the parameters: `subset_params`.
 
     `PrimalDualInfo.gradient_norm` is then that of the part.
     """
-
-    def losses(params: Params, *rest: Any) -> Losses:
-        return formulation.losses(subset_params(params, part), *rest)
-
-    return formulation._replace(losses=losses)
+    return _over(problem, lambda params, reference: subset_params(params, part))
 
 
 def lora_init(params: Params, key: Array, *, rank: int, part: str = "cross-attention") -> Params:
@@ -216,17 +225,13 @@ def lora_merge(params: Params, lora: Params) -> Params:
     return traverse_util.unflatten_dict(merged)
 
 
-def lora_formulation(formulation: Formulation) -> Formulation:
+def lora_problem(problem: Problem) -> Problem:
     """The same problem over a low-rank change of the reference's parameters.
 
     Its losses take a `lora` in place of the parameters, which are `lora_merge(reference, lora)`: no
-    second copy of them trains. `primal_dual(...).init(lora, ..., reference=params)` starts it.
+    second copy of them trains. `primal_dual(...).init(lora, ...)` starts it.
     """
-
-    def losses(lora: Params, reference: Params, *rest: Any) -> Losses:
-        return formulation.losses(lora_merge(reference, lora), reference, *rest)
-
-    return formulation._replace(losses=losses)
+    return _over(problem, lambda lora, reference: lora_merge(reference, lora))
 
 
 def save_lora(folder: str | os.PathLike[str], lora: Params, *, overwrite: bool = False) -> None:

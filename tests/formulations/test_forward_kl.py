@@ -3,12 +3,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jax_unlearn import formulations, losses, schedules
-from jax_unlearn.formulations import Batch, Examples, Forget
-from jax_unlearn.primal_dual import primal_dual
+from jax_unlearn import lagrangian, losses, schedules
+from jax_unlearn.formulations import forward_kl
+from jax_unlearn.problem import Batch, Conditions, Images
 
 BETAS = (0.1, 0.3, 0.5, 0.7)
 ALPHA = np.sqrt(np.cumprod(1 - np.array(BETAS)))
@@ -42,9 +41,9 @@ def batch_of(kept=True, base=True, labels=True):
         return jnp.full(4, label) if labels else None
 
     return Batch(
-        kept=Examples(images(KEPT), under(0)) if kept else None,
-        base=Examples(images(BASE), under(1)) if base else None,
-        forget=Forget(images(FORGET), under(1), jnp.asarray(CONSTRAINT)),
+        kept=Images(images(KEPT), under(0)) if kept else None,
+        forget=Images(images(FORGET), under(1), jnp.asarray(CONSTRAINT)),
+        base=Images(images(BASE), under(1)) if base else None,
     )
 
 
@@ -63,8 +62,6 @@ def exact(params, kept=0, base=1, forget=1, use=("kept", "base")):
     if "kept" in use:  # E(Δg (αx + σε) + Δc)²
         held = (slope * SIGMA) ** 2 + (slope * ALPHA * KEPT[:, None] + offset) ** 2
         rows.append(held @ WEIGHTS)
-    if "kept as data" in use:
-        rows.append(noise_regression(KEPT, kept) @ WEIGHTS)
     values = noise_regression(FORGET, forget) @ WEIGHTS
     return np.concatenate(rows).mean(), np.array([values[CONSTRAINT == i].mean() for i in (0, 1)])
 
@@ -81,78 +78,71 @@ def finite_differences(function, point, step=1e-5):
     )  # fmt: skip
 
 
-def estimates(formulation, batch, count=20_000):
-    """Samples of (objective, two values, gradient of the Lagrangian), [count, 15]."""
+def losses_of(problem, batch, params=PARAMS, key=0):
+    arguments = jnp.float32(params), jnp.float32(REFERENCE), jax.random.key(key), batch
+    return jax.jit(problem.losses)(*arguments, jnp.zeros(2))
 
-    def lagrangian(params, key):
-        got = formulation.losses(params, jnp.float32(REFERENCE), key, batch, None)
-        values = jnp.stack(
-            [jnp.where(got.index == i, got.constraint, 0).sum() / (CONSTRAINT == i).sum()
-             for i in (0, 1)]
-        )  # fmt: skip
-        objective = got.objective.mean()
-        total = objective + jnp.float32(MULTIPLIERS) @ (jnp.float32(THRESHOLDS) - values)
-        return total, (objective, values)
+
+def estimates(problem, batch, count=20_000):
+    """Samples of (the Lagrangian, objective, two values, gradient of the first), [count, 16]."""
+
+    def value(params, key):
+        reference = jnp.float32(REFERENCE)
+        return lagrangian(problem, params, reference, key, batch, MULTIPLIERS, THRESHOLDS)
 
     @jax.jit
     @jax.vmap
     def one(key):
-        gradient, (objective, values) = jax.grad(lagrangian, has_aux=True)(jnp.float32(PARAMS), key)
-        return jnp.concatenate([objective[None], values, gradient])
+        (total, found), gradient = jax.value_and_grad(value, has_aux=True)(jnp.float32(PARAMS), key)
+        return jnp.concatenate([jnp.stack([total, found.objective]), found.values, gradient])
 
     return np.asarray(one(jax.random.split(jax.random.key(0), count)), np.float64)
 
 
 @pytest.mark.parametrize(
-    ("estimator", "mixing", "case"),
+    ("mixing", "case"),
     [
-        ("two_term", 0.5, "both"),
-        ("importance", 0.5, "both"),
-        ("importance", 0.25, "base"),
-        ("norm_balanced", 0.5, "kept as data"),
-        ("two_term", 0.5, "kept"),
-        ("importance", 0.4, "kept"),
+        (None, "both"),
+        (0.5, "both"),
+        (0.25, "base"),
+        (None, "kept"),
+        (0.4, "kept"),
     ],
 )
-def test_losses_and_gradient_are_unbiased(estimator, mixing, case):
+def test_losses_and_gradient_are_unbiased(mixing, case):
     """Against closed-form expectations and their finite differences; both estimators alike."""
-    formulation = formulations.forward_kl(
-        denoiser, SCHEDULE, WEIGHTING, estimator=estimator, mixing=mixing
-    )
+    problem = forward_kl(denoiser, SCHEDULE, WEIGHTING, mixing=mixing)
     if case == "kept":  # without conditions, so that pairs of the mixture agree on theirs
         batch, options = batch_of(base=False, labels=False), {"forget": 0, "use": ("kept",)}
-    elif case == "kept as data":
-        batch, options = batch_of(), {"use": ("base", "kept as data")}
     elif case == "base":
         batch, options = batch_of(kept=False), {"use": ("base",)}
     else:
         batch, options = batch_of(), {}
     objective, values = exact(PARAMS, **options)
     gradient = finite_differences(lambda p: exact_lagrangian(p, **options), PARAMS)
-    got = estimates(formulation, batch)
+    got = estimates(problem, batch)
     stderr = got.std(axis=0) / np.sqrt(len(got))
-    expected = np.concatenate([[objective], values, gradient])
+    total = exact_lagrangian(PARAMS, **options)
+    expected = np.concatenate([[total, objective], values, gradient])
     assert (np.abs(got.mean(axis=0) - expected) < 4.5 * stderr + 1e-6).all()
     assert (stderr < 0.1).all()
 
 
 def test_importance_holds_a_kept_pair_under_the_forgotten_condition():
-    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, estimator="importance")
-    got = estimates(formulation, batch_of(base=False))[:, 0]
+    problem = forward_kl(denoiser, SCHEDULE, WEIGHTING, mixing=0.5)
+    got = estimates(problem, batch_of(base=False))[:, 1]
     objective, _ = exact(PARAMS, kept=1, use=("kept",))  # label 1, not the kept images' own 0
     assert abs(got.mean() - objective) < 4.5 * got.std() / np.sqrt(len(got))
 
 
-@pytest.mark.parametrize("estimator", ["two_term", "importance"])
-def test_kept_rows_vanish_at_the_reference(estimator):
-    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, estimator=estimator)
+@pytest.mark.parametrize("mixing", [None, 0.5])
+def test_kept_rows_vanish_at_the_reference(mixing):
+    problem = forward_kl(denoiser, SCHEDULE, WEIGHTING, mixing=mixing)
     reference = jnp.float32(REFERENCE)
 
     @jax.jit
     def objective(params):
-        return formulation.losses(
-            params, reference, jax.random.key(0), batch_of(base=False), None
-        ).objective
+        return losses_of(problem, batch_of(base=False), params).objective
 
     np.testing.assert_array_equal(objective(reference), np.zeros(4))
     np.testing.assert_array_equal(jax.jacobian(objective)(reference), np.zeros((4, 12)))
@@ -160,11 +150,11 @@ def test_kept_rows_vanish_at_the_reference(estimator):
 
 def test_the_reference_gets_no_gradient_where_it_is_frozen():
     """The kept target is data: its derivative in params is that of ε_θ alone."""
-    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING)
-    batch = batch_of(base=False)
+    problem = forward_kl(denoiser, SCHEDULE, WEIGHTING)
+    batch, key = batch_of(base=False), jax.random.key(1)
 
     def kept(params, reference):
-        return formulation.losses(params, reference, jax.random.key(1), batch, None).objective.sum()
+        return problem.losses(params, reference, key, batch, jnp.zeros(2)).objective.sum()
 
     params, reference = jnp.float32(PARAMS), jnp.float32(REFERENCE)
     ours, theirs = jax.jit(jax.grad(kept, argnums=(0, 1)))(params, reference)
@@ -172,46 +162,12 @@ def test_the_reference_gets_no_gradient_where_it_is_frozen():
     np.testing.assert_allclose(ours, -theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("balance", [1.5, 0.3, 100.0])
-def test_norm_balanced_shortens_the_constraints_gradient(balance):
-    """From runs with λ = 0 and λ of "two_term", whose difference is the constraints' part."""
-
-    def gradient(multiplier, **options):
-        formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, **options)
-        algorithm = primal_dual(formulation, optax.sgd(1.0), optax.set_to_zero())
-        state = algorithm.init(
-            jnp.float32(PARAMS), THRESHOLDS, multipliers=multiplier, reference=REFERENCE
-        )
-        # Base rows, which every estimator treats alike.
-        after, info = jax.jit(algorithm.step)(jax.random.key(0), state, batch_of(kept=False))
-        return np.asarray(state.params - after.params, np.float64), info
-
-    kept, _ = gradient(0.0)
-    forgotten = gradient(MULTIPLIERS)[0] - kept
-    got, info = gradient(MULTIPLIERS, estimator="norm_balanced", balance=balance)
-    ratio = balance * np.linalg.norm(kept) / np.linalg.norm(forgotten)
-    np.testing.assert_allclose(got, kept + min(1.0, ratio) * forgotten, rtol=2e-5, atol=2e-5)
-    assert info.gradient_norm == pytest.approx(np.linalg.norm(got), rel=1e-5)
-
-
-def test_norm_balanced_leaves_the_reference():
-    """With kept rows alone: a path KL has no gradient there, and nothing could ever move."""
-    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, estimator="norm_balanced")
-    algorithm = primal_dual(formulation, optax.sgd(0.1), optax.set_to_zero())
-    start = algorithm.init(jnp.float32(REFERENCE), THRESHOLDS, multipliers=MULTIPLIERS)
-    after, _ = jax.jit(algorithm.step)(jax.random.key(0), start, batch_of(base=False))
-    assert np.abs(after.params - start.params).max() > 1e-3
-
-
 def test_importance_reports_effective_sample_sizes():
-    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, estimator="importance")
+    problem = forward_kl(denoiser, SCHEDULE, WEIGHTING, mixing=0.5)
 
     def sizes(x, a):
-        batch = Batch(
-            None, Examples(images(x), None), Forget(images(a), None, jnp.zeros(len(a), int))
-        )
-        evaluate = jax.jit(formulation.losses, static_argnums=4)
-        got = evaluate(jnp.float32(PARAMS), None, jax.random.key(3), batch, None)
+        forget = Images(images(a), None, jnp.zeros(len(a), int))
+        got = losses_of(problem, Batch(None, forget, Images(images(x), None)), key=3)
         return got.diagnostics["ess_retain"], got.diagnostics["ess_forget"]
 
     same = np.full(8, 0.3)
@@ -221,50 +177,51 @@ def test_importance_reports_effective_sample_sizes():
     assert retain + forget == pytest.approx(1.0)
 
 
-def test_formulation_is_the_paper_s():
-    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING)
-    assert formulation.sign == 1
-    assert formulation.balance is None
+def test_the_problem_is_the_paper_s():
+    problem = forward_kl(denoiser, SCHEDULE, WEIGHTING)
+    assert problem.sign == 1
     # Σ λ_i q_i ≤ q needs Σ λ_i ≤ 1.
-    np.testing.assert_allclose(formulation.project(jnp.array([-1.0, 0.3])), [0.0, 0.3], rtol=1e-6)
-    assert 0.9 < formulation.project(jnp.array([-1.0, 2.0])).sum() < 1
-    capped = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, project=lambda x: x / 2)
+    np.testing.assert_allclose(problem.project(jnp.array([-1.0, 0.3])), [0.0, 0.3], rtol=1e-6)
+    assert 0.9 < problem.project(jnp.array([-1.0, 2.0])).sum() < 1
+    capped = forward_kl(denoiser, SCHEDULE, WEIGHTING, project=lambda x: x / 2)
     np.testing.assert_array_equal(capped.project(jnp.array([-1.0])), [-0.5])
+    # Objective and constraints are means over rows of their own.
+    assert losses_of(problem, batch_of()).share == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"estimator": "siss"}, "siss"),
-        ({"mixing": 0.0}, "mixing"),
-        ({"mixing": 1.0}, "mixing"),
-        ({"balance": 0.0}, "balance"),
-        ({"balance": -1.0}, "balance"),
-    ],
-)
-def test_bad_options_are_refused(options, word):
-    with pytest.raises(ValueError, match=word):
-        formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, **options)
+@pytest.mark.parametrize("mixing", [0.0, 1.0, -0.5])
+def test_bad_options_are_refused(mixing):
+    with pytest.raises(ValueError, match="mixing"):
+        forward_kl(denoiser, SCHEDULE, WEIGHTING, mixing=mixing)
 
 
 @pytest.mark.parametrize("part", ["base", "kept"])
 def test_importance_refuses_more_forgotten_images_than_it_can_pair(part):
-    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING, estimator="importance")
-    few = Examples(images(KEPT[:3]), jnp.zeros(3, int))
+    few = Images(images(KEPT[:3]), jnp.zeros(3, int))
     batch = batch_of()._replace(base=None, kept=None)._replace(**{part: few})
     with pytest.raises(ValueError, match=rf"batch\.{part}, which has 3"):
-        formulation.losses(jnp.float32(PARAMS), REFERENCE, jax.random.key(0), batch, None)
+        losses_of(forward_kl(denoiser, SCHEDULE, WEIGHTING, mixing=0.5), batch)
 
 
-def test_a_batch_without_an_objective_is_refused():
-    formulation = formulations.forward_kl(denoiser, SCHEDULE, WEIGHTING)
-    batch = batch_of(kept=False, base=False)
-    with pytest.raises(ValueError, match="kept or in base"):
-        formulation.losses(jnp.float32(PARAMS), REFERENCE, jax.random.key(0), batch, None)
+LABELS = jnp.zeros(4, int)
 
 
-@pytest.mark.parametrize("estimator", ["two_term", "importance", "norm_balanced"])
-def test_reference_values_keep_the_gradient_and_cancel_the_noise(estimator):
+@pytest.mark.parametrize(
+    ("parts", "word"),
+    [
+        ({"kept": None, "base": None}, "kept or in base"),
+        ({"forget": Conditions(LABELS, LABELS, LABELS, LABELS)}, "Images alone"),
+        ({"kept": Conditions(LABELS, LABELS)}, "Images alone"),
+        ({"forget": Images(images(FORGET), LABELS)}, "number of their constraint"),
+    ],
+)
+def test_bad_batches_are_refused(parts, word):
+    with pytest.raises(ValueError, match=word):
+        losses_of(forward_kl(denoiser, SCHEDULE, WEIGHTING), batch_of()._replace(**parts))
+
+
+@pytest.mark.parametrize("mixing", [None, 0.5])
+def test_reference_values_keep_the_gradient_and_cancel_the_noise(mixing):
     """With the exact reference values the constraint's mean is unchanged and its spread falls."""
     schedule = schedules.noise_schedule("squaredcos_cap_v2", num_steps=20)
     weighting = losses.time_weighting(losses.simple_weights(20, 1))
@@ -276,18 +233,12 @@ def test_reference_values_keep_the_gradient_and_cancel_the_noise(estimator):
     reference = {"a": jnp.sqrt(jax.nn.sigmoid(-schedule.log_snr)), "b": jnp.zeros(())}
     params = {"a": reference["a"] + 0.02, "b": jnp.array(0.05)}
     x_0 = jax.random.normal(key, (4096, 1, 1, 1))
-    batch = formulations.Batch(
-        kept=formulations.Examples(x_0, None),
-        base=None,
-        forget=formulations.Forget(x_0 + 0.1, None, jnp.arange(4096) % 2),
-    )
+    batch = Batch(Images(x_0, None), Images(x_0 + 0.1, None, jnp.arange(4096) % 2))
 
     def values(given, params, key):
-        formulation = formulations.forward_kl(
-            linear, schedule, weighting, estimator=estimator, reference_values=given
-        )
-        found = formulation.losses(params, reference, key, batch, None)
-        return jnp.zeros(2).at[found.index].add(found.constraint) / 2048, found.constraint
+        problem = forward_kl(linear, schedule, weighting, mixing=mixing, reference_values=given)
+        found = problem.losses(params, reference, key, batch, jnp.zeros(2))
+        return jnp.zeros(2).at[found.index].add(found.values) / 2048, found.values
 
     keys = jax.random.split(key, 40)
     exact = jax.vmap(lambda k: values(None, reference, k)[0])(keys).mean(axis=0)
@@ -319,12 +270,12 @@ def test_constraint_values_are_of_the_clipping_chain_and_the_objective_is_not(co
         return (x_t - (alpha[t] * params).reshape(-1, 1, 1, 1)) / sigma[t].reshape(-1, 1, 1, 1)
 
     before = jnp.float32([40.0, 50.0]) if controlled else None
-    formulation = formulations.forward_kl(far, schedule, weighting, reference_values=before)
+    problem = forward_kl(far, schedule, weighting, reference_values=before)
     batch = batch_of(kept=False)
-    found = formulation.losses(7.0, -5.0, jax.random.key(0), batch, None, jnp.zeros(2))
+    found = jax.jit(problem.losses)(7.0, -5.0, jax.random.key(0), batch, jnp.zeros(2))
     total = share.sum()  # of the weights: the drawn t leave no variance
     expected = total * (1 - FORGET) ** 2
     if controlled:
         expected = np.asarray(before)[CONSTRAINT] + expected - total * (-1 - FORGET) ** 2
-    np.testing.assert_allclose(found.constraint, expected, rtol=1e-4)
+    np.testing.assert_allclose(found.values, expected, rtol=1e-4)
     np.testing.assert_allclose(found.objective, total * (7 - BASE) ** 2, rtol=1e-4)

@@ -7,25 +7,17 @@ import numpy as np
 import optax
 import pytest
 
-from jax_unlearn import losses
-from jax_unlearn.duality import stored_samples as dual_first
-from jax_unlearn.formulations import (
-    ConditionBatch,
-    Held,
-    SampleBatch,
-    Samples,
-    Separated,
-    likelihood,
-)
+from jax_unlearn import formulations, lagrangian
+from jax_unlearn.formulations import likelihood
 from jax_unlearn.primal_dual import primal_dual
+from jax_unlearn.problem import Batch, Conditions, Images
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(2)
-VARIANCE, CENTRES = 0.5, np.array([0.8, -0.5])
-REFERENCE = chains.gaussian([0.0, 1.0], VARIANCE)
+CENTRES = np.array([0.8, -0.5])
+REFERENCE = chains.gaussian([0.0, 1.0], 0.5)
 PARAMS = jax.tree.map(lambda leaf: leaf + 0.15 * RNG.normal(size=leaf.shape), REFERENCE)
-MULTIPLIERS = np.array([0.3, 0.2])
-WEIGHTING = losses.TimeWeighting(jnp.array([1.0, 2.0, 1.0, 0.5, 2.0]), jnp.full(5, 0.2))
+MULTIPLIERS, THRESHOLDS = np.array([0.45, 0.3]), np.array([0.3, 0.6])
 ON_POLICY = functools.partial(likelihood, chains.apply, chains.SCHEDULE, shape=(1,), steps=5)
 
 
@@ -42,8 +34,9 @@ def batch_of():
     """A kept condition, and two rows of label 0, with both constraints on each."""
     zeros = jnp.zeros(2, int)
     each = jnp.tile(jnp.arange(2), (2, 1))
-    return ConditionBatch(
-        kept=Held(jnp.array([1]), jnp.array([1])), forget=Separated(zeros, zeros, None, each)
+    return Batch(
+        kept=Conditions(jnp.array([1]), jnp.array([1])),
+        forget=Conditions(zeros, zeros, None, each),
     )
 
 
@@ -54,39 +47,26 @@ def exact_values(params):
 
 
 def test_pathwise_values_and_gradient_against_exact_chains():
-    def lagrangian(params):
-        objective, values = exact_values(params)
-        return objective + MULTIPLIERS @ values
+    def mean_over_rows(params):
+        """Of the Lagrangian of each row by itself."""
+        kept, forgotten = (chains.path_kl(params, i, REFERENCE, i) for i in (1, 0))
+        forgotten += MULTIPLIERS @ (exact_values(params)[1] - THRESHOLDS)
+        return (kept + forgotten + forgotten) / 3
 
-    formulation = ON_POLICY(squares, estimator="pathwise")
-
-    def estimate(params, key):
-        got = formulation.losses(
-            params, single(REFERENCE), key, batch_of(), None, jnp.float32(MULTIPLIERS)
-        )
-        values = jnp.zeros(2).at[got.index].add(got.constraint) / 2
-        objective = got.objective.mean()
-        return objective + jnp.float32(MULTIPLIERS) @ values, (objective, values)
-
-    @jax.jit
-    @jax.vmap
-    def one(key):
-        gradient, (objective, values) = jax.grad(estimate, has_aux=True)(single(PARAMS), key)
-        flat = jnp.concatenate([gradient["gain"], gradient["bias"].ravel()])
-        return jnp.concatenate([objective[None], values, flat])
-
-    got = np.asarray(one(jax.random.split(KEY, 20_000)), np.float64)
-    error = got.std(axis=0) / np.sqrt(len(got))
+    mean, error = chains.averages(
+        ON_POLICY(squares), PARAMS, REFERENCE, batch_of(), MULTIPLIERS, THRESHOLDS, 20_000
+    )
     objective, values = exact_values(PARAMS)
-    exact = np.concatenate([[objective], values, chains.differences(lagrangian, PARAMS)])
-    assert (np.abs(got.mean(axis=0) - exact) < 4.5 * error + 1e-5).all()
+    gradient = chains.differences(mean_over_rows, PARAMS)
+    exact = np.concatenate([[mean_over_rows(PARAMS), objective], values, gradient])
+    assert (np.abs(mean - exact) < 4.5 * error + 1e-5).all()
     assert (error < 0.05).all()
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_guidance_regresses_on_the_score_and_reports_the_model_s_own_values(given):
+def test_stop_gradient_regresses_on_the_score_and_reports_the_model_s_own_values(given):
     """x̂_0 is linear in x here, so that ε_q + σ Σ λ_i ∇h_i(x̂_0(x)) is a linear denoiser."""
-    current = np.array([0.2, 0.1]) * 3 / 2  # λ N/N_i: two rows of three have both constraints
+    current = np.array([0.3, 0.15])
     gain, bias = REFERENCE["gain"], REFERENCE["bias"][0]
     alpha, sigma = chains.ALPHA, chains.SIGMA
     slope, offset = (1 - sigma * gain) / alpha, -sigma * bias / alpha
@@ -101,14 +81,12 @@ def test_guidance_regresses_on_the_score_and_reports_the_model_s_own_values(give
         s, o = jnp.float32(slope)[t][:, None], jnp.float32(offset)[t][:, None]
         return (s * (s * x_t + o - jnp.float32(CENTRES)))[..., None]
 
-    formulation = ON_POLICY(squares, estimator="guidance", gradients=gradients if given else None)
+    problem = ON_POLICY(squares, estimator="stop_gradient", gradients=gradients if given else None)
 
     @jax.jit
     def evaluate(params, key):
-        got = formulation.losses(
-            params, single(REFERENCE), key, batch_of(), None, jnp.float32([0.2, 0.1])
-        )
-        return got.objective, got.constraint.reshape(2, 2), got.diagnostics["path_kl"]
+        got = problem.losses(params, single(REFERENCE), key, batch_of(), jnp.float32(current))
+        return got.objective, got.values.reshape(2, 2), got.diagnostics["path_kl"]
 
     objective, values, path_kl = jax.vmap(evaluate, (None, 0))(
         single(params), jax.random.split(KEY, 4000)
@@ -123,79 +101,65 @@ def test_guidance_regresses_on_the_score_and_reports_the_model_s_own_values(give
     assert path_kl.mean() == pytest.approx(expected_kl, rel=0.05)
 
 
-def test_tilt_distils_the_closed_form():
-    """p_λ has precision 1/s² + λ and mean λ a / (1/s² + λ)."""
-    current = 1.5
-    x = np.sqrt(VARIANCE) * jax.random.normal(KEY, (100_000, 1))
-    zeros = jnp.zeros(100_000, int)
-    batch = SampleBatch(None, Samples(x, zeros, zeros, squares(x)[:, :1], zeros[:, None]))
-    formulation = likelihood(chains.apply, chains.SCHEDULE, weighting=WEIGHTING)
-    solved, constraint, diagnostics = chains.minimiser(
-        formulation, single(REFERENCE), batch, [current]
+def gradients_by_hand(estimator, multiplier, bound):
+    """Of six rows in float64: the package's, each row's by hand, and what was shortened there."""
+    with jax.enable_x64(True):
+        rng, rows, centre = np.random.default_rng(2), 6, CENTRES[0]
+        params = jax.tree.map(lambda leaf: leaf + 0.4 * rng.normal(size=leaf.shape), REFERENCE)
+        reference, at = (jax.tree.map(jnp.asarray, tree) for tree in (REFERENCE, params))
+        zeros = jnp.zeros(rows, int)
+        batch = Batch(None, Conditions(zeros, zeros, None, zeros))
+        options = {"shape": (2,), "steps": 5}
+        problem = likelihood(
+            chains.apply,
+            chains.SCHEDULE,
+            lambda x: 0.5 * jnp.square(x - centre).sum(axis=1, keepdims=True),
+            estimator=estimator,
+            **options,
+        )
+
+        def value(params):
+            return lagrangian(problem, params, reference, KEY, batch, [multiplier], [0.3])[0]
+
+        found = jax.jit(jax.grad(value))(at)
+        visit = formulations.sample_trajectories(chains.apply, chains.SCHEDULE, **options)
+        points = np.asarray(jax.jit(visit)(at, KEY, batch).forget.x_t)
+    each = [
+        chains.by_hand(
+            params, REFERENCE, points[:, row], 0, (0,), (1.0,), bound,
+            at_end=lambda x: multiplier * (x - centre),
+        )
+        for row in range(rows)
+    ]  # fmt: skip
+    expected = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *(one for one, _ in each))
+    return found, expected, np.array([share for _, share in each])
+
+
+@pytest.mark.parametrize(("estimator", "bound"), [("bounded", 1.0), ("pathwise", np.inf)])
+def test_gradient_of_a_trajectory_by_hand(estimator, bound):
+    """What comes back from h through later steps is shortened to the step's own; some is not."""
+    found, expected, shares = gradients_by_hand(estimator, 4.0, bound)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected
     )
-    variance = 1 / (1 / VARIANCE + current)
-    mean = variance * current * CENTRES[0]
-    exact = chains.gaussian([mean], variance)
-    np.testing.assert_allclose(solved[0], exact["gain"], atol=0.025)
-    np.testing.assert_allclose(solved[1], exact["bias"][0], atol=0.025)
-    expected = 0.5 * (variance + (mean - CENTRES[0]) ** 2)
-    assert constraint.mean() == pytest.approx(expected, rel=0.02)
-    kl = 0.5 * (variance / VARIANCE + mean**2 / VARIANCE - 1 - np.log(variance / VARIANCE))
-    assert diagnostics["tilt_kl"] == pytest.approx(kl, rel=0.03)
+    if estimator == "bounded":
+        assert 0.1 < (shares < 1).mean() < 0.9
 
 
-def test_dual_first_then_tilt_is_the_whole_solution():
-    """λ* of E_{p_λ} h = ε from samples, held fixed; the trained chain then meets ε by itself."""
-    threshold, count = 0.25, 20_000
-    x = np.sqrt(VARIANCE) * jax.random.normal(KEY, (count, 1))
-    first = dual_first.likelihood_multipliers(squares(x)[:, :1], [threshold], key=KEY)
-
-    def value(current):
-        variance = 1 / (1 / VARIANCE + current)
-        return 0.5 * (variance + (variance * current * CENTRES[0] - CENTRES[0]) ** 2)
-
-    low, high = 0.0, 50.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if value(middle) > threshold else (low, middle)
-    assert first.interval[0, 0] < low < first.interval[1, 0]
-    assert first.multipliers[0] == pytest.approx(low, rel=0.03)
-    assert first.attained == 1
-
-    zeros = jnp.zeros(count, int)
-    samples = Samples(x, zeros, zeros, squares(x)[:, 0], zeros)
-    algorithm = primal_dual(
-        likelihood(chains.apply, chains.SCHEDULE, weighting=WEIGHTING),
-        optax.adam(optax.exponential_decay(0.02, 300, 0.2)),
-        optax.set_to_zero(),
-    )
-    state = algorithm.init(single(REFERENCE), threshold, multipliers=first.multipliers)
-
-    @jax.jit
-    def train(state):
-        def body(state, key):
-            rows = jax.random.randint(key, (512,), 0, count)
-            chosen = jax.tree.map(lambda leaf: leaf[rows], samples)
-            return algorithm.step(key, state, SampleBatch(None, chosen))
-
-        return jax.lax.scan(body, state, jax.random.split(KEY, 800))
-
-    state, info = train(state)
-    assert info.values[-400:].mean() == pytest.approx(threshold, rel=0.02)
-    np.testing.assert_array_equal(state.multipliers, first.multipliers)
-    variance = 1 / (1 / VARIANCE + low)
-    target = chains.gaussian([variance * low * CENTRES[0]], variance)
-    np.testing.assert_allclose(state.params["gain"], target["gain"], atol=0.05)
-    np.testing.assert_allclose(state.params["bias"][0], target["bias"][0], atol=0.05)
+def test_bounded_is_pathwise_where_nothing_is_longer_than_a_step_s_own():
+    found, whole, shares = gradients_by_hand("bounded", 0.4, np.inf)
+    assert (gradients_by_hand("bounded", 0.4, 1.0)[2] == shares).all()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, whole)
 
 
 @pytest.mark.slow
 def test_pathwise_primal_dual_meets_the_bound_at_the_price_of_its_multiplier():
     """On linear chains, whose optimum is found by a search over λ of the exact Lagrangian."""
-    batch = ConditionBatch(None, Separated(*[jnp.zeros(64, int)] * 2, None, jnp.zeros(64, int)))
+    zeros = jnp.zeros(64, int)
+    batch = Batch(None, Conditions(zeros, zeros, None, zeros))
     thresholds = np.array([0.30, 0.22])
     algorithm = primal_dual(
-        ON_POLICY(lambda x: squares(x)[:, :1], estimator="pathwise"),
+        ON_POLICY(lambda x: squares(x)[:, :1]),
         optax.adam(optax.exponential_decay(0.01, 1000, 0.1)),
         optax.sgd(optax.exponential_decay(0.5, 1000, 0.1)),
     )
@@ -205,7 +169,9 @@ def test_pathwise_primal_dual_meets_the_bound_at_the_price_of_its_multiplier():
     def solve(threshold):
         state = algorithm.init(single(REFERENCE), threshold)
         return jax.lax.scan(
-            lambda state, key: algorithm.step(key, state, batch), state, jax.random.split(KEY, 1500)
+            lambda state, key: algorithm.step(key, state, single(REFERENCE), batch),
+            state,
+            jax.random.split(KEY, 1500),
         )
 
     state, info = solve(jnp.float32(thresholds)[:, None])
@@ -227,25 +193,42 @@ def test_pathwise_primal_dual_meets_the_bound_at_the_price_of_its_multiplier():
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"estimator": "dps"}, "dps"),
-        ({}, "weighting"),
-        ({"estimator": "pathwise", "shape": (1,), "steps": 5}, "likelihoods"),
-        ({"estimator": "guidance", "likelihoods": squares, "shape": (1,)}, "steps"),
-        ({"estimator": "guidance", "likelihoods": squares, "steps": 5}, "shape"),
+        ({"estimator": "dps"}, "'dps' is not one of"),
+        ({"estimator": "guidance"}, "'guidance' is not one of"),
+        ({"estimator": "stop_gradient", "steps": None}, "steps"),
+        ({"estimator": "stop_gradient", "shape": None}, "shape"),
+        ({"steps": 1}, "at least 2"),
     ],
 )
 def test_bad_options_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
-        likelihood(chains.apply, chains.SCHEDULE, **options)
+        ON_POLICY(squares, **options)
+
+
+def losses_of(problem, batch):
+    arguments = single(PARAMS), single(REFERENCE), KEY, batch, jnp.zeros(2)
+    return jax.eval_shape(lambda: problem.losses(*arguments))
 
 
 def test_likelihoods_of_another_shape_are_refused():
-    formulation = ON_POLICY(lambda x: squares(x)[:, 0], estimator="pathwise")
     with pytest.raises(ValueError, match=r"\[2, 2\], not \[2\]"):
-        formulation.losses(single(PARAMS), single(REFERENCE), KEY, batch_of(), None, jnp.zeros(2))
+        losses_of(ON_POLICY(lambda x: squares(x)[:, 0]), batch_of())
 
 
-def test_formulation_is_the_paper_s():
-    formulation = likelihood(chains.apply, chains.SCHEDULE, weighting=WEIGHTING)
-    assert formulation.sign == -1
-    np.testing.assert_array_equal(formulation.project(jnp.array([-1.0, 40.0])), [0.0, 40.0])
+def test_rows_of_another_type_are_refused():
+    images = Images(jnp.zeros((2, 1)), jnp.zeros(2, int), jnp.zeros(2, int))
+    with pytest.raises(ValueError, match="got Conditions and Images"):
+        losses_of(ON_POLICY(squares), batch_of()._replace(forget=images))
+    with pytest.raises(ValueError, match="no base"):
+        losses_of(ON_POLICY(squares), batch_of()._replace(base=images))
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "bounded", "stop_gradient"])
+def test_the_problem_is_the_paper_s(estimator):
+    problem = ON_POLICY(squares, estimator=estimator)
+    assert problem.sign == -1
+    np.testing.assert_array_equal(problem.project(jnp.array([-1.0, 40.0])), [0.0, 40.0])
+    # Two of three rows are forgotten, each with both constraints.
+    got = jax.jit(problem.losses)(single(PARAMS), single(REFERENCE), KEY, batch_of(), jnp.zeros(2))
+    np.testing.assert_allclose(got.share, [2 / 3, 2 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(got.index, [0, 1, 0, 1])

@@ -9,19 +9,14 @@ import pytest
 
 from jax_unlearn import losses, mixtures
 from jax_unlearn.formulations import (
-    Batch,
-    ConditionBatch,
-    Examples,
-    Forget,
-    SampleBatch,
-    Samples,
-    Separated,
+    distill_likelihood,
+    distill_reverse_kl,
     forward_kl,
-    likelihood,
     mixed,
     reverse_kl,
 )
 from jax_unlearn.primal_dual import primal_dual
+from jax_unlearn.problem import Batch, Conditions, Images, Samples
 
 KEY = jax.random.key(0)
 SCHEDULE = chains.SCHEDULE
@@ -62,39 +57,41 @@ def squares(x):
 
 
 def problem(kind):
-    """A formulation, a batch for it, and thresholds that its first values are near."""
+    """A problem, a batch for it, and thresholds that its first values are near."""
     x = mixtures.sample(mixtures.gaussian_mixture([[-1.0], [1.0]], 0.3), KEY, 12)
     zeros = jnp.zeros(12, int)
     if kind == "forward_kl":
-        batch = Batch(Examples(x[:6], zeros[:6]), None, Forget(x[6:], zeros[6:] + 1, zeros[6:]))
+        batch = Batch(Images(x[:6], zeros[:6]), Images(x[6:], zeros[6:] + 1, zeros[6:]))
         return forward_kl(network, SCHEDULE, WEIGHTING), batch, [9.0]
-    if kind.endswith("tilt"):
-        values = log_ratio(x) if kind == "reverse_kl tilt" else squares(x)[:, 0]
-        batch = SampleBatch(None, Samples(x, zeros, zeros, values, zeros))
-        make = reverse_kl if kind == "reverse_kl tilt" else likelihood
-        formulation = make(network, SCHEDULE, estimator="tilt", weighting=WEIGHTING)
-        return formulation, batch, [5.0 if kind == "reverse_kl tilt" else 0.3]
-    forget = Separated(zeros[:4], zeros[:4], zeros[:4] + 1, zeros[:4])
+    if kind.startswith("distill"):
+        values = log_ratio(x) if kind == "distill_reverse_kl" else squares(x)[:, 0]
+        batch = Batch(None, Samples(x, zeros, zeros, values, zeros))
+        if kind == "distill_reverse_kl":
+            return distill_reverse_kl(network, SCHEDULE, WEIGHTING), batch, [5.0]
+        return distill_likelihood(network, SCHEDULE, WEIGHTING), batch, [0.3]
+    forget = Conditions(zeros[:4], zeros[:4], zeros[:4] + 1, zeros[:4])
     if kind == "mixed pathwise":
-        batch = ConditionBatch(None, forget._replace(likelihood=zeros[:4]))
+        batch = Batch(None, forget._replace(likelihood=zeros[:4]))
         return mixed(network, SCHEDULE, squares, (1, 1), **ON_POLICY), batch, [2.0, 0.3]
-    formulation = reverse_kl(network, SCHEDULE, estimator="stop_gradient", **ON_POLICY)
-    return formulation, ConditionBatch(None, forget), [2.0]
+    stopped = reverse_kl(network, SCHEDULE, estimator="stop_gradient", **ON_POLICY)
+    return stopped, Batch(None, forget), [2.0]
 
 
 def end_of(kind):
     """Thresholds -> parameters and multipliers after four steps, weighed into one number."""
-    formulation, batch, thresholds = problem(kind)
-    algorithm = primal_dual(formulation, optax.adam(0.05, eps_root=1e-12), optax.sgd(0.02))
+    posed, batch, thresholds = problem(kind)
+    algorithm = primal_dual(posed, optax.adam(0.05, eps_root=1e-12), optax.sgd(0.02))
     start, reference = params_of(KEY), params_of(jax.random.key(1))
     weights = jax.tree.map(
         lambda leaf: jnp.asarray(np.random.default_rng(leaf.size).normal(size=leaf.shape)), start
     )
 
     def end(thresholds):
-        state = algorithm.init(start, thresholds, multipliers=0.1, reference=reference)
+        state = algorithm.init(start, thresholds, multipliers=0.1)
         state, _ = jax.lax.scan(
-            lambda state, key: algorithm.step(key, state, batch), state, jax.random.split(KEY, 4)
+            lambda state, key: algorithm.step(key, state, reference, batch),
+            state,
+            jax.random.split(KEY, 4),
         )
         moved = sum(
             jnp.vdot(a, b)
@@ -128,8 +125,8 @@ def derivatives(kind):
     "kind",
     [
         "forward_kl",
-        "likelihood tilt",
-        pytest.param("reverse_kl tilt", marks=pytest.mark.slow),
+        "distill_likelihood",
+        pytest.param("distill_reverse_kl", marks=pytest.mark.slow),
         pytest.param("mixed pathwise", marks=pytest.mark.slow),
     ],
 )
