@@ -1,6 +1,10 @@
 """What a user may get wrong: each a clear line, exit 2, and nothing touched."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,12 +16,12 @@ from jax_unlearn.app import cli
 @pytest.fixture
 def refuse(tiny_model, tiny_images, tmp_path, capsys, monkeypatch):
     """Runs `data` with changes; asserts exit 2 on one line, and that no work was begun."""
-    import jax_unlearn.app.run
+    from jax_unlearn.app import run
 
     def never(*args, **kwargs):
         raise AssertionError("the run was begun")
 
-    monkeypatch.setattr(jax_unlearn.run, "run", never)
+    monkeypatch.setattr(run, "run", never)
 
     def check(*more, **changes):
         given = {
@@ -86,7 +90,7 @@ def test_retaining_nothing_but_what_is_to_be_forgotten(refuse, tiny_images):
 
 def test_overlapping_images_are_counted_and_removed(tiny_model, tiny_images, tmp_path):
     from jax_unlearn.app.options import DataOptions
-    from jax_unlearn.app.tasks import images as problems
+    from jax_unlearn.app.tasks import images as requests
     from jax_unlearn.pretrained import load_pretrained
 
     with np.load(tiny_images["forget"]) as first, np.load(tiny_images["retain"]) as second:
@@ -100,9 +104,9 @@ def test_overlapping_images_are_counted_and_removed(tiny_model, tiny_images, tmp
         forget=(str(tiny_images["forget"]),),
         retain=(str(tmp_path / "both.npz"),),
     )
-    problem = problems.from_paths(load_pretrained(tiny_model), options)
-    assert any(note.startswith("5 retained") for note in problem.notes)
-    assert len(problem.retain.pixels) + len(problem.held_out.pixels) == 60
+    request = requests.from_paths(load_pretrained(tiny_model), options)
+    assert any(note.startswith("5 retained") for note in request.notes)
+    assert len(request.retain.pixels) + len(request.held_out.pixels) == 60
 
 
 @pytest.mark.parametrize("text", ["-1", "0", "nan", "inf", "0x", "twice", "-2x"])
@@ -177,6 +181,24 @@ def test_nothing_given_is_named(capsys):
 def test_an_unknown_command_shows_the_commands(capsys):
     assert cli.main(["forget"]) == 2
     assert "demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--help"], []])
+def test_help_loads_neither_networks_nor_the_parser_of_options(given):
+    script = (
+        "import sys\n"
+        "from jax_unlearn.app.cli import main\n"
+        f"code = main({given})\n"
+        "print(code, *sorted({'flax', 'tyro', 'orbax'} & set(sys.modules)))"
+    )
+    root = str(pathlib.Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    usage, last = done.stdout.rstrip().rsplit("\n", 1)
+    assert usage.startswith("usage: jax-unlearn COMMAND")
+    assert last == ("0" if given else "2")
 
 
 def test_help_lists_every_option_with_its_default(capsys):

@@ -161,6 +161,51 @@ def test_likelihood_constraints_are_upper_bounds(tmp_path):
     assert "threshold at most 0.01, missed by 0.01" in verdict(report)
 
 
+def floor_and_gap(value=0.0201, effective=41.26, **more):
+    beside = {"unit": "nats", "effective": effective}
+    return {
+        "floor": {"value": value, "stderr": 0.0024, **beside, **more},
+        "gap": {"value": 0.0321 - value, "stderr": 0.003, **beside},
+    }
+
+
+def test_the_page_says_what_no_model_can_beat(tmp_path):
+    plain = write(tmp_path / "none", make_report(constraint()))
+    assert "Floor and gap" not in plain.text
+    page = write(tmp_path / "some", make_report(constraint(), **floor_and_gap()))
+    for shown in ("0.0201 ± 0.0024 nats", "0.0120 ± 0.0030 nats", "41.3 effective ones carry it"):
+        assert shown in page.text
+    for absent in ("too few", "95 % confidence", "This gap is negative"):
+        assert absent not in page.text
+    exact = {value for tag, name, value in page.attributes if (tag, name) == ("data", "value")}
+    assert {repr(0.0201), repr(0.0321 - 0.0201)} <= exact
+    few = write(tmp_path / "few", make_report(constraint(), **floor_and_gap(effective=19.4)))
+    assert "19.4 effective ones carry it, too few to call it a bound" in few.text
+    sure = write(tmp_path / "sure", make_report(constraint(), **floor_and_gap(lower=0.0125)))
+    assert "With 95 % confidence the floor is at least 0.0125" in sure.text
+    below = write(tmp_path / "below", make_report(constraint(), **floor_and_gap(value=0.05)))
+    assert "This gap is negative" in below.text
+
+
+def test_a_gap_that_is_not_finite_is_a_dash(tmp_path):
+    given = floor_and_gap(value=math.nan)
+    page = write(tmp_path, make_report(constraint(), **given))
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["non_finite"] == ["floor.value", "gap.value"]
+    assert "Floor and gap No model that meets the thresholds pays less than the floor: —" in (
+        page.text
+    )
+
+
+def test_the_formula_is_the_one_that_is_given(tmp_path):
+    formula = "minimise KL(p‖q) subject to E_p[hᵢ] ≤ εᵢ & <more>"
+    report = make_report(constraint(), formulation="likelihood", formula=formula)
+    page = write(tmp_path / "one", report)
+    assert f"Likelihood: {formula}; q is the reference model" in page.text
+    side_by_side = Page(write_comparison(tmp_path, ["one"]).read_text("utf-8"))
+    assert formula in side_by_side.text
+
+
 def test_names_are_escaped(tmp_path):
     name = '<script>alert("x")</script> & _$\\frac$ 運動靴'
     report = make_report(constraint(name), constraint("_plain"))

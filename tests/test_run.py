@@ -1,12 +1,16 @@
 """Whole runs on a tiny model, through the command line as a user gives it."""
 
+import dataclasses
+import html
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
+import typing
 
 import jax
 import numpy as np
@@ -14,9 +18,10 @@ import pytest
 from PIL import Image
 
 from jax_unlearn.app import cli, report
-from jax_unlearn.app.options import DataOptions, load_run
+from jax_unlearn.app import run as running
+from jax_unlearn.app.options import ConceptOptions, DataOptions, DemoOptions, load_run
 from jax_unlearn.app.run import NotFinite, prepare_folder, run
-from jax_unlearn.app.tasks import images as problems
+from jax_unlearn.app.tasks import images as requests
 from jax_unlearn.pretrained import load_pretrained
 
 SMALL = [
@@ -79,6 +84,12 @@ def test_a_run_leaves_everything_that_is_promised(finished):
         assert (finished / "model" / name).is_file()
     assert [row["step"] for row in report.read_rows(finished / "metrics.jsonl")] == [*range(1, 7)]
     assert any((finished / "checkpoints").iterdir())
+    page = html.unescape((finished / "report.html").read_text())
+    assert "KL(q‖p) subject to KL(qᵢ‖p) ≥ bᵢ" in found["formula"]
+    assert found["formula"] in page
+    # Images of what is forgotten are not samples of the reference.
+    assert not {"floor", "gap"} & set(found)
+    assert "Floor and gap" not in page
     with Image.open(finished / "grid_1.png") as picture:
         assert picture.size[0] > 100
 
@@ -118,7 +129,7 @@ def test_an_output_folder_in_use_is_refused_and_overwriting_keeps_the_old_one(
 
 KILLED = """
 import os, signal, sys
-from jax_unlearn import cli, run
+from jax_unlearn.app import cli, run
 original, number = run.run, int(sys.argv[1])
 def killing(*args, **kwargs):
     def after_step(step):
@@ -181,7 +192,7 @@ def test_a_torn_last_row_is_dropped_on_resume(finished, tmp_path):
     assert rows_without_seconds(out) == rows_without_seconds(finished)
 
 
-def problem_of(tiny_model, tiny_images, out, **more):
+def request_of(tiny_model, tiny_images, out, **more):
     options = DataOptions(
         model=str(tiny_model),
         forget=(str(tiny_images["forget"]),),
@@ -195,26 +206,54 @@ def problem_of(tiny_model, tiny_images, out, **more):
         evaluation_images=16,
         **more,
     )
-    return problems.from_paths(load_pretrained(tiny_model), options), options
+    return requests.from_paths(load_pretrained(tiny_model), options), options
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_advice(
     tiny_model, tiny_images, tmp_path
 ):
-    problem, options = problem_of(tiny_model, tiny_images, tmp_path / "nan", learning_rate=1e30)
+    request, options = request_of(tiny_model, tiny_images, tmp_path / "nan", learning_rate=1e30)
     prepare_folder(options)
     with pytest.raises(NotFinite, match=r"step \d: .*last good state .*learning-rate"):
-        run(problem, options, command="data", progress=False)
+        run(request, options, command="data", progress=False)
     saved = [p.name for p in (tmp_path / "nan" / "checkpoints").iterdir() if p.name.isdigit()]
     assert saved
 
 
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        (DataOptions(), ()),
+        (DemoOptions(), ()),
+        (ConceptOptions(estimator="bounded"), ()),
+        (ConceptOptions(estimator="pathwise"), ()),
+        (ConceptOptions(estimator="stop_gradient"), ()),
+        (
+            ConceptOptions(formulation="likelihood"),
+            ("max_multiplier", "dual_learning_rate", "dual_damping", "estimator", "minibatches"),
+        ),
+    ],
+)
+def test_advice_names_only_what_the_command_has_and_uses(options, idle):
+    advice = running._advice(options)
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    named = [flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", advice)]
+    assert "learning_rate" in named
+    assert set(named) <= set(fields) - set(idle)
+    # A value that is named is one that can be given, and not what was.
+    for flag, value in re.findall(r"--([a-z-]+) ([a-z_]+)", advice):
+        if typing.get_origin(fields[flag.replace("-", "_")].type) is typing.Literal:
+            assert value in typing.get_args(fields[flag.replace("-", "_")].type)
+            assert value != getattr(options, flag.replace("-", "_"))
+    assert ("--estimator bounded" in advice) == (getattr(options, "estimator", "") == "pathwise")
+
+
 def test_per_image_makes_each_image_a_constraint(tiny_model, tiny_images, tmp_path):
-    problem, options = problem_of(
+    request, options = request_of(
         tiny_model, tiny_images, tmp_path / "each", per_image=True, threshold=("1.5x",)
     )
     prepare_folder(options)
-    result = run(problem, options, command="data", progress=False)
+    result = run(request, options, command="data", progress=False)
     constraints = result.report["constraints"]
     assert len(constraints) == 12
     for constraint in constraints:
@@ -225,8 +264,8 @@ def test_per_image_makes_each_image_a_constraint(tiny_model, tiny_images, tmp_pa
 
 def test_the_step_compiles_once(tiny_model, tiny_images, tmp_path, monkeypatch):
     traces = []
-    problem, options = problem_of(tiny_model, tiny_images, tmp_path / "once")
-    apply = problem.pretrained.apply
+    request, options = request_of(tiny_model, tiny_images, tmp_path / "once")
+    apply = request.pretrained.apply
     from jax_unlearn.app.tasks import image_task as module
 
     original = module.forward_kl
@@ -240,10 +279,10 @@ def test_the_step_compiles_once(tiny_model, tiny_images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "forward_kl", counting)
     prepare_folder(options)
-    run(problem, options, command="data", progress=False)
+    run(request, options, command="data", progress=False)
     # The trained and the frozen network, once each.
     assert len(traces) == 2
-    assert problem.pretrained.apply is apply
+    assert request.pretrained.apply is apply
 
 
 def test_a_full_disk_is_one_clear_line(tiny_model, tiny_images, tmp_path, monkeypatch, capsys):
@@ -272,24 +311,24 @@ def test_options_survive_a_round_trip(finished):
 def test_under_null_replaces_its_share(tiny_model):
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 3
-    hidden = problems.under_null(labels, 3, 0.25, rng)
+    hidden = requests.under_null(labels, 3, 0.25, rng)
     assert (hidden == 3).sum() == 10
     np.testing.assert_array_equal(hidden[hidden != 3], labels[hidden != 3])
-    assert problems.under_null(None, 3, 0.25, rng) is None
-    np.testing.assert_array_equal(problems.under_null(labels, None, 0.25, rng), labels)
+    assert requests.under_null(None, 3, 0.25, rng) is None
+    np.testing.assert_array_equal(requests.under_null(labels, None, 0.25, rng), labels)
 
 
 def test_batches_show_each_part_under_its_conditions(tiny_model, tiny_images, tmp_path):
-    problem, options = problem_of(tiny_model, tiny_images, tmp_path / "batch")
-    assert problem.forgotten_labels == (1,)
+    request, options = request_of(tiny_model, tiny_images, tmp_path / "batch")
+    assert request.forgotten_labels == (1,)
     for step in range(3):
-        batch = problems.batch(problem, options, step)
+        batch = requests.batch(request, options, step)
         assert set(np.unique(batch.kept.cond)) <= {0, 2}
         assert sorted(np.unique(batch.base.cond)) == [1, 3]
         assert sorted(np.unique(batch.forget.cond)) == [1, 3]
-        again = problems.batch(problem, options, step)
+        again = requests.batch(request, options, step)
         assert jax.tree.all(jax.tree.map(np.array_equal, batch, again))
-        kept = {image.tobytes() for image in problem.retain.pixels}
+        kept = {image.tobytes() for image in request.retain.pixels}
         assert all(image.tobytes() in kept for image in batch.base.x_0)
         assert all(image.tobytes() in kept for image in batch.kept.x_0)
 
@@ -303,7 +342,7 @@ def test_without_forgotten_labels_kept_rows_see_the_null_label(tiny_model, tmp_p
             labels=np.arange(count) % 3,
         )
     images = {name: tmp_path / f"{name}.npz" for name in ("forget", "retain")}
-    problem, options = problem_of(tiny_model, images, tmp_path / "x", null_share=0.25)
-    batch = problems.batch(problem, options, 0)
+    request, options = request_of(tiny_model, images, tmp_path / "x", null_share=0.25)
+    batch = requests.batch(request, options, 0)
     assert batch.base is None
     assert (batch.kept.cond == 3).sum() == 4

@@ -14,9 +14,8 @@ __all__ = ["Checkpoints"]
 class Checkpoints:
     """A folder of asynchronous checkpoints of (state, host state).
 
-    The state holds parameters, optimizer, multipliers, thresholds and the step; the frozen
-    reference is left out, since the pretrained model still has it. Batches and PRNG keys are
-    pure functions of the seed and the step, so these two integers are the data iterator and
+    The state holds parameters, optimizer, multipliers, thresholds and the step. Batches and PRNG
+    keys are pure functions of the seed and the step: these two integers are the data iterator and
     the key. A checkpoint is written beside and renamed when complete: a run that is killed
     while writing goes on from the one before.
     """
@@ -42,7 +41,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._replace(reference=None)._asdict()),
+                state=ocp.args.StandardSave(state._asdict()),
                 host=ocp.args.JsonSave(host),
             ),
         )
@@ -55,8 +54,7 @@ class Checkpoints:
         """
         if self.latest is None:
             raise ValueError(f"no complete checkpoint in {self._manager.directory}.")
-        template = like._replace(reference=None)._asdict()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         try:
             restored = self._manager.restore(
                 self.latest,
@@ -68,8 +66,7 @@ class Checkpoints:
             raise ValueError(
                 f"the checkpoint in {self._manager.directory} does not fit this run: {error}"
             ) from error
-        state = PrimalDualState(**restored["state"])._replace(reference=like.reference)
-        return state, restored["host"]
+        return PrimalDualState(**restored["state"]), restored["host"]
 
     def wait(self) -> None:
         """Waits until everything that was started is on disk, and raises what went wrong."""

@@ -6,29 +6,19 @@ import pathlib
 import sys
 import webbrowser
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from jax_unlearn.app.embedded import captions
-from jax_unlearn.app.options import (
-    ConceptOptions,
-    DataOptions,
-    DemoOptions,
-    ModelOptions,
-    RunOptions,
-    SampleOptions,
-    load_run,
-    save_run,
-)
+# What loads networks is imported once a command is known: --help answers at once.
+if TYPE_CHECKING:
+    from jax_unlearn.app.options import ModelOptions, RunOptions, SampleOptions
 
 __all__ = ["main"]
 
-_COMMANDS: dict[str, type] = {
-    "demo": DemoOptions,
-    "data": DataOptions,
-    "concept": ConceptOptions,
-    "sample": SampleOptions,
+_COMMANDS = {
+    "demo": "DemoOptions",
+    "data": "DataOptions",
+    "concept": "ConceptOptions",
+    "sample": "SampleOptions",
 }
 _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
 
@@ -59,7 +49,12 @@ def _take(arguments: list[str], flag: str) -> str | None:
 
 
 def _parse(command: str, arguments: list[str]) -> Any:
-    kind = _COMMANDS[command]
+    import tyro
+
+    from jax_unlearn.app import options as kinds
+    from jax_unlearn.app.options import RunOptions, load_run
+
+    kind = getattr(kinds, _COMMANDS[command])
     config = _take(arguments, "--config") if issubclass(kind, RunOptions) else None
     default = None if config is None else load_run(pathlib.Path(config), command, kind)
     if default is None and "--resume" in arguments:
@@ -70,9 +65,10 @@ def _parse(command: str, arguments: list[str]) -> Any:
         default = load_run(saved, command, kind)
     if default is None:
         likely = command == "concept" and _take(list(arguments), "--formulation") == "likelihood"
-        default = kind(**({"steps": _LIKELIHOOD_STEPS} if likely else {}))
+        changed: dict[str, Any] = {"steps": _LIKELIHOOD_STEPS} if likely else {}
+        default = kind(**changed)
     # A repeated option starts from nothing, not from its default.
-    given = {
+    given: dict[str, Any] = {
         field.name: ()
         for field in dataclasses.fields(kind)
         if isinstance(getattr(default, field.name), tuple)
@@ -102,12 +98,13 @@ def _cache_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
-    """The problem that the options ask for, the options made exact, and the judge."""
+def _load(options: "RunOptions") -> tuple[Any, "RunOptions", Any]:
+    """The request that the options ask for, the options made exact, and the judge."""
     import numpy as np
 
     from jax_unlearn.app import embedded
-    from jax_unlearn.app.tasks import concept_problem, images
+    from jax_unlearn.app.options import ConceptOptions, DataOptions, DemoOptions, ModelOptions
+    from jax_unlearn.app.tasks import concept_request, images
     from jax_unlearn.models.judge import load_judge
     from jax_unlearn.pretrained import load_pretrained
     from jax_unlearn.pretrained.text_to_image import is_text_to_image
@@ -130,12 +127,12 @@ def _load(options: RunOptions) -> tuple[Any, RunOptions, Any]:
     if isinstance(options, DataOptions):
         return images.from_paths(pretrained, options), options, judge
     assert isinstance(options, ConceptOptions)
-    problem = concept_problem.make_problem(pretrained, options)
+    request = concept_request.make_request(pretrained, options)
     if own:
         stored = embedded.load_data().held_out
-        real = stored.pixels[~np.isin(stored.labels, problem.forgotten)]
-        problem = problem._replace(real=real)
-    return problem, options, judge
+        real = stored.pixels[~np.isin(stored.labels, request.forgotten)]
+        request = request._replace(real=real)
+    return request, options, judge
 
 
 def _named(pretrained: Any, name: str) -> Any:
@@ -143,10 +140,11 @@ def _named(pretrained: Any, name: str) -> Any:
     return pretrained._replace(config=config)
 
 
-def _load_prompts(options: ModelOptions) -> tuple[Any, RunOptions, Any]:
+def _load_prompts(options: "ModelOptions") -> tuple[Any, "RunOptions", Any]:
     """`_load` for a model from text to image."""
     from jax_unlearn.app import embedded
-    from jax_unlearn.app.tasks import concept_problem, images
+    from jax_unlearn.app.options import ConceptOptions, DataOptions
+    from jax_unlearn.app.tasks import concept_request, images
     from jax_unlearn.pretrained.clip import load_clip, zero_shot
     from jax_unlearn.pretrained.text_to_image import load_text_to_image
 
@@ -159,17 +157,18 @@ def _load_prompts(options: ModelOptions) -> tuple[Any, RunOptions, Any]:
     folder = embedded.clip_path() if own and options.clip is None else options.clip
     clip = None if folder is None else load_clip(folder)
     if isinstance(options, DataOptions):
-        problem: Any = images.from_captioned(model, options)
+        request: Any = images.from_captioned(model, options)
     else:
         assert isinstance(options, ConceptOptions)
-        problem = concept_problem.make_prompt_problem(model, options)
+        request = concept_request.make_prompt_request(model, options)
     # Images without captions are shown under no prompt alone; a CLIP then only compares.
-    classes = problem.conditions.classes or ("",)
-    return problem, options, None if clip is None else zero_shot(clip, classes)
+    classes = request.conditions.classes or ("",)
+    return request, options, None if clip is None else zero_shot(clip, classes)
 
 
-def _unlearn(command: str, options: RunOptions) -> int:
+def _unlearn(command: str, options: "RunOptions") -> int:
     from jax_unlearn.app import report
+    from jax_unlearn.app.options import save_run
     from jax_unlearn.app.run import (
         Interrupted,
         NotFinite,
@@ -183,21 +182,21 @@ def _unlearn(command: str, options: RunOptions) -> int:
     # may take minutes to encode.
     check_folder(options)
     jobs = [(name, *_load(one)) for name, one in _jobs(command, options)]
-    for _, problem, one, _ in jobs:
-        check_batches(problem, one)
+    for _, request, one, _ in jobs:
+        check_batches(request, one)
     prepare_folder(options)
     if len(jobs) > 1 and not options.resume:
         save_run(options.out / "run.json", command, options)
     done = []
     try:
-        for name, problem, one, judge in jobs:
+        for name, request, one, judge in jobs:
             if len(jobs) > 1:
                 if (one.out / "report.json").is_file():
                     continue
                 print(f"{one.out.name}:", file=sys.stderr)
                 one = dataclasses.replace(one, resume=(one.out / "run.json").is_file())
                 prepare_folder(one)
-            done.append(run(problem, one, command=name, judge=judge))
+            done.append(run(request, one, command=name, judge=judge))
             print(f"{report.verdict(done[-1].report)}\nmodel:  {one.out / 'model'}")
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -262,8 +261,11 @@ _DEMO_TEXT: dict[str, dict[str, Any]] = {
 }
 
 
-def _jobs(command: str, options: RunOptions) -> list[tuple[str, RunOptions]]:
+def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]:
     """The runs that a command makes: its name in run.json, and its options."""
+    from jax_unlearn.app.embedded import captions
+    from jax_unlearn.app.options import ConceptOptions, DemoOptions, RunOptions
+
     if not isinstance(options, DemoOptions):
         return [(command, options)]
     options = dataclasses.replace(options, forget=options.asked)
@@ -290,7 +292,7 @@ def _jobs(command: str, options: RunOptions) -> list[tuple[str, RunOptions]]:
     return jobs
 
 
-def _sample(options: SampleOptions) -> int:
+def _sample(options: "SampleOptions") -> int:
     from jax_unlearn.app.sampling import draw_grid
 
     draw_grid(options)
@@ -311,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(command, rest)
         _cache_compilations()
-        if isinstance(options, SampleOptions):
+        if command == "sample":
             return _sample(options)
         return _unlearn(command, options)
     except ValueError as error:

@@ -5,9 +5,10 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax_unlearn
+from jax_unlearn.app.files import replace_file
 from jax_unlearn.pretrained.subsets import parse_subset
 
 __all__ = [
@@ -19,10 +20,20 @@ __all__ = [
     "RunOptions",
     "SampleOptions",
     "Threshold",
+    "Training",
     "load_run",
     "parse_threshold",
     "save_run",
 ]
+
+
+class Training(NamedTuple):
+    """What trains, what is saved, and how many primal steps a step has."""
+
+    train: str = "full"
+    save: str = "pipeline"
+    link: bool = False
+    minibatches: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +74,11 @@ class RunOptions:
     seed: int = 0
     """Seed of everything random."""
 
+    @property
+    def training(self) -> Training:
+        """How the parameters train and are saved, where the command has no options for it."""
+        return Training()
+
     def validate(self) -> None:
         """Checks every number against its domain.
 
@@ -77,7 +93,7 @@ class RunOptions:
 
 
 _POSITIVE = (
-    "steps", "batch_size", "forget_batch_size", "learning_rate", "balance", "evaluation_images",
+    "steps", "batch_size", "forget_batch_size", "learning_rate", "evaluation_images",
     "sampling_steps", "checkpoint_every", "classifier_draws", "stored_samples",
 )  # fmt: skip
 _NOT_NEGATIVE = ("dual_learning_rate", "dual_damping", "samples", "guidance", "seed")
@@ -117,15 +133,13 @@ class ImageOptions(RunOptions):
     weighting: Literal["simple", "nelbo"] = "simple"
     """Unit of objective and constraints: "simple" is the mean squared error of the noise, a
     dimension and time step; "nelbo" is the negative ELBO (path KL) in nats an image."""
-    estimator: Literal["two_term", "importance", "norm_balanced"] = "two_term"
-    """How the gradient of the Lagrangian is estimated; see jax_unlearn.forward_kl."""
+    estimator: Literal["two_term", "importance"] = "two_term"
+    """"importance": forgotten and kept images share noisy ones; see jax_unlearn.forward_kl."""
     base_share: float = 0.5
     """Share of --batch-size shown under conditions that must become the law of the retained images
     (the null label and forgotten labels) when whole labels are forgotten; in [0, 1]."""
     null_share: float = 0.5
     """Share of images shown under the null label, where the model has one; in [0, 1]."""
-    balance: float = 2.0
-    """"norm_balanced": largest norm of the constraints' gradient, as a share of the objective's."""
     held_out_share: float = 0.2
     """Share of the retained images held out, to calibrate and judge on, never trained on."""
 
@@ -190,6 +204,11 @@ class ModelOptions(RunOptions):
     """Compute the denoiser's blocks again in backward passes instead of storing what they found:
     a third more time, and a fraction of the memory."""
 
+    @property
+    def training(self) -> Training:
+        """As the options say."""
+        return Training(self.train, self.save, self.link)
+
     def validate(self) -> None:
         """Checks what trains and what is saved, and every number."""
         super().validate()
@@ -252,11 +271,11 @@ class ConceptOptions(ModelOptions):
     """Prompts: what names are put into, in place of {}; each template widens every concept.
     "a photo of a {} => a photo" also says which prompt, without the concept, it is held to."""
     formulation: Literal["reverse-kl", "likelihood"] = "reverse-kl"
-    """"reverse-kl": KL(p‖q(·|c)) of at least the threshold, along the model's own trajectories.
-    "likelihood": of samples of p at most the threshold's share shows c, as the reference model
-    itself judges: a diffusion classifier of its labels, or of names against what they are held
-    to, whose errors on samples of its own are allowed for. With --target-steps 0 E_p[h_c] as it
-    is, the posterior among all labels or prompts."""
+    """"reverse-kl": min KL(p‖q) subject to KL(p‖q(·|c)) ≥ b, path KLs along the model's own
+    trajectories. "likelihood": min KL(p‖q) subject to E_p[h_c] ≤ ε, h = (f − e)(S − e)⁻¹ the
+    calibrated posterior: f is that of the reference's own diffusion classifier, S and e what it
+    finds on average in stored samples with and without each concept. E_p[h_c] is then the share of
+    samples that show c. With --target-steps 0, h_c is f_c itself, among all labels or prompts."""
     base: str | None = None
     """What is held to instead of a concept: a label, or (default) the null label; for prompts a
     name put into the templates, or (default) no prompt. A template's own base goes first."""
@@ -306,15 +325,20 @@ class ConceptOptions(ModelOptions):
     or more; 0 trains on the samples themselves, weighted, which is cheaper to set up and forgets
     less for more."""
     corrections: int = 3
-    """"likelihood": how often, at equal distances up to the middle of the run, the multipliers are
-    corrected by what samples of the model itself show by then, --stored-samples each time;
-    constraints are then to hold by a standard error."""
+    """"likelihood": how often, at equal distances up to the middle of the run, fresh samples of the
+    model itself move the multipliers, --stored-samples each time; constraints are then to hold by
+    a standard error."""
     classifier_draws: int = 8
     """"likelihood": draws of noise for each image that h_c is estimated from, 2 or more."""
     classifier_noise: float = 0.7
     """"likelihood": h_c is the posterior at the image with noise of this standard deviation (that
     of image and noise together is 1): details of an image tell concepts apart less than they
     mislead networks. 0 is the image itself."""
+
+    @property
+    def training(self) -> Training:
+        """As the options say."""
+        return super().training._replace(minibatches=self.minibatches)
 
     def validate(self) -> None:
         """Checks that the job is complete, and every number."""
@@ -435,9 +459,7 @@ def save_run(path: pathlib.Path, command: str, options: Any) -> None:
     for name in ("resume", "overwrite"):
         fields.pop(name, None)
     text = {"command": command, "version": jax_unlearn.__version__, "options": fields}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(text, indent=2) + "\n")
-    partial.replace(path)
+    replace_file(path, (json.dumps(text, indent=2) + "\n").encode())
 
 
 def load_run(path: pathlib.Path, command: str, kind: type) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import jax_unlearn
 from jax_unlearn.app.options import RunOptions
 from jax_unlearn.app.tasks.base import Measured, Task, estimate
+from jax_unlearn.duality import Floor
 from jax_unlearn.primal_dual import Certificate
 from jax_unlearn.typing import Estimate
 
@@ -23,6 +24,7 @@ def describe(
     command: str,
     after: Measured,
     certified: Certificate,
+    floor: Floor | None,
     mean_multipliers: np.ndarray,
     timing: dict[str, float],
 ) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def describe(
       command: that repeats it.
       after: measurements of the unlearned model.
       certified: the certificate.
+      floor: the dual value under it, in the objective's unit.
       mean_multipliers: over the steps, [m].
       timing: seconds by part; "all" of them, those before a resume included.
     """
@@ -64,12 +67,14 @@ def describe(
                 for name, value in saved.items()
             },
         },
-        "formulation": task.formulation.name,
+        "formulation": task.problem.name,
+        "formula": task.formula,
         "objective": {
             **_plain(after.objective),
             "unit": task.units[0],
             "description": task.objective,
         },
+        **_gap(certified, floor, task.units[0]),
         "constraints": [
             {
                 "name": name,
@@ -98,6 +103,18 @@ def describe(
             "python": sys.version.split()[0],
             **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
         },
+    }
+
+
+def _gap(certified: Certificate, floor: Floor | None, unit: str) -> dict[str, Any]:
+    """The floor under the objective and the gap to it, where there is a floor."""
+    if floor is None or certified.gap is None:
+        return {}
+    beside = {"unit": unit, "effective": floor.effective}
+    bound = {} if floor.lower is None else {"lower": floor.lower}
+    return {
+        "floor": {"value": floor.value, "stderr": floor.stderr, **bound, **beside},
+        "gap": {**_plain(certified.gap), **beside},
     }
 
 

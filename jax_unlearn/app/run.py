@@ -1,4 +1,4 @@
-"""One unlearning run from problem to report: loop, checkpoints, signals, files."""
+"""One unlearning run from request to report: loop, checkpoints, signals, files."""
 
 import contextlib
 import errno
@@ -16,26 +16,27 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jax_unlearn import minibatched as replay
 from jax_unlearn import sharding
 from jax_unlearn.app import outcome, report
 from jax_unlearn.app.checkpoint import Checkpoints
-from jax_unlearn.app.options import ImageOptions, RunOptions, save_run
-from jax_unlearn.app.tasks import concept_problem, concepts, image_task, images
+from jax_unlearn.app.files import replace_file
+from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions, save_run
+from jax_unlearn.app.tasks import concept_request, concepts, image_task, images
 from jax_unlearn.app.tasks.base import Task
+from jax_unlearn.minibatched import minibatched
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.pretrained import Pretrained, save_pretrained, save_unet
 from jax_unlearn.pretrained.subsets import (
-    lora_formulation,
     lora_init,
     lora_merge,
+    lora_problem,
     parse_subset,
     save_lora,
-    subset_formulation,
     subset_optimizer,
+    subset_problem,
 )
 from jax_unlearn.primal_dual import PrimalDualState, certificate, primal_dual
-from jax_unlearn.typing import Array, Params
+from jax_unlearn.typing import Array, Estimate, Params
 
 __all__ = [
     "Interrupted",
@@ -43,13 +44,14 @@ __all__ = [
     "Result",
     "check_batches",
     "check_folder",
+    "dual_schedule",
     "prepare_folder",
     "run",
 ]
 
 _TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
-    images.Problem: image_task.image_task,
-    concept_problem.Problem: concepts.concept_task,
+    images.ImageRequest: image_task.image_task,
+    concept_request.ConceptRequest: concepts.concept_task,
 }
 
 
@@ -72,16 +74,18 @@ class Result(NamedTuple):
     page: pathlib.Path
 
 
-def check_batches(problem: images.Problem | concept_problem.Problem, options: RunOptions) -> None:
+def check_batches(
+    request: images.ImageRequest | concept_request.ConceptRequest, options: RunOptions
+) -> None:
     """Refuses batches that do not divide over the devices, before anything is measured.
 
     Raises:
       ValueError: naming the size.
     """
     sizes = [options.batch_size, options.forget_batch_size]
-    if isinstance(problem, images.Problem):
+    if isinstance(request, images.ImageRequest):
         assert isinstance(options, ImageOptions)
-        parts = jax.tree.leaves(images.batch(problem, options, 0))
+        parts = jax.tree.leaves(images.batch(request, options, 0))
         sizes = [len(leaf) for leaf in parts]
     for size in sizes:
         sharding.check_rows(size, jax.device_count())
@@ -169,14 +173,12 @@ def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[s
 def _keep_rows(path: pathlib.Path, steps: int) -> float:
     """Cuts metrics.jsonl back to the rows of the first `steps` steps; the seconds they took."""
     rows = [row for row in report.read_rows(path) if row["step"] <= steps] if path.exists() else []
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows[-1]["seconds"] if rows else 0.0
 
 
 def run(
-    problem: images.Problem | concept_problem.Problem,
+    request: images.ImageRequest | concept_request.ConceptRequest,
     options: RunOptions,
     *,
     command: str,
@@ -190,7 +192,7 @@ def run(
     checkpoint with options.resume: batches and noise are functions of the seed and the step.
 
     Args:
-      problem: what to forget and to keep.
+      request: what to forget and to keep.
       options: how.
       command: the name under which run.json and the report can repeat the run.
       judge: names what samples show; without one agreement, KID and FID are not measured.
@@ -203,7 +205,7 @@ def run(
       ValueError: if the disk is full or a checkpoint does not fit.
     """
     try:
-        return _run(problem, options, command, judge, progress, after_step)
+        return _run(request, options, command, judge, progress, after_step)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -213,9 +215,29 @@ def run(
         ) from error
 
 
+def _advice(options: RunOptions) -> str:
+    """What may help a run whose losses became infinite: only what its command has and uses."""
+    if not isinstance(options, ConceptOptions):
+        return "Try a lower --learning-rate or --max-multiplier."
+    if options.formulation == "likelihood":
+        return "Try a lower --learning-rate, or a larger --threshold."
+    calmer = " or --max-multiplier"
+    if options.estimator == "pathwise":
+        calmer += ", or --estimator bounded"
+    return f"Try a lower --learning-rate{calmer}."
+
+
+def dual_schedule(task: Task) -> Callable[[Array], Array] | None:
+    """Steps done -> whether the multipliers move: in all, unless fresh samples move them."""
+    if task.dual_batch is None:
+        return None
+    marks = jnp.array(task.dual_steps, jnp.int32)
+    return lambda done: (done == marks).any()
+
+
 def _updates(options: RunOptions) -> int:
     """Of the parameters, in one step."""
-    return getattr(options, "minibatches", 1)
+    return options.training.minibatches
 
 
 def learning_rate(options: RunOptions) -> optax.Schedule:
@@ -227,7 +249,7 @@ def learning_rate(options: RunOptions) -> optax.Schedule:
 
 
 def _run(
-    problem: images.Problem | concept_problem.Problem,
+    request: images.ImageRequest | concept_request.ConceptRequest,
     options: RunOptions,
     command: str,
     judge: JudgeFunctions | None,
@@ -235,7 +257,7 @@ def _run(
     after_step: Callable[[int], None] | None,
 ) -> Result:
     started = time.monotonic()
-    out, pretrained = options.out, problem.pretrained
+    out, pretrained = options.out, request.pretrained
     if not options.resume:
         save_run(out / "run.json", command, options)
 
@@ -243,46 +265,45 @@ def _run(
         if progress:
             print(text, file=sys.stderr, flush=True)
 
-    for note in problem.notes:
+    for note in request.notes:
         say(f"note: {note}")
     say("measuring the reference model ...")
-    task = _TASKS[type(problem)](problem, options, judge)
+    task = _TASKS[type(request)](request, options, judge)
     thresholds = task.thresholds
     timing = {"reference": time.monotonic() - started}
     optimizer = optax.adam(learning_rate(options), b1=0.9, b2=0.99)
-    part, rank = parse_subset(getattr(options, "train", "full"))
-    formulation, start = task.formulation, task.params
+    part, rank = parse_subset(options.training.train)
+    problem, start = task.problem, task.params
     if rank is not None:
-        formulation = lora_formulation(formulation)
+        problem = lora_problem(problem)
         start = lora_init(start, jax.random.key(options.seed), rank=rank, part=part)
     elif part != "full":
-        formulation = subset_formulation(formulation, part)
+        problem = subset_problem(problem, part)
         optimizer = subset_optimizer(optimizer, part)
     if task.visit is None:
-        algorithm = primal_dual(formulation, optimizer, task.dual)
+        algorithm = primal_dual(problem, optimizer, task.dual, dual_schedule=dual_schedule(task))
     else:
         merge = None if rank is None else lora_merge
-        algorithm = replay.minibatched(
-            formulation, optimizer, task.dual, task.visit, parts=_updates(options), merge=merge
+        algorithm = minibatched(
+            problem, optimizer, task.dual, task.visit, parts=_updates(options), merge=merge
         )
     # Only what trains is copied: the step does not donate the reference.
     state = algorithm.init(
-        jax.tree.map(jnp.copy, start),
-        thresholds,
-        multipliers=task.multipliers,
-        reference=pretrained.params,
-        copy=False,
+        jax.tree.map(jnp.copy, start), thresholds, multipliers=task.multipliers, copy=False
     )
     # A step's key follows from the seed and the state's own count: nothing more to save.
-    key = jax.random.key(options.seed)
+    key, reference = jax.random.key(options.seed), pretrained.params
     mesh = sharding.data_mesh() if jax.device_count() > 1 else None
     if mesh is not None:
-        state, key = sharding.replicate((state, key), mesh)
+        state, key, reference = sharding.replicate((state, key, reference), mesh)
 
-    def step(key: Array, state: PrimalDualState, raw: Any) -> Any:
-        return algorithm.step(jax.random.fold_in(key, state.step), state, task.prepare(raw))
+    def step(key: Array, state: PrimalDualState, reference: Params, brought: Any) -> Any:
+        batch, *dual_batch = brought
+        key = jax.random.fold_in(key, state.step)
+        return algorithm.step(key, state, reference, task.prepare(batch), *dual_batch)
 
     compiled = sharding.jit_step(step, mesh)
+    beside = () if task.dual_batch is None else (task.dual_batch,)
     with contextlib.closing(Checkpoints(out / "checkpoints")) as checkpoints:
         metrics_path = out / "metrics.jsonl"
         elapsed = 0.0
@@ -291,22 +312,17 @@ def _run(
             say(f"resuming after step {int(state.step)}")
         elapsed = _keep_rows(metrics_path, int(state.step))
 
-        def corrected(done: int, state: PrimalDualState) -> PrimalDualState:
-            if done not in task.corrections:
-                return state
-            params = state.params if rank is None else lora_merge(state.reference, state.params)
-            found = task.corrections[done](params, state.multipliers)
-            return state._replace(
-                multipliers=found if mesh is None else sharding.replicate(found, mesh)
-            )
+        def place(batch: Any) -> Any:
+            brought = (batch, *beside)
+            return brought if mesh is None else sharding.shard_batch(brought, mesh)
 
         state, timing["first_step"] = _train(
             task,
             options,
             command,
             state,
-            lambda done, state, batch: compiled(key, corrected(done, state), batch),
-            lambda batch: batch if mesh is None else sharding.shard_batch(batch, mesh),
+            lambda state, brought: compiled(key, state, reference, brought),
+            place,
             checkpoints,
             metrics_path,
             elapsed,
@@ -320,32 +336,35 @@ def _run(
         trained = jax.device_get(state.params)
         params = trained if rank is None else lora_merge(pretrained.params, trained)
         after = task.measure(params)
+        floor = None if task.floor is None else task.floor()
         timing["unlearned"] = time.monotonic() - measuring
         _save(options, pretrained._replace(params=params), trained)
         certified = certificate(
-            task.formulation,
+            task.problem,
             objective=after.objective,
             values=after.constraints,
             thresholds=thresholds,
             multipliers=state.multipliers,
+            floor=None if floor is None else Estimate(floor.value, floor.stderr),
         )
         mean_multipliers = np.mean([row["multipliers"] for row in rows], axis=0)
         timing["all"] = elapsed + time.monotonic() - started
-        found = outcome.describe(task, options, command, after, certified, mean_multipliers, timing)
+        found = outcome.describe(
+            task, options, command, after, certified, floor, mean_multipliers, timing
+        )
         page = report.write_report(out, found, rows, task.grids(after))
     return Result(found, page)
 
 
 def _save(options: RunOptions, unlearned: Pretrained, trained: Params) -> None:
     """Writes OUT/model as the options ask: the pipeline, its UNet, or a low-rank change."""
-    folder, kind = options.out / "model", getattr(options, "save", "pipeline")
+    folder, kind = options.out / "model", options.training.save
     if kind == "lora":
         save_lora(folder, trained, overwrite=True)
     elif kind == "unet":
         save_unet(folder, unlearned, overwrite=True)
     else:
-        link = getattr(options, "link", False)
-        save_pretrained(folder, unlearned, overwrite=True, hard_links=link)
+        save_pretrained(folder, unlearned, overwrite=True, hard_links=options.training.link)
 
 
 def _train(
@@ -353,7 +372,7 @@ def _train(
     options: RunOptions,
     command: str,
     state: PrimalDualState,
-    step: Callable[[int, PrimalDualState, Any], Any],
+    step: Callable[[PrimalDualState, Any], Any],
     place: Callable[[Any], Any],
     checkpoints: Checkpoints,
     metrics_path: pathlib.Path,
@@ -378,8 +397,7 @@ def _train(
                 checkpoints.wait()
                 raise NotFinite(
                     f"step {number}: a loss or gradient is not finite. The last good state is "
-                    f"saved ({options.out}/checkpoints). Try a lower --learning-rate or "
-                    "--max-multiplier, or --estimator norm_balanced."
+                    f"saved ({options.out}/checkpoints). {_advice(options)}"
                 )
             seconds = elapsed + time.monotonic() - started
             log.write(json.dumps(_row(number, info, task.thresholds, seconds)) + "\n")
@@ -401,7 +419,7 @@ def _train(
         pending = None
         for number in range(first + 1, options.steps + 1):
             batch = place(task.batch(number - 1))
-            state, info = step(number - 1, state, batch)
+            state, info = step(state, batch)
             # The step before is logged while this one runs.
             if pending is not None:
                 record(*pending)

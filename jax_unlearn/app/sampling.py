@@ -1,5 +1,7 @@
 """A grid of samples from a checkpoint."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from PIL import Image
 
 from jax_unlearn import samplers
 from jax_unlearn.app import data, embedded
+from jax_unlearn.app.files import replace_file
 from jax_unlearn.app.options import SampleOptions
 from jax_unlearn.app.tasks.conditions import of_labels, of_prompts, predictor
 from jax_unlearn.pretrained import load_pretrained
@@ -72,7 +75,7 @@ def draw_grid(options: SampleOptions) -> np.ndarray:
     picture = grid.transpose(0, 2, 1, 3, 4).reshape(len(rows) * height, -1, channels)
     picture = picture.repeat(scale, axis=0).repeat(scale, axis=1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = options.out.with_name(options.out.name + ".partial")
-    Image.fromarray(picture[..., 0] if channels == 1 else picture).save(partial_path, "PNG")
-    partial_path.replace(options.out)
+    encoded = io.BytesIO()
+    Image.fromarray(picture[..., 0] if channels == 1 else picture).save(encoded, "PNG")
+    replace_file(options.out, encoded.getvalue())
     return grid

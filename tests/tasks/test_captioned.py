@@ -11,7 +11,7 @@ from pipelines import write_pipeline
 
 from jax_unlearn.app import cli, data
 from jax_unlearn.app.options import DataOptions
-from jax_unlearn.app.tasks import images as problems
+from jax_unlearn.app.tasks import images as requests
 from jax_unlearn.app.tasks.conditions import of_prompts, table_of
 from jax_unlearn.pretrained import load_pretrained
 from jax_unlearn.pretrained.networks import load_network
@@ -55,13 +55,13 @@ def options_of(pictures, **changes):
 
 
 def test_images_are_labelled_by_their_captions(model, pictures):
-    problem = problems.from_captioned(model, options_of(pictures))
+    request = requests.from_captioned(model, options_of(pictures))
     expected = ["a cat", "a dog", "a cow 0", "a cow 1", "a cow 2", "a: hen"]
-    table = jax.tree.leaves(problem.captions.table)[0]
+    table = jax.tree.leaves(request.captions.table)[0]
     np.testing.assert_allclose(table, encode_prompts(model, [*expected, None]), atol=1e-6)
-    assert problem.null == len(expected)
-    assert problem.forget.labels.tolist() == [0, 0, 1]
-    together = data.concatenate([problem.retain, problem.held_out])
+    assert request.null == len(expected)
+    assert request.forget.labels.tolist() == [0, 0, 1]
+    together = data.concatenate([request.retain, request.held_out])
     for name, label in zip(together.names, together.labels, strict=True):
         folder, file = name.split("/")[-2:]
         number = int(file.split(".")[0])
@@ -70,36 +70,36 @@ def test_images_are_labelled_by_their_captions(model, pictures):
         )
         assert expected[label] == wanted
     # "a dog" is kept too, so that it is not lost, and no caption is given to the kept images.
-    names = problem.conditions.names
-    assert [names[place] for place in problem.lost] == ["“a cat”"]
-    assert problem.forgotten_labels == ()
-    assert {names[c].strip("“”") for c in problem.conditions.drawn} <= set(expected)
+    names = request.conditions.names
+    assert [names[place] for place in request.lost] == ["“a cat”"]
+    assert request.forgotten_labels == ()
+    assert {names[c].strip("“”") for c in request.conditions.drawn} <= set(expected)
 
 
 def test_latents_are_draws_of_the_autoencoder(model, pictures):
-    problem = problems.from_captioned(model, options_of(pictures))
-    images = data.to_unit_range(problem.retain.pixels)
+    request = requests.from_captioned(model, options_of(pictures))
+    images = data.to_unit_range(request.retain.pixels)
     vae = model.vae.module
     law = vae.apply({"params": model.vae.params}, images, method="encode")
     scale = vae.config.scaling_factor
-    standard = (problem.retain.latents / scale - law.mean) / jnp.exp(0.5 * law.logvar)
-    assert problem.retain.latents.shape == (len(images), 8, 8, 4)
+    standard = (request.retain.latents / scale - law.mean) / jnp.exp(0.5 * law.logvar)
+    assert request.retain.latents.shape == (len(images), 8, 8, 4)
     assert float(jnp.abs(standard.mean())) < 4 / np.sqrt(standard.size)
     assert float(standard.std()) == pytest.approx(1, abs=4 / np.sqrt(2 * standard.size))
-    again = problems.from_captioned(model, options_of(pictures))
-    np.testing.assert_array_equal(again.retain.latents, problem.retain.latents)
+    again = requests.from_captioned(model, options_of(pictures))
+    np.testing.assert_array_equal(again.retain.latents, request.retain.latents)
 
 
 def test_a_batch_shows_latents_under_encoded_captions(model, pictures):
     options = options_of(pictures, null_share=0.5)
-    problem = problems.from_captioned(model, options)
-    raw = problems.batch(problem, options, 3)
+    request = requests.from_captioned(model, options)
+    raw = requests.batch(request, options, 3)
     assert raw.base is None
     nulls = 0
-    for part, images in ((raw.kept, problem.retain), (raw.forget, problem.forget)):
+    for part, images in ((raw.kept, request.retain), (raw.forget, request.forget)):
         for x_0, cond in zip(part.x_0, part.cond, strict=True):
             (place,) = np.flatnonzero((images.latents == x_0).all(axis=(1, 2, 3)))
-            rows = problem.captions.table[[images.labels[place], problem.null]]
+            rows = request.captions.table[[images.labels[place], request.null]]
             matches = (rows == cond).all(axis=(1, 2))
             assert matches.any()
             nulls += bool(matches[1])
@@ -110,12 +110,12 @@ def test_a_batch_shows_latents_under_encoded_captions(model, pictures):
 def test_images_without_captions_are_shown_under_no_prompt(model, pictures):
     plain = str(pictures / "plain")
     given = {"forget": (f"{plain}/0.png",), "retain": (plain,)}
-    problem = problems.from_captioned(model, options_of(pictures, **given))
-    assert set(problem.retain.labels) == {problem.null} == {0}
-    assert [problem.conditions.names[c] for c in problem.conditions.drawn] == ["no prompt"]
-    assert problem.notes == ("1 retained images are also to be forgotten (the same pixels): "
+    request = requests.from_captioned(model, options_of(pictures, **given))
+    assert set(request.retain.labels) == {request.null} == {0}
+    assert [request.conditions.names[c] for c in request.conditions.drawn] == ["no prompt"]
+    assert request.notes == ("1 retained images are also to be forgotten (the same pixels): "
                              "removed from the retained ones.",)  # fmt: skip
-    mixed = problems.from_captioned(
+    mixed = requests.from_captioned(
         model, options_of(pictures, retain=(plain, f"{pictures / 'retain'}"))
     )
     without = [plain in name for name in mixed.retain.names]
@@ -227,7 +227,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_encoded(
     def never(*args, **kwargs):
         raise AssertionError("encoded")
 
-    monkeypatch.setattr(problems, "encode_images", never)
+    monkeypatch.setattr(requests, "encode_images", never)
     (tmp_path / "notes.txt").write_text("mine")
     assert cli.main(arguments(pipeline, pictures, tmp_path)) == 2
     assert "is in use" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from jax_unlearn import divergences, schedules
 from jax_unlearn.app import data
 from jax_unlearn.app.options import ImageOptions
 from jax_unlearn.app.tasks import base, evaluation
-from jax_unlearn.app.tasks import images as problems
+from jax_unlearn.app.tasks import images as requests
 from jax_unlearn.pretrained import Pretrained, PretrainedConfig
 
 STEPS = 50
@@ -18,7 +18,7 @@ SCHEDULER = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": STEPS}
 
 
 @pytest.fixture(scope="module")
-def problem():
+def grey():
     """Grey images, a model that predicts no noise, and 8 dimensions an image."""
     unet = {"_class_name": "UNet2DModel", "sample_size": [2, 4], "in_channels": 1}
     unet |= {"out_channels": 1}
@@ -28,23 +28,23 @@ def problem():
         schedules.from_diffusers(SCHEDULER),
         PretrainedConfig(unet, SCHEDULER),
     )
-    grey = np.random.default_rng(0).integers(120, 136, (72, 2, 4, 1)).astype(np.uint8)
+    pixels = np.random.default_rng(0).integers(120, 136, (72, 2, 4, 1)).astype(np.uint8)
 
     def images(part, name):
         return data.Images(part, None, tuple(f"{name} {i}" for i in range(len(part))))
 
-    return problems.make_problem(
+    return requests.make_request(
         pretrained,
-        [("forget", "forget", images(grey[:4], "forget"))],
-        images(grey[4:40], "retain"),
-        images(grey[40:], "held out"),
+        [("forget", "forget", images(pixels[:4], "forget"))],
+        images(pixels[4:40], "retain"),
+        images(pixels[40:], "held out"),
         ImageOptions(),
     )
 
 
-def test_nelbo_weights_are_what_a_clipped_step_can_cost(problem):
-    weighting = evaluation.make_weighting(problem, ImageOptions(weighting="nelbo"))
-    schedule = problem.pretrained.schedule
+def test_nelbo_weights_are_what_a_clipped_step_can_cost(grey):
+    weighting = evaluation.make_weighting(grey, ImageOptions(weighting="nelbo"))
+    schedule = grey.pretrained.schedule
     unbounded = np.asarray(divergences.path_kl_weights(schedule))
     snr = np.exp(np.asarray(schedule.log_snr, np.float64))
     # The error is ‖ε‖², 8 on average; a step costs a chain within [−1, 1] at most ½ΔSNR · 8 · 2².
@@ -82,20 +82,20 @@ def test_an_estimate_is_the_mean_and_its_standard_error():
     np.testing.assert_allclose(found.stderr, [np.sqrt(7.0 / 3.0), 1.0])
 
 
-def test_measurements_are_paired_and_of_the_sampled_chain(problem):
+def test_measurements_are_paired_and_of_the_sampled_chain(grey):
     options = ImageOptions(samples=0, evaluation_images=64)
-    weighting = evaluation.make_weighting(problem, options)
-    measure = evaluation.evaluator(problem, options, weighting, None).measure
+    weighting = evaluation.make_weighting(grey, options)
+    measure = evaluation.evaluator(grey, options, weighting, None).measure
     before, again, after = (measure(jnp.full((), value))[0] for value in (0.0, 0.0, 1.0))
     for name in ("forgotten", "held_out", "retained"):
         np.testing.assert_array_equal(before.paired["nelbo"][name], again.paired["nelbo"][name])
         assert before.paired["nelbo"][name].shape == (32,)
     assert before.objective.value == 0.0
     # ‖0 − x_t‖² = ᾱ x_0² + (1−ᾱ) ‖ε‖² with x_0 ≈ 0, averaged over t and 8 dimensions.
-    noise_share = float((1 - problem.pretrained.schedule.alphas_cumprod).mean())
+    noise_share = float((1 - grey.pretrained.schedule.alphas_cumprod).mean())
     assert after.objective.value == pytest.approx(noise_share, rel=0.1)
     # x_0 ≈ 0, so that ε = 0 is off by clip(σε, ±α)/σ: E min(|ε|, α/σ)² with ε normal.
-    limit = np.exp(0.5 * np.asarray(problem.pretrained.schedule.log_snr, np.float64))
+    limit = np.exp(0.5 * np.asarray(grey.pretrained.schedule.log_snr, np.float64))
     inside = 2 * stats.norm.cdf(limit) - 1 - 2 * limit * stats.norm.pdf(limit)
     clipped = (inside + 2 * limit**2 * stats.norm.sf(limit)).mean()
     assert before.constraints.value[0] == pytest.approx(clipped, rel=0.1)

@@ -12,18 +12,17 @@ import pytest
 from clip_vocabulary import write_tokenizer
 from pipelines import write_pipeline
 
-from jax_unlearn import quantification
+from jax_unlearn import likelihoods, quantification
 from jax_unlearn.app import cli
 from jax_unlearn.app.options import ConceptOptions, SampleOptions
 from jax_unlearn.app.sampling import draw_grid
 from jax_unlearn.app.tasks import concept_evaluation, concept_formulations, concepts
-from jax_unlearn.app.tasks.concept_problem import make_prompt_problem
-from jax_unlearn.formulations import Points, Samples
-from jax_unlearn.likelihoods import posteriors
+from jax_unlearn.app.tasks.concept_request import make_prompt_request
 from jax_unlearn.pretrained import load_pretrained
 from jax_unlearn.pretrained.networks import load_network
 from jax_unlearn.pretrained.subsets import subset_labels
 from jax_unlearn.pretrained.text_to_image import encode_prompts, load_text_to_image
+from jax_unlearn.problem import NoisyPoints, Samples
 
 CLIP = pathlib.Path(__file__).parent.parent / "fixtures" / "clip"
 SMALL = {
@@ -58,16 +57,16 @@ def options_of(**more):
 
 
 def test_a_concept_is_its_names_in_the_templates(model):
-    problem = make_prompt_problem(model, options_of())
-    names = problem.conditions.names
+    request = make_prompt_request(model, options_of())
+    names = request.conditions.names
 
     def prompt(condition):
         return names[condition].strip("“”")
 
-    assert problem.concepts == ("cat", "dog")
+    assert request.concepts == ("cat", "dog")
     assert [
         (prompt(c), prompt(base), [prompt(target) for target in targets])
-        for c, base, targets in problem.separated
+        for c, base, targets in request.separated
     ] == [
         ("a cat", "no prompt", ["a cat", "a dog"]),
         ("cat in oil", "oil", ["cat in oil", "dog in oil"]),
@@ -76,42 +75,42 @@ def test_a_concept_is_its_names_in_the_templates(model):
         ("a dog", "no prompt", ["a cat", "a dog"]),
         ("dog in oil", "oil", ["cat in oil", "dog in oil"]),
     ]
-    assert [prompt(c) for c in problem.kept] == [
+    assert [prompt(c) for c in request.kept] == [
         "a hen", "a hen in oil", "a cow", "cow in oil", "oil", "no prompt",
     ]  # fmt: skip
-    assert [prompt(c) for c, _ in problem.anchors] == ["a cow", "cow in oil"]
-    assert [prompt(c) for c in problem.shown] == ["one cat"]
-    shown_as = dict(zip(names, problem.conditions.shown_as, strict=False))
-    classes = problem.conditions.classes
+    assert [prompt(c) for c, _ in request.anchors] == ["a cow", "cow in oil"]
+    assert [prompt(c) for c in request.shown] == ["one cat"]
+    shown_as = dict(zip(names, request.conditions.shown_as, strict=False))
+    classes = request.conditions.classes
     assert classes[shown_as["“a kitty”"]] == "a cat"
     assert classes[shown_as["“a hen”"]] == "a hen"
     assert shown_as["“oil”"] == shown_as["“one cat”"] == -1
     members = [
-        {prompt(c) for c, member in zip(problem.candidates, row, strict=True) if member}
-        for row in problem.members
+        {prompt(c) for c, member in zip(request.candidates, row, strict=True) if member}
+        for row in request.members
     ]
     assert members == [{"a cat", "cat in oil"}, {"a dog", "dog in oil"}]
-    assert "no prompt" not in {prompt(c) for c in problem.candidates}
+    assert "no prompt" not in {prompt(c) for c in request.candidates}
 
 
 def test_each_condition_is_measured_against_its_own_template(model):
-    problem = make_prompt_problem(model, options_of())
-    number = {name.strip("“”"): c for c, name in enumerate(problem.conditions.names)}
-    compared = concept_evaluation.compared(problem)
+    request = make_prompt_request(model, options_of())
+    number = {name.strip("“”"): c for c, name in enumerate(request.conditions.names)}
+    compared = concept_evaluation.compared(request)
     plain, oil = ((number["a cat"], number["a dog"]), (number["cat in oil"], number["dog in oil"]))
     assert compared[number["oil"]] == (number["oil"], oil)
     assert compared[number["no prompt"]] == (number["no prompt"], plain)
     assert compared[number["cow in oil"]] == (number["cow in oil"], oil)
     assert compared[number["kitty in oil"]] == (number["oil"], oil)
-    assert set(compared) == {c for c, name in enumerate(problem.conditions.names)}
+    assert set(compared) == {c for c, name in enumerate(request.conditions.names)}
 
 
 def test_numbers_stand_for_the_encoded_prompts(model):
-    problem = make_prompt_problem(model, options_of())
-    apply, params, *_ = problem.pretrained
+    request = make_prompt_request(model, options_of())
+    apply, params, *_ = request.pretrained
     x, t = jax.random.normal(jax.random.key(0), (3, 8, 8, 4)), jnp.array([1, 500, 999])
     chosen = ["“kitty in oil”", "no prompt", "“a hen”"]
-    numbers = jnp.array([problem.conditions.names.index(name) for name in chosen])
+    numbers = jnp.array([request.conditions.names.index(name) for name in chosen])
     encoded = encode_prompts(model, ["kitty in oil", None, "a hen"])
     expected = model.pretrained.apply(params, x, t, encoded)
     np.testing.assert_allclose(apply(params, x, t, numbers), expected, rtol=1e-5, atol=1e-5)
@@ -119,29 +118,31 @@ def test_numbers_stand_for_the_encoded_prompts(model):
 
 def test_the_probability_of_a_concept_is_that_of_its_prompts_together(model):
     options = options_of(formulation="likelihood", target_steps=0)
-    problem = make_prompt_problem(model, options)
+    request = make_prompt_request(model, options)
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 4))
-    together = concept_evaluation.classifier(problem, options)(x)
+    reference = request.pretrained.params
+    together = concept_evaluation.classifier(request, options)(reference, x)
     each = concept_evaluation.classifier(
-        problem._replace(members=np.eye(len(problem.candidates), dtype=bool)), options
-    )(x)
+        request._replace(members=np.eye(len(request.candidates), dtype=bool)), options
+    )(reference, x)
     np.testing.assert_allclose(each.sum(axis=1), 1, atol=1e-5)
-    for i, row in enumerate(problem.members):
+    for i, row in enumerate(request.members):
         np.testing.assert_allclose(together[:, i], each[:, row].sum(axis=1), rtol=1e-5)
 
 
 def test_concepts_are_told_from_what_is_held_to_instead(model):
     options = options_of(formulation="likelihood", template=("{} in oil => oil",))
-    problem = make_prompt_problem(model, options)
-    few = np.asarray(problem.candidates)[problem.judged]
-    names = [problem.conditions.names[c] for c in few]
+    request = make_prompt_request(model, options)
+    few = np.asarray(request.candidates)[request.judged]
+    names = [request.conditions.names[c] for c in few]
     assert names == ["“cat in oil”", "“dog in oil”", "“oil”"]
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 4))
-    found = concept_evaluation.classifier(problem, options)(x)
-    log_p = concept_evaluation.log_posterior(problem, options, few)(x)
+    reference = request.pretrained.params
+    found = concept_evaluation.classifier(request, options)(reference, x)
+    log_p = concept_evaluation.log_posterior(request, options, few)(reference, x)
     np.testing.assert_allclose(found, np.exp(log_p)[:, :2], rtol=1e-5)
     # No prompt is no candidate, as long as there is another.
-    free = make_prompt_problem(model, options_of(formulation="likelihood", template=("{}",)))
+    free = make_prompt_request(model, options_of(formulation="likelihood", template=("{}",)))
     assert len(free.judged) == len(free.candidates)
 
 
@@ -152,20 +153,23 @@ def test_a_base_does_not_explain_itself(model, retain, monkeypatch):
         formulation="likelihood", threshold=("0.9x",), anchor=None, retain=retain,
         template=("{} in oil => oil",),
     )  # fmt: skip
-    problem = make_prompt_problem(model, options)
+    request = make_prompt_request(model, options)
     seen = []
-    follow = posteriors.posterior_path
+    follow = likelihoods.posterior_path
 
     def recorded(*given, **named):
         seen.append((np.asarray(named["concepts"]), np.asarray(named["members"])))
         return follow(*given, **named)
 
-    monkeypatch.setattr(posteriors, "posterior_path", recorded)
+    monkeypatch.setattr(likelihoods, "posterior_path", recorded)
     # A network that knows nothing tells nothing apart.
-    monkeypatch.setattr(quantification, "confusion", lambda values, labels: None)
-    concept_formulations.stored_samples(problem, options)
+    perfect = quantification.Confusion(
+        np.eye(2), np.zeros(2), np.zeros((2, 2, 2)), np.zeros((2, 2))
+    )
+    monkeypatch.setattr(quantification, "confusion", lambda values, labels: perfect)
+    concept_formulations.stored_samples(request, options)
     ((concepts_seen, members),) = seen  # compiled once
-    names = [problem.conditions.names[c] for c in concepts_seen]
+    names = [request.conditions.names[c] for c in concepts_seen]
     shown = ["“cat in oil”", "“dog in oil”"]
     assert names == [*shown, "“a hen”"] if retain else [*shown, "“oil”"]
     np.testing.assert_array_equal(members, [[1, 0, 0], [0, 1, 0]])
@@ -173,30 +177,44 @@ def test_a_base_does_not_explain_itself(model, retain, monkeypatch):
 
 def test_rows_follow_their_own_base(model):
     options = options_of()
-    problem = make_prompt_problem(model, options)
-    expected = {one.cond: one.base for one in problem.separated}
+    request = make_prompt_request(model, options)
+    expected = {one.cond: one.base for one in request.separated}
     rows = np.resize(np.arange(len(expected)), 18)
-    bases = np.array([one.base for one in problem.separated])[rows]
+    bases = np.array([one.base for one in request.separated])[rows]
     # Each stored sample is the number of the base that it was drawn from.
     path = concept_formulations.Path(*[np.stack([bases, bases, bases], axis=1)] * 5)
-    pool = concept_formulations.Pool(
-        bases, np.zeros((18, 2)), rows, np.array(problem.kept), np.array(problem.kept),
-        path, None,
-    )  # fmt: skip
+    values = np.zeros((18, 2))
+    stored = concept_formulations.StoredSamples(
+        bases, values, values, rows, np.array(request.kept), np.array(request.kept), path, None
+    )
     for batch in (
-        partial(concept_formulations.condition_batch, problem, options),
-        partial(concept_formulations.sample_batch, problem, options, pool),
-        partial(concept_formulations.point_batch, problem, options, pool),
+        partial(concept_formulations.condition_batch, request, options),
+        partial(concept_formulations.sample_batch, request, options, stored),
+        partial(concept_formulations.point_batch, request, options, stored),
     ):
         seen = set()
         for step in range(6):
             forget = batch(step).forget
-            base = forget.x_t if isinstance(forget, Points) else forget.base
+            base = forget.x_t if isinstance(forget, NoisyPoints) else forget.base
             assert [expected[c] for c in forget.cond.tolist()] == base.tolist()
             if isinstance(forget, Samples):
                 np.testing.assert_array_equal(forget.x_0, forget.base)
             seen |= set(forget.cond.tolist())
         assert seen == set(expected)
+
+
+def test_a_base_of_few_samples_has_a_floor_with_the_others(model):
+    """Concepts in 0.3 and 0.2 of the samples, of which 0.1 and all may be left: a binary KL."""
+    options = options_of(formulation="likelihood")
+    request = make_prompt_request(model, options)
+    h = (np.random.default_rng(0).random((2000, 2)) < [0.3, 0.2]).astype(np.float32)
+    exact = 0.5 * (0.1 * np.log(0.1 / 0.3) + 0.9 * np.log(0.9 / 0.7))
+    for few in (2, 600):  # of the second base
+        separated = np.repeat([0, 1], [2000 - few, few])
+        stored = concept_formulations.StoredSamples(h, h, h, separated, h, h, None, None)
+        found = concept_formulations.floor_of(request, options, np.array([0.1, 1.0]), 0.5, stored)
+        assert abs(found.value - exact) < 3 * found.stderr
+        assert found.stderr < 0.1 * exact
 
 
 @pytest.fixture(scope="module")
@@ -270,16 +288,16 @@ def test_a_low_rank_change_is_written_alone(pipeline, tmp_path):
 
 def test_kept_conditions_are_ordered_by_their_distance(model, monkeypatch):
     options = options_of(evaluation_images=1)
-    problem = make_prompt_problem(model, options)
-    raw = concept_evaluation.evaluator(problem, options, None)(problem.pretrained.params)
+    request = make_prompt_request(model, options)
+    measured = concept_evaluation.evaluator(request, options, None)(request.pretrained.params)
     likelihood = dataclasses.replace(options, formulation="likelihood")
-    assert concepts._distances(problem, likelihood, raw) == {}  # few enough to show them all
+    assert concepts._distances(request, likelihood, measured) == {}  # few enough to show them all
     monkeypatch.setattr(concepts, "SHOWN", 2)
     for given in (options, likelihood):
-        found = concepts._distances(problem, given, raw)
-        assert set(found) == set(problem.kept) - {problem.conditions.null}
+        found = concepts._distances(request, given, measured)
+        assert set(found) == set(request.kept) - {request.conditions.null}
         for c, value in found.items():
-            each = raw.values[raw.cond == c].mean(axis=0)
+            each = measured.values[measured.cond == c].mean(axis=0)
             assert value == pytest.approx(each.min(), rel=1e-3)
     groups = concepts._nearest_first(range(1, 20), {c: float(-c) for c in range(20)})
     assert [*groups.values()] == [[19, 18], [2, 1]]
@@ -308,8 +326,8 @@ def test_an_sdxl_pipeline_is_unlearned_in_bfloat16(tmp_path):
 
 def test_prompts_are_read_from_a_file(model, tmp_path):
     (tmp_path / "kept.txt").write_text("a hen\n\n a duck \n")
-    problem = make_prompt_problem(model, options_of(retain=(f"@{tmp_path / 'kept.txt'}",)))
-    assert {"“a hen”", "“a duck”"} <= {problem.conditions.names[c] for c in problem.kept}
+    request = make_prompt_request(model, options_of(retain=(f"@{tmp_path / 'kept.txt'}",)))
+    assert {"“a hen”", "“a duck”"} <= {request.conditions.names[c] for c in request.kept}
 
 
 @pytest.mark.parametrize(

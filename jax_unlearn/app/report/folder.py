@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_unlearn.app.files import replace_file
 from jax_unlearn.app.report.figures import SMOOTHED_ROWS, Grid, check_grid, draw_curves, draw_grid
 from jax_unlearn.app.report.page import render, render_comparison, verdict
 
@@ -67,17 +68,6 @@ def _plain(value: Any, path: str, non_finite: list[str]) -> Any:
     return value
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Writes beside `path`, then renames into place: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_report(
     folder: str | os.PathLike[str],
     report: Mapping[str, Any],
@@ -92,7 +82,8 @@ def write_report(
     Args:
       folder: where to write; made if it is not there.
       report: the keys "asked" (command, model, forget, retain, thresholds, options),
-        "formulation", "objective" (value, stderr, unit, description), "constraints" (a list of
+        "formulation", "formula", "objective" (value, stderr, unit, description), optionally
+        "floor" and "gap" (value, stderr, unit, effective), "constraints" (a list of
         name, value, stderr, unit, threshold, reference_value, slack, multiplier, satisfied),
         "feasible", "complementary_slackness", "steps", "seconds", "timing", "seed", "device",
         "versions", and optionally "metrics". Numbers that are not finite become null, and their
@@ -118,16 +109,16 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
-    _replace(folder / "report.json", f"{text}\n".encode())
+    replace_file(folder / "report.json", f"{text}\n".encode())
     figures = {f"grid_{i}.png": draw_grid(grid) for i, grid in enumerate(grids, start=1)}
     curves = draw_curves(plain, rows)
     if curves is not None:
         figures["curves.png"] = curves
     for name, content in figures.items():
-        _replace(folder / name, content)
+        replace_file(folder / name, content)
     encoded = {name: base64.b64encode(content).decode() for name, content in figures.items()}
     page = render(plain, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS)
-    _replace(folder / "report.html", page.encode())
+    replace_file(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
@@ -157,5 +148,5 @@ def write_comparison(folder: str | os.PathLike[str], names: Sequence[str]) -> Pa
         if shown:
             caption = "Before on the left, after on the right, from the same noise."
             pictures.append({"title": title, "caption": caption, "pictures": shown})
-    _replace(folder / "report.html", render_comparison(columns, pictures).encode())
+    replace_file(folder / "report.html", render_comparison(columns, pictures).encode())
     return folder / "report.html"

@@ -13,10 +13,12 @@ __all__ = ["render", "render_comparison", "verdict"]
 _MAX_LISTED = 20
 """Above this many constraints the table shows the worst."""
 _FORMULATIONS = {
-    "reverse_kl": ("Reverse KL", "minimise KL(p‖q) subject to KL(p‖qᵢ) ≥ bᵢ"),
-    "forward_kl": ("Forward KL", "minimise KL(q‖p) subject to KL(qᵢ‖p) ≥ bᵢ"),
-    "likelihood": ("Likelihood", "minimise KL(p‖q) subject to E_p[hᵢ(x)] ≤ εᵢ"),
+    "reverse_kl": "Reverse KL",
+    "forward_kl": "Forward KL",
+    "likelihood": "Likelihood",
 }
+_ENOUGH = 20
+"""Fewer effective samples than this under a floor are said to be few."""
 _METRICS = (
     (
         "Classifier agreement",
@@ -49,7 +51,7 @@ _METRIC_NAMES = {"kid": "KID", "fid": "FID", "nelbo": "NELBO"}
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jax_unlearn.report", ""),
+        loader=jinja2.PackageLoader("jax_unlearn.app.report", ""),
         autoescape=jinja2.select_autoescape(("html",)),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -137,6 +139,12 @@ def _standing(report: Mapping[str, Any]) -> str:
     if not report["feasible"]:
         return "violated"
     return "close" if any(map(_missed, constraints)) else "satisfied"
+
+
+def _formulation(report: Mapping[str, Any]) -> tuple[str, str]:
+    """What was solved: its name, and the formula."""
+    name = report["formulation"]
+    return _FORMULATIONS.get(name, name), report.get("formula", "")
 
 
 def _side(report: Mapping[str, Any]) -> str:
@@ -297,7 +305,8 @@ def render(
             report=report,
             verdict=verdict(report),
             state=_standing(report),
-            formulation=_FORMULATIONS.get(report["formulation"], (report["formulation"], "")),
+            formulation=_formulation(report),
+            enough=_ENOUGH,
             certificate=_certificate(report),
             tables=_metric_tables(report),
             grids=grids,
@@ -362,7 +371,7 @@ def render_comparison(
                     "report": report,
                     "verdict": verdict(report),
                     "state": _standing(report),
-                    "formulation": _FORMULATIONS[report["formulation"]],
+                    "formulation": _formulation(report),
                 }
                 for folder, report in columns
             ],

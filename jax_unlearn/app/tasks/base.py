@@ -1,19 +1,23 @@
 """What a task is: an unlearning job made ready for the loop that `run` runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jax_unlearn import multipliers
+from jax_unlearn.app.options import RunOptions
 from jax_unlearn.app.report import Grid
-from jax_unlearn.formulations import Formulation
-from jax_unlearn.minibatched import Visit
+from jax_unlearn.duality import Floor
+from jax_unlearn.formulations.trajectories import Visit
 from jax_unlearn.pretrained import Pretrained
+from jax_unlearn.problem import Batch, Problem
 from jax_unlearn.typing import Array, ArrayLike, Estimate, Params
 
-__all__ = ["Measured", "Task", "batch_rows", "estimate", "in_batches", "spread"]
+__all__ = ["Measured", "Task", "batch_rows", "controller", "estimate", "in_batches", "spread"]
 
 BATCH = 64
 # Of what is measured without gradients; sixteen latents of Stable Diffusion 1 at once.
@@ -48,13 +52,13 @@ class Task(NamedTuple):
       pretrained: the model.
       params: to start from; the reference stays that of `pretrained`.
       names: of the constraints.
-      formulation: of the problem.
+      problem: losses, sign and dual domain.
       dual: the optimizer of the multipliers.
       thresholds: [m].
       multipliers: λ to start from, [m].
       reference_values: of the constraints, as the report puts them beside the thresholds, [m].
       batch: step -> what the host brings to it; a pure function of the seed and the step.
-      prepare: from that to what the formulation takes; traced with the step.
+      prepare: from that to what the losses take; traced with the step.
       before: the reference model's measurements.
       measure: params -> Measured, the same way.
       asked: what the report says was asked for: "forget", "retain", and "notes".
@@ -62,15 +66,18 @@ class Task(NamedTuple):
       objective: what it is, in words.
       captions: metric -> its "unit" or "description".
       grids: the pictures of the report, from the measurements after.
-      visit: of `replay.minibatched`, to take --minibatches primal steps a step.
-      corrections: number of steps done -> (params, multipliers) -> multipliers, by what the model
-        itself shows by then.
+      formula: what is solved, as the report prints it.
+      floor: () -> what no model that meets the thresholds can pay less than; None where there is
+        no such bound.
+      visit: of `minibatched`, to take --minibatches primal steps a step.
+      dual_batch: rows of fresh samples that move the multipliers; None where batches do.
+      dual_steps: numbers of steps done at which they do.
     """
 
     pretrained: Pretrained
     params: Params
     names: tuple[str, ...]
-    formulation: Formulation
+    problem: Problem
     dual: optax.GradientTransformation
     thresholds: np.ndarray
     multipliers: ArrayLike
@@ -84,8 +91,24 @@ class Task(NamedTuple):
     objective: str
     captions: dict[str, dict[str, str]]
     grids: Callable[[Measured], list[Grid]]
+    formula: str
+    floor: Callable[[], Floor] | None = None
     visit: Visit | None = None
-    corrections: Mapping[int, Callable[[Params, Array], Array]] = {}
+    dual_batch: Batch | None = None
+    dual_steps: tuple[int, ...] = ()
+
+
+def controller(options: RunOptions, sizes: np.ndarray) -> optax.GradientTransformation:
+    """νPI control of the multipliers, for violations relative to the `sizes` of the values, [m].
+
+    The rates are shared by the constraints: one rate serves every unit and every number of them.
+    """
+    scale = 1.0 / np.maximum(sizes, 1e-12) / len(sizes)
+    return multipliers.nu_pi(
+        integral=jnp.asarray(options.dual_learning_rate * scale, jnp.float32),
+        proportional=jnp.asarray(options.dual_damping * scale, jnp.float32),
+        nu=0.9,
+    )
 
 
 def estimate(values: np.ndarray) -> Estimate:

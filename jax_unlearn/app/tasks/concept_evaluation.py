@@ -8,28 +8,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_unlearn import likelihoods, quantification, samplers
+from jax_unlearn import likelihoods, samplers
 from jax_unlearn.app.options import ConceptOptions
 from jax_unlearn.app.tasks.base import batch_rows, in_batches
-from jax_unlearn.app.tasks.concept_problem import Problem
-from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
+from jax_unlearn.app.tasks.concept_request import ConceptRequest
+from jax_unlearn.formulations import reverse_kl, sampled
+from jax_unlearn.problem import Batch, Conditions, Evaluate
 from jax_unlearn.typing import Array, ArrayLike, Params
 
 __all__ = [
-    "Raw",
+    "Measurements",
+    "Judged",
     "Shows",
     "classifier",
     "compared",
     "draw",
     "evaluator",
+    "fresh_samples",
     "likelihoods_of_samples",
     "log_posterior",
+    "rows_of",
 ]
 
 LEAST_ROWS = 8
 
 
-class Raw(NamedTuple):
+class Measurements(NamedTuple):
     """What was measured, a row each.
 
     Attributes:
@@ -46,36 +50,60 @@ class Raw(NamedTuple):
     values: np.ndarray
 
 
+Judged = Callable[[Params, Array], Array]
+"""(the reference's parameters, x_0 [n, ...]) -> h of each concept, [n, m]."""
 Shows = Callable[[Params, Array, np.ndarray], np.ndarray]
+"""(params, key, conditions [n]) -> h of a sample of each, [n, m]."""
 
 
-def likelihoods_of_samples(
-    problem: Problem, options: ConceptOptions, h: Callable[[Array], Array]
-) -> Shows:
-    """(params, key, conditions [n]) -> h of a sample of each, [n, m]."""
+def fresh_samples(request: ConceptRequest, options: ConceptOptions, h: Judged) -> Evaluate:
+    """E h of unguided samples of p(·|cond): what `Problem.fresh` takes.
 
-    @jax.jit
-    def shows(params: Params, key: Array, cond: Array) -> Array:
-        noise = jax.random.normal(key, (cond.shape[0], *problem.pretrained.config.sample_shape))
-        return h(draw(problem, options, params, noise, cond))
+    They are drawn by DDIM: the few steps of an ancestral chain leave noise.
+    """
+    apply, _, schedule, config = request.pretrained
+    return sampled(
+        apply,
+        schedule,
+        h,
+        shape=config.sample_shape,
+        steps=options.sampling_steps,
+        at_once=batch_rows(config.sample_shape),
+    )
 
-    size = batch_rows(problem.pretrained.config.sample_shape)
-    return lambda params, key, cond: in_batches(partial(shows, params), key, cond, size=size)
+
+def rows_of(request: ConceptRequest, cond: np.ndarray) -> Batch:
+    """Conditions [n] as rows that every concept constrains."""
+    count = len(request.concepts)
+    constraint = np.broadcast_to(np.arange(count, dtype=np.int32), (len(cond), count))
+    return Batch(None, Conditions(cond, cond, None, constraint))
+
+
+def likelihoods_of_samples(request: ConceptRequest, options: ConceptOptions, h: Judged) -> Shows:
+    """Judges samples of the model under conditions."""
+    evaluate = jax.jit(fresh_samples(request, options, h))
+    reference, current = request.pretrained.params, jnp.zeros(len(request.concepts))
+
+    def shows(params: Params, key: Array, cond: np.ndarray) -> np.ndarray:
+        found = evaluate(params, reference, key, rows_of(request, cond), current)
+        return np.asarray(found.values).reshape(len(cond), -1)
+
+    return shows
 
 
 def evaluator(
-    problem: Problem, options: ConceptOptions, shows: Shows | None
-) -> Callable[[Params], Raw]:
+    request: ConceptRequest, options: ConceptOptions, shows: Shows | None
+) -> Callable[[Params], Measurements]:
     """Trajectories of every condition, the same noise every time; values are theirs, or of samples.
 
     Args:
-      problem: whose conditions.
+      request: whose conditions.
       options: how many.
       shows: `likelihoods_of_samples`, for constraints on these.
     """
-    apply, reference, schedule, config = problem.pretrained
-    count = len(problem.concepts)
-    formulation = reverse_kl(
+    apply, reference, schedule, config = request.pretrained
+    count = len(request.concepts)
+    along_paths = reverse_kl(
         apply,
         schedule,
         estimator="stop_gradient",
@@ -85,19 +113,17 @@ def evaluator(
 
     @jax.jit
     def along(
-        params: Params, key: Array, cond: Array, base: Array, target: Array
+        params: Params, reference: Params, key: Array, cond: Array, base: Array, target: Array
     ) -> tuple[Array, Array]:
         # Likelihoods are of samples: along trajectories the concepts need not be evaluated.
         shape = (cond.shape[0], count if shows is None else 0)
         constraint = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-        rows = Separated(cond, base, target if shows is None else None, constraint)
-        found = formulation.losses(
-            params, reference, key, ConditionBatch(None, rows), None, jnp.zeros(count)
-        )
-        return found.objective, found.constraint.reshape(shape)
+        rows = Conditions(cond, base, target if shows is None else None, constraint)
+        found = along_paths.losses(params, reference, key, Batch(None, rows), jnp.zeros(count))
+        return found.objective, found.values.reshape(shape)
 
     batched = partial(in_batches, size=batch_rows(config.sample_shape))
-    rows = compared(problem)
+    rows = compared(request)
     each = max(options.evaluation_images // len(rows), LEAST_ROWS)
     # Rows of all conditions in every batch, which also share its noise.
     cond = np.tile(np.array(list(rows), np.int32), each)
@@ -105,40 +131,40 @@ def evaluator(
     target = np.tile(np.array([targets for _, targets in rows.values()], np.int32), (each, 1))
     key = jax.random.key(options.seed + 1)
 
-    judged = [one.cond for one in problem.separated]
+    judged = [one.cond for one in request.separated]
     if "calibrated" in options.threshold:
-        judged += [c for c, _ in problem.anchors]
+        judged += [c for c, _ in request.anchors]
     rows_each = max(options.evaluation_images // len(judged), LEAST_ROWS)
     valued = cond if shows is None else np.tile(np.array(judged, np.int32), rows_each)
 
-    def evaluate(params: Params) -> Raw:
-        path_kl, values = batched(partial(along, params), key, cond, base, target)
+    def evaluate(params: Params) -> Measurements:
+        path_kl, values = batched(partial(along, params, reference), key, cond, base, target)
         if shows is not None:
             values = shows(params, key, valued)
-        return Raw(cond, path_kl, valued, values)
+        return Measurements(cond, path_kl, valued, values)
 
     return evaluate
 
 
-def compared(problem: Problem) -> dict[int, tuple[int, tuple[int, ...]]]:
+def compared(request: ConceptRequest) -> dict[int, tuple[int, tuple[int, ...]]]:
     """What every condition is held to, and the concepts that it is measured against.
 
     Those are of its own template: a base's are those of what is held to it.
     """
-    own = {one.base: one.targets for one in reversed(problem.separated)} | dict(problem.anchors)
-    first = problem.separated[0].targets
-    separated = {one.cond: (one.base, one.targets) for one in problem.separated}
-    others = (*problem.kept, *problem.shown)
+    own = {one.base: one.targets for one in reversed(request.separated)} | dict(request.anchors)
+    first = request.separated[0].targets
+    separated = {one.cond: (one.base, one.targets) for one in request.separated}
+    others = (*request.kept, *request.shown)
     return separated | {c: (c, own.get(c, first)) for c in others}
 
 
 def log_posterior(
-    problem: Problem, options: ConceptOptions, candidates: ArrayLike
-) -> Callable[[Array], Array]:
-    """x_0 -> the reference's own log-posterior of each candidate, [n, candidates]."""
-    apply, reference, schedule, _ = problem.pretrained
+    request: ConceptRequest, options: ConceptOptions, candidates: ArrayLike
+) -> Judged:
+    """The reference's own log-posterior of each candidate, [n, candidates]."""
+    apply, _, schedule, _ = request.pretrained
 
-    def posterior(x_0: Array) -> Array:
+    def posterior(reference: Params, x_0: Array) -> Array:
         return likelihoods.diffusion_classifier(
             apply,
             reference,
@@ -153,32 +179,23 @@ def log_posterior(
     return posterior
 
 
-def classifier(
-    problem: Problem, options: ConceptOptions, confusion: quantification.Confusion | None = None
-) -> Callable[[Array], Array]:
-    """x_0 -> h [n, concepts], the reference's own posterior of each concept.
+def classifier(request: ConceptRequest, options: ConceptOptions) -> Judged:
+    """The reference's own posterior of each concept, [n, m]."""
+    judged = request.judged if options.target_steps else np.arange(len(request.candidates))
+    posterior = log_posterior(request, options, np.asarray(request.candidates)[judged])
+    members = jnp.asarray(request.members[:, judged], jnp.float32)
 
-    With the confusion of that classifier the mean of h is the share of each concept.
-    """
-    judged = problem.judged if options.target_steps else np.arange(len(problem.candidates))
-    posterior = log_posterior(problem, options, np.asarray(problem.candidates)[judged])
-    members = jnp.asarray(problem.members[:, judged], jnp.float32)
-
-    def h(x_0: Array) -> Array:
-        found = jnp.matmul(jnp.exp(posterior(x_0)), members.T, precision="highest")
-        return found if confusion is None else confusion.shares(found)
+    def h(reference: Params, x_0: Array) -> Array:
+        return jnp.matmul(jnp.exp(posterior(reference, x_0)), members.T, precision="highest")
 
     return h
 
 
 def draw(
-    problem: Problem, options: ConceptOptions, params: Params, noise: Array, cond: Array
+    request: ConceptRequest, options: ConceptOptions, params: Params, noise: Array, cond: Array
 ) -> Array:
-    """Unguided samples of p(·|cond) by DDIM: the few steps of an ancestral chain leave noise.
-
-    The same noise gives the same image, or nearly, where a model is nearly the same.
-    """
-    apply, _, schedule, _ = problem.pretrained
+    """Unguided samples of p(·|cond) by DDIM; the same noise gives the same image."""
+    apply, _, schedule, _ = request.pretrained
     return samplers.sample(
         lambda x_t, t: apply(params, x_t, t, cond),
         schedule,

@@ -9,99 +9,115 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_unlearn import losses, multipliers, quantification
-from jax_unlearn import minibatched as replay
+from jax_unlearn import duality, likelihoods, losses, multipliers, quantification
 from jax_unlearn.app import data
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.tasks.base import batch_rows, estimate, in_batches
-from jax_unlearn.app.tasks.concept_evaluation import Shows, classifier, draw, log_posterior
-from jax_unlearn.app.tasks.concept_problem import Problem
-from jax_unlearn.duality import stored_samples as dual_first
-from jax_unlearn.formulations import (
-    ConditionBatch,
-    Examples,
-    Formulation,
-    Held,
-    Points,
-    PosteriorBatch,
-    SampleBatch,
-    Samples,
-    Separated,
-    likelihood,
-    reverse_kl,
+from jax_unlearn.app.tasks.base import batch_rows, controller, in_batches
+from jax_unlearn.app.tasks.concept_evaluation import (
+    Judged,
+    classifier,
+    draw,
+    fresh_samples,
+    log_posterior,
+    rows_of,
 )
-from jax_unlearn.likelihoods import posteriors
+from jax_unlearn.app.tasks.concept_request import ConceptRequest
+from jax_unlearn.formulations import (
+    distill_likelihood,
+    distill_posterior,
+    reverse_kl,
+    sample_trajectories,
+)
+from jax_unlearn.formulations.trajectories import Visit
+from jax_unlearn.problem import Batch, Conditions, Images, NoisyPoints, Problem, Samples
 from jax_unlearn.typing import Array, Params
 
 __all__ = [
-    "Pool",
-    "Posed",
+    "Setup",
+    "StoredSamples",
     "condition_batch",
-    "corrections",
-    "likelihood_problem",
+    "floor_of",
+    "has_floor",
+    "likelihood_setup",
     "point_batch",
-    "reverse_kl_problem",
+    "reverse_kl_setup",
     "sample_batch",
     "stored_samples",
 ]
 
+# Paths of the reference for the floor of reverse KL, and at least so many of each condition.
+FLOOR_PATHS = 512
+LEAST_PATHS = 8
+# Fewer, of a base or in all, make no floor.
+LEAST_SAMPLES = 4
 
-class Posed(NamedTuple):
+
+class Setup(NamedTuple):
     """What the algorithm runs.
 
     Attributes:
-      formulation: with its dual domain.
+      problem: with its dual domain.
       dual: optimizer of the multipliers.
       multipliers: to start from, [m] or a scalar.
-      batch: step -> what the formulation sees.
+      batch: step -> the batch of the step.
+      formula: what is solved, as the report prints it.
       notes: what the owner should know.
-      visit: of `replay.minibatched`, with --minibatches.
+      visit: of `minibatched`, with --minibatches.
+      dual_batch: rows of fresh samples that move the multipliers; or None.
+      dual_steps: numbers of steps done at which they do.
     """
 
-    formulation: Formulation
+    problem: Problem
     dual: optax.GradientTransformation
     multipliers: np.ndarray | float
-    batch: Callable[[int], ConditionBatch | SampleBatch | PosteriorBatch]
+    batch: Callable[[int], Batch]
+    formula: str
     notes: tuple[str, ...]
-    visit: replay.Visit | None = None
+    visit: Visit | None = None
+    dual_batch: Batch | None = None
+    dual_steps: tuple[int, ...] = ()
 
 
-def reverse_kl_problem(
-    problem: Problem, options: ConceptOptions, thresholds: np.ndarray, share: float
-) -> Posed:
-    """On its own trajectories. The domain is Σ λ_i < share, as each λ_i meets 1/share there."""
-    apply, _, schedule, config = problem.pretrained
+def reverse_kl_setup(
+    request: ConceptRequest, options: ConceptOptions, thresholds: np.ndarray
+) -> Setup:
+    """On its own trajectories. All concepts constrain each forgotten condition: Σ λ_i < 1."""
+    apply, _, schedule, config = request.pretrained
     chain = {"shape": config.sample_shape, "steps": options.chain_steps}
-    formulation = reverse_kl(apply, schedule, estimator=options.estimator, **chain)
-    visit = replay.trajectories(apply, schedule, **chain) if options.minibatches > 1 else None
-    project = multipliers.capped_simplex(1 - options.max_multiplier * share)
-    scale = share / np.maximum(thresholds, 1e-12) / len(thresholds)
-    dual = multipliers.nu_pi(
-        integral=jnp.asarray(options.dual_learning_rate * scale, jnp.float32),
-        proportional=jnp.asarray(options.dual_damping * scale, jnp.float32),
-        nu=0.9,
+    problem = reverse_kl(
+        apply,
+        schedule,
+        estimator=options.estimator,
+        project=multipliers.capped_simplex(1 - options.max_multiplier),
+        **chain,
     )
-    batch = partial(condition_batch, problem, options)
-    return Posed(formulation._replace(project=project), dual, 0.0, batch, (), visit)
+    visit = sample_trajectories(apply, schedule, **chain) if options.minibatches > 1 else None
+    dual = controller(options, thresholds)
+    batch = partial(condition_batch, request, options)
+    formula = (
+        "minimise KL(p‖q) subject to KL(p‖qᵢ) ≥ bᵢ: path KLs in nats along p's own trajectories, "
+        "averaged over conditions"
+    )
+    return Setup(problem, dual, 0.0, batch, formula, (), visit)
 
 
-def condition_batch(problem: Problem, options: ConceptOptions, step: int) -> ConditionBatch:
+def condition_batch(request: ConceptRequest, options: ConceptOptions, step: int) -> Batch:
     """The conditions of a step: each as often as any other, give or take one."""
     kept, separated = (
         data.batch_indices(seed=options.seed, step=step, size=size, count=len(conditions))
         for conditions, size in (
-            (problem.kept, options.batch_size),
-            (problem.separated, options.forget_batch_size),
+            (request.kept, options.batch_size),
+            (request.separated, options.forget_batch_size),
         )
     )
-    held = np.asarray(problem.kept, np.int32)[kept]
-    cond, base, targets = problem.rows(separated)
+    held = np.asarray(request.kept, np.int32)[kept]
+    cond, base, targets = request.rows(separated)
     constraint = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
-    return ConditionBatch(Held(held, held), Separated(cond, base, targets, constraint))
+    return Batch(Conditions(held, held), Conditions(cond, base, targets, constraint))
 
 
 class Path(NamedTuple):
-    """Points of a noising path of each stored sample: [n, steps, ...]; see `Points`."""
+    """Points of a noising path of each stored sample: [n, steps, ...]; see `NoisyPoints`."""
 
     x_t: Any
     t: Any
@@ -110,16 +126,24 @@ class Path(NamedTuple):
     push: Any
 
 
-class Pool(NamedTuple):
-    """Stored samples of the reference: of the bases, and of the kept conditions.
+class StoredSamples(NamedTuple):
+    """Samples of the reference, drawn once: of the bases, and of the kept conditions.
 
-    `separated` says whose base each of the first was drawn from, `cond` what the others show.
-    `values` [n, m] are h; with --target-steps they are concepts, one drawn for each sample from its
-    posterior at the end of its `path`, or none: samples of q(x, c), which p_λ is a tilt of.
-    `confusion` is then that of h. Without, it is None, as the path is.
+    Attributes:
+      base: samples of the bases, [n, ...].
+      h: what is bounded, at these: the classifier's posterior, or that calibrated, [n, m].
+      values: what the training reweights by, [n, m]: h; or with --target-steps concepts, one drawn
+        for each sample from its posterior at the end of its `path`, or none. The samples are then
+        of q(x, c), which p_λ is a tilt of.
+      separated: whose base each of the first was drawn from, [n].
+      kept: samples of kept conditions.
+      cond: what these show.
+      path: of the samples of the bases, with --target-steps; else None.
+      confusion: of the classifier on these samples, with --target-steps; else None.
     """
 
     base: np.ndarray
+    h: np.ndarray
     values: np.ndarray
     separated: np.ndarray
     kept: np.ndarray
@@ -128,28 +152,30 @@ class Pool(NamedTuple):
     confusion: quantification.Confusion | None
 
 
-def stored_samples(problem: Problem, options: ConceptOptions) -> Pool:
+def stored_samples(request: ConceptRequest, options: ConceptOptions) -> StoredSamples:
     """Unguided samples of the reference model: q itself is what the problem is about."""
-    count, shape = options.stored_samples, problem.pretrained.config.sample_shape
-    sampled = jax.jit(partial(draw, problem, options, problem.pretrained.params))
-    cond = np.resize(np.asarray(problem.kept, np.int32), count)
-    separated = np.resize(np.arange(len(problem.separated)), count)
+    count, shape = options.stored_samples, request.pretrained.config.sample_shape
+    reference = request.pretrained.params
+    sample = jax.jit(partial(draw, request, options))
+    cond = np.resize(np.asarray(request.kept, np.int32), count)
+    separated = np.resize(np.arange(len(request.separated)), count)
     batched = partial(in_batches, size=batch_rows(shape))
     key = jax.random.key(options.seed + 2)
     noise, other = (
         np.asarray(jax.random.normal(one, (count, *shape))) for one in jax.random.split(key)
     )
-    base = batched(lambda _, *rows: sampled(*rows), key, noise, problem.rows(separated)[1])
-    kept = batched(lambda _, *rows: sampled(*rows), key, other, cond)
-    judged = jax.jit(classifier(problem, options))
-    values = batched(lambda _, x: judged(x), key, base)
+    bases = request.rows(separated)[1]
+    base = batched(lambda _, *rows: sample(reference, *rows), key, noise, bases)
+    kept = batched(lambda _, *rows: sample(reference, *rows), key, other, cond)
+    judged = jax.jit(classifier(request, options))
+    h = values = batched(lambda _, x: judged(reference, x), key, base)
     path = confusion = None
     if options.target_steps:
-        path, shown = _paths(problem, options, base, separated)
-        labels = _one_of(shown, np.random.default_rng(options.seed))
-        confusion = quantification.confusion(values, labels)
-        values = labels
-    return Pool(base, values, separated, kept, cond, path, confusion)
+        path, shown = _paths(request, options, base, separated)
+        values = _one_of(shown, np.random.default_rng(options.seed))
+        confusion = quantification.confusion(h, values)
+        h = np.asarray(quantification.calibrate(h, confusion))
+    return StoredSamples(base, h, values, separated, kept, cond, path, confusion)
 
 
 def _one_of(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -160,7 +186,7 @@ def _one_of(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _paths(
-    problem: Problem,
+    request: ConceptRequest,
     options: ConceptOptions,
     base: np.ndarray,
     separated: np.ndarray,
@@ -169,27 +195,27 @@ def _paths(
 
     Also the probability of each concept at the end, [n, m].
     """
-    apply, reference, schedule, config = problem.pretrained
-    bases = problem.rows(separated)[1]
+    apply, reference, schedule, config = request.pretrained
+    bases = request.rows(separated)[1]
     # What is held to a base is among what the base shows: it would explain all by itself.
-    told_apart = ~np.isin(problem.candidates, bases)
-    if problem.members[:, told_apart].any(axis=0).all():
+    told_apart = ~np.isin(request.candidates, bases)
+    if request.members[:, told_apart].any(axis=0).all():
         told_apart[:] = True
-    members = problem.members[:, told_apart].astype(np.float32)
-    concepts = jnp.asarray(np.asarray(problem.candidates)[told_apart])
-    judged = jax.jit(log_posterior(problem, options, concepts))
+    members = request.members[:, told_apart].astype(np.float32)
+    concepts = jnp.asarray(np.asarray(request.candidates)[told_apart])
+    judged = jax.jit(log_posterior(request, options, concepts))
     batched = partial(in_batches, size=batch_rows(config.sample_shape))
-    log_p = batched(lambda _, x: judged(x), jax.random.key(0), base)
+    log_p = batched(lambda _, x: judged(reference, x), jax.random.key(0), base)
     prior = np.zeros((len(base), len(concepts)), np.float32)
     for one in np.unique(bases):
         of_base = bases == one
-        prior[of_base] = np.log(posteriors.mixture_shares(log_p[of_base]))
+        prior[of_base] = np.log(likelihoods.mixture_shares(log_p[of_base]))
 
     @jax.jit
     def follow(
-        key: Array, x_0: Array, base: Array, prior: Array, times: Array
+        reference: Params, key: Array, x_0: Array, base: Array, prior: Array, times: Array
     ) -> tuple[Path, Array]:
-        found = posteriors.posterior_path(
+        found = likelihoods.posterior_path(
             apply, reference, schedule, key,
             x_0=x_0, times=times, concepts=concepts, members=members, log_prior=prior,
         )  # fmt: skip
@@ -206,162 +232,220 @@ def _paths(
         path = Path(*(part.swapaxes(0, 1) for part in parts))
         return path, jnp.matmul(jnp.exp(found.log_posterior), members.T, precision="highest")
 
-    weighting, rng = posteriors.path_weighting(schedule), np.random.default_rng(options.seed)
+    weighting, rng = likelihoods.path_weighting(schedule), np.random.default_rng(options.seed)
 
     def batch(key: Array, x_0: Array, base: Array, prior: Array) -> tuple[Path, Array]:
-        times = posteriors.path_times(weighting, options.target_steps, rng)
-        return follow(key, x_0, base, prior, times)
+        times = likelihoods.path_times(weighting, options.target_steps, rng)
+        return follow(reference, key, x_0, base, prior, times)
 
     key = jax.random.key(options.seed + 4)
     return batched(batch, key, base, bases, prior)
 
 
-def likelihood_problem(
-    problem: Problem, options: ConceptOptions, pool: Pool, thresholds: np.ndarray, share: float
-) -> Posed:
-    """Dual first: λ* on the stored samples, then distillation at it; `corrections` move λ.
+def bounded(request: ConceptRequest, options: ConceptOptions, stored: StoredSamples) -> Judged:
+    """What the constraints bound, h: the classifier's posterior, or that calibrated."""
+    posterior = classifier(request, options)
+    if stored.confusion is None:
+        return posterior
+    confusion = stored.confusion
+    return lambda reference, x_0: quantification.calibrate(posterior(reference, x_0), confusion)
+
+
+def likelihood_setup(
+    request: ConceptRequest, options: ConceptOptions, stored: StoredSamples, thresholds: np.ndarray
+) -> Setup:
+    """Dual first: λ* on the stored samples, then distillation at it; fresh samples move λ.
+
+    In the first half of the run, at equal distances, as many samples of the model are drawn as are
+    stored of q, from new noise: from that of stored ones, which it was trained on, a model might
+    show less than it does elsewhere. λ then takes a step of `multipliers.stored_dual`; constraints
+    are to hold by a standard error. The second half is for the network to follow, as its step size
+    falls.
 
     Raises:
       ValueError: for a threshold below what any stored sample has.
     """
-    apply, _, schedule, config = problem.pretrained
-    first = dual_first.likelihood_multipliers(
-        pool.values,
-        thresholds,
-        groups=_groups(problem, pool),
-        key=jax.random.key(options.seed),
+    apply, _, schedule, config = request.pretrained
+    groups = _groups(request, stored)
+    first = duality.likelihood_multipliers(
+        stored.values, thresholds, groups=groups, key=jax.random.key(options.seed)
     )
     if not bool(first.solution.attained):
         least = ", ".join(f"{value:.3g}" for value in first.solution.largest_thresholds)
         raise ValueError(
-            f"no reweighting of {len(pool.base)} stored samples meets the thresholds "
+            f"no reweighting of {len(stored.base)} stored samples meets the thresholds "
             f"{', '.join(f'{b:.3g}' for b in thresholds)}: the least they can show are {least}."
         )
+    if stored.path is None:
+        dimensions = int(np.prod(config.sample_shape))
+        weights = losses.noise_to_signal_weights(schedule.log_snr, dimensions)
+        weighting = losses.time_weighting(weights)
+        problem = distill_likelihood(apply, schedule, weighting, control_variate=True)
+    else:
+        problem = distill_posterior(apply, schedule, likelihoods.path_weighting(schedule))
+    h = bounded(request, options, stored)
+    # On several devices each takes as many rows: a few conditions come once more.
+    devices = jax.device_count()
+    rows = np.resize(stored.separated, -(-len(stored.base) // devices) * devices)
+    count = options.corrections
+    steps = {options.steps * part // (2 * count) for part in range(1, count + 1)} - {0}
+    dual = multipliers.stored_dual(stored.values, groups=groups, margin=1.0)
+    return Setup(
+        problem._replace(fresh=fresh_samples(request, options, h)),
+        dual if steps else optax.set_to_zero(),
+        np.asarray(first.multipliers),
+        partial(sample_batch if stored.path is None else point_batch, request, options, stored),
+        _formula(stored),
+        (_dual_note(request, options, stored, first),),
+        dual_batch=rows_of(request, request.rows(rows)[0]) if steps else None,
+        dual_steps=tuple(sorted(steps)),
+    )
+
+
+def _formula(stored: StoredSamples) -> str:
+    bound = "E_p[hᵢ(x)] ≤ εᵢ, h the reference's own posterior"
+    if stored.confusion is not None:
+        bound = quantification.FORMULA
+    return f"minimise KL(p‖q) subject to {bound}"
+
+
+def _dual_note(
+    request: ConceptRequest,
+    options: ConceptOptions,
+    stored: StoredSamples,
+    first: duality.SampledSolution,
+) -> str:
     assert first.interval is not None
     shown = "; ".join(
         f"{concept} {value:.3g} ({low:.3g} to {high:.3g})"
         for concept, value, low, high in zip(
-            problem.concepts, first.multipliers, *first.interval, strict=True
+            request.concepts, first.multipliers, *first.interval, strict=True
         )
     )
     note = (
-        f"Multipliers from {len(pool.base)} stored samples, for one forgotten condition alone, "
-        f"with 95 % bootstrap intervals: {shown}. They leave {float(first.effective):.0%} of the "
-        f"samples' effective number. In the certificate they are times {share:.3g}, the forgotten "
-        "conditions' part of the objective."
+        f"Multipliers from {len(stored.base)} stored samples, before any training, with 95 % "
+        f"bootstrap intervals: {shown}. They leave {float(first.effective):.0%} of the samples' "
+        "effective number."
     )
-    if pool.confusion is not None:
+    if stored.confusion is not None:
         found = "; ".join(
             f"{concept} in {shown:.3g} of those that show it and {elsewhere:.3g} of those without"
             for concept, shown, elsewhere in zip(
-                problem.concepts,
-                np.diag(pool.confusion.shown),
-                pool.confusion.elsewhere,
+                request.concepts,
+                np.diag(stored.confusion.shown),
+                stored.confusion.elsewhere,
                 strict=True,
             )
         )
         note += (
-            f" On these samples the classifier finds {found}: shares are its averages on samples "
-            "of the model, corrected for this."
+            f" On these samples the classifier finds {found}: hᵢ is its posterior, calibrated for "
+            "this, and its mean the share of samples that show the concept."
         )
     if options.corrections:
-        note += " During the run they are corrected by what samples of the model itself show."
-    if pool.path is None:
-        dimensions = int(np.prod(config.sample_shape))
-        weights = losses.noise_to_signal_weights(schedule.log_snr, dimensions)
-        formulation = likelihood(
-            apply,
-            schedule,
-            estimator="tilt",
-            weighting=losses.time_weighting(weights),
-            control_variate=True,
-        )
-    else:
-        weighting = posteriors.path_weighting(schedule)
-        formulation = likelihood(apply, schedule, estimator="posterior", weighting=weighting)
-    return Posed(
-        formulation,
-        optax.set_to_zero(),
-        np.asarray(first.multipliers) * share,
-        partial(sample_batch if pool.path is None else point_batch, problem, options, pool),
-        (note,),
-    )
+        note += " During the run fresh samples of the model move them."
+    return note
 
 
-def _groups(problem: Problem, pool: Pool) -> np.ndarray:
+def _groups(request: ConceptRequest, stored: StoredSamples) -> np.ndarray:
     """The base of each stored sample: p keeps the share of each."""
-    return np.array([one.base for one in problem.separated])[pool.separated]
+    return np.array([one.base for one in request.separated])[stored.separated]
 
 
-def corrections(
-    problem: Problem,
+def has_floor(stored: StoredSamples | None) -> bool:
+    """Whether there are samples enough for `floor_of`; of paths there are."""
+    return stored is None or len(stored.base) >= LEAST_SAMPLES
+
+
+def floor_of(
+    request: ConceptRequest,
     options: ConceptOptions,
-    pool: Pool,
-    shows: Shows,
     thresholds: np.ndarray,
     share: float,
-) -> dict[int, Callable[[Params, Array], Array]]:
-    """Steps up to the middle of the run -> (params, λ) -> λ after a step of dual ascent.
+    stored: StoredSamples | None,
+) -> duality.Floor:
+    """What no model that meets the thresholds can pay less than, in the objective's unit.
 
-    Each by as many samples of the model as are stored of q, from new noise: from that of stored
-    ones, which it was trained on, a model might show less than it does elsewhere. The constraints
-    are to hold by a standard error. The second half is for the network to follow, as its step size
-    falls.
+    Of the objective, an average over conditions, the forgotten ones have a `share`; what is kept
+    costs 0 or more.
     """
-    cond = problem.rows(pool.separated)[0]
-
-    def correct(step: int, params: Params, current: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(options.seed + 3), step)
-        # As of one forgotten condition alone: the objective has only their share of all rows.
-        alone = dual_first.likelihood_correction(
-            estimate(shows(params, key, cond)),
-            thresholds,
-            current / share,
-            stored=pool.values,
-            groups=_groups(problem, pool),
-            margin=1.0,
-        )
-        return (share * alone).astype(current.dtype)
-
-    count = options.corrections
-    steps = {options.steps * part // (2 * count) for part in range(1, count + 1)} - {0}
-    return {step: partial(correct, step) for step in sorted(steps)}
+    key = jax.random.key(options.seed + 5)
+    if stored is not None:
+        bases = _groups(request, stored)
+        enough = np.unique(bases, return_counts=True)[1].min() >= LEAST_SAMPLES
+        # Without groups the floor is a lower one, which holds for families too.
+        groups = bases if enough else None
+        found = duality.likelihood_floor(stored.h, thresholds, groups=groups, key=key)
+    else:
+        ratios, groups = _path_log_ratios(request, options)
+        found = duality.reverse_kl_floor(ratios, thresholds, groups=groups, key=key)
+    lower = None if found.lower is None else share * found.lower
+    return found._replace(value=share * found.value, stderr=share * found.stderr, lower=lower)
 
 
-def sample_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> SampleBatch:
+def _path_log_ratios(
+    request: ConceptRequest, options: ConceptOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """log dQ/dQ_i in nats along paths of the reference at the bases, and whose base each is."""
+    apply, reference, schedule, config = request.pretrained
+    count = len(request.separated)
+    separated = np.tile(np.arange(count), max(-(-FLOOR_PATHS // count), LEAST_PATHS))
+    _, base, targets = request.rows(separated)
+
+    @jax.jit
+    def ratios(reference: Params, key: Array, base: Array, targets: Array) -> Array:
+        return likelihoods.path_log_ratios(
+            apply, reference, schedule, key,
+            base=base, targets=targets, shape=config.sample_shape, steps=options.chain_steps,
+        )  # fmt: skip
+
+    found = in_batches(
+        partial(ratios, reference),
+        jax.random.key(options.seed + 6),
+        base,
+        targets,
+        size=batch_rows(config.sample_shape),
+    )
+    return found, separated
+
+
+def sample_batch(
+    request: ConceptRequest, options: ConceptOptions, stored: StoredSamples, step: int
+) -> Batch:
     """The stored samples of a step, each as often as any other."""
-    kept, chosen, cond, base = _chosen(problem, options, pool, step, len(pool.base))
-    values = pool.values[chosen]
+    kept, chosen, cond, base = _chosen(request, options, stored, step, len(stored.base))
+    values = stored.values[chosen]
     constraint = np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape)
-    return SampleBatch(kept, Samples(pool.base[chosen], cond, base, values, constraint))
+    return Batch(kept, Samples(stored.base[chosen], cond, base, values, constraint))
 
 
-def point_batch(problem: Problem, options: ConceptOptions, pool: Pool, step: int) -> PosteriorBatch:
+def point_batch(
+    request: ConceptRequest, options: ConceptOptions, stored: StoredSamples, step: int
+) -> Batch:
     """The points of a step, each of each stored sample as often as any other."""
-    assert pool.path is not None
-    steps = pool.path.t.shape[1]
-    kept, point, cond, _ = _chosen(problem, options, pool, step, len(pool.base) * steps)
+    assert stored.path is not None
+    steps = stored.path.t.shape[1]
+    kept, point, cond, _ = _chosen(request, options, stored, step, len(stored.base) * steps)
     chosen, place = np.divmod(point, steps)
-    x_t, t, epsilon, posterior, push = (part[chosen, place] for part in pool.path)
-    values = pool.values[chosen]
+    x_t, t, epsilon, posterior, push = (part[chosen, place] for part in stored.path)
+    values = stored.values[chosen]
     constraint = np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape)
-    points = Points(x_t, t, cond, epsilon, posterior, push, values, constraint)
-    return PosteriorBatch(kept, points)
+    points = NoisyPoints(x_t, t, cond, epsilon, posterior, push, values, constraint)
+    return Batch(kept, points)
 
 
 def _chosen(
-    problem: Problem, options: ConceptOptions, pool: Pool, step: int, count: int
-) -> tuple[Examples, np.ndarray, np.ndarray, np.ndarray]:
+    request: ConceptRequest, options: ConceptOptions, stored: StoredSamples, step: int, count: int
+) -> tuple[Images, np.ndarray, np.ndarray, np.ndarray]:
     """Kept samples, places below `count`, some for each stored sample, and their conditions."""
     kept, chosen, which = (
         data.batch_indices(seed=options.seed, step=step, size=size, count=one)
         for size, one in (
-            (options.batch_size, len(pool.kept)),
+            (options.batch_size, len(stored.kept)),
             (options.forget_batch_size, count),
-            (options.forget_batch_size, len(problem.separated)),
+            (options.forget_batch_size, len(request.separated)),
         )
     )
-    if len({one.base for one in problem.separated}) > 1:
-        which = pool.separated[chosen // (count // len(pool.base))]
-    cond, base, _ = problem.rows(which)
-    return Examples(pool.kept[kept], pool.cond[kept]), chosen, cond, base
+    if len({one.base for one in request.separated}) > 1:
+        which = stored.separated[chosen // (count // len(stored.base))]
+    cond, base, _ = request.rows(which)
+    return Images(stored.kept[kept], stored.cond[kept]), chosen, cond, base

@@ -9,8 +9,8 @@ import numpy as np
 
 from jax_unlearn import likelihoods, schedules
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.tasks.conditions import Conditions, of_labels, of_prompts
-from jax_unlearn.formulations import on_policy
+from jax_unlearn.app.tasks.conditions import NamedConditions, of_labels, of_prompts
+from jax_unlearn.formulations import trajectories
 from jax_unlearn.likelihoods import posteriors
 from jax_unlearn.pretrained import Pretrained, relabelled
 from jax_unlearn.pretrained.editing import edit_cross_attention
@@ -18,7 +18,7 @@ from jax_unlearn.pretrained.subsets import parse_subset
 from jax_unlearn.pretrained.text_to_image import TextToImage
 from jax_unlearn.typing import Params
 
-__all__ = ["Problem", "Separation", "make_problem", "make_prompt_problem"]
+__all__ = ["ConceptRequest", "Separation", "make_request", "make_prompt_request"]
 
 
 class Separation(NamedTuple):
@@ -35,8 +35,8 @@ class Separation(NamedTuple):
     targets: tuple[int, ...]
 
 
-class Problem(NamedTuple):
-    """Conditions, checked and by number.
+class ConceptRequest(NamedTuple):
+    """NamedConditions, checked and by number.
 
     Attributes:
       pretrained: the model; its denoiser takes the numbers. Its schedule's variance is
@@ -58,7 +58,7 @@ class Problem(NamedTuple):
     """
 
     pretrained: Pretrained
-    conditions: Conditions
+    conditions: NamedConditions
     concepts: tuple[str, ...]
     separated: tuple[Separation, ...]
     kept: tuple[int, ...]
@@ -95,7 +95,7 @@ class Problem(NamedTuple):
         return cond[which], base[which], targets[which]
 
 
-def make_problem(pretrained: Pretrained, options: ConceptOptions) -> Problem:
+def make_request(pretrained: Pretrained, options: ConceptOptions) -> ConceptRequest:
     """Checks the options against a model with labels, before any expensive work.
 
     Raises:
@@ -132,7 +132,7 @@ def make_problem(pretrained: Pretrained, options: ConceptOptions) -> Problem:
     if not anchors and "calibrated" in options.threshold:
         raise ValueError("no kept label to calibrate on: give --threshold numbers.")
     candidates = tuple(range(config.num_labels))
-    return Problem(
+    return ConceptRequest(
         _on_chain(pretrained, options),
         of_labels(pretrained),
         tuple(config.label_name(label) for label in forget),
@@ -156,7 +156,7 @@ class _Template(NamedTuple):
         return " ".join(self.text.replace("{}", name).split())
 
 
-def make_prompt_problem(model: TextToImage, options: ConceptOptions) -> Problem:
+def make_prompt_request(model: TextToImage, options: ConceptOptions) -> ConceptRequest:
     """Checks the options against a pipeline from text to image, and encodes all prompts once.
 
     Raises:
@@ -250,7 +250,7 @@ def make_prompt_problem(model: TextToImage, options: ConceptOptions) -> Problem:
             + "."
         )
     start = _start(model, options, conditions, separated, kept, pretrained)
-    return Problem(
+    return ConceptRequest(
         _on_chain(pretrained, options),
         conditions._replace(
             classes=tuple(prompts[c] for c in told_apart),
@@ -295,7 +295,7 @@ def _lines(text: str) -> list[str]:
 def _start(
     model: TextToImage,
     options: ConceptOptions,
-    conditions: Conditions,
+    conditions: NamedConditions,
     separated: Sequence[Separation],
     kept: Sequence[int],
     pretrained: Pretrained,
@@ -325,7 +325,7 @@ def _start(
 def _on_chain(pretrained: Pretrained, options: ConceptOptions) -> Pretrained:
     schedule = dataclasses.replace(pretrained.schedule, variance_type="fixed_geometric")
     schedules.timesteps(schedule, options.sampling_steps)
-    on_policy.chain(schedule, pretrained.config.sample_shape, options.chain_steps)
+    trajectories.chain(schedule, pretrained.config.sample_shape, options.chain_steps)
     likelihoods.noised_weights(schedule, options.classifier_noise)
     if options.formulation == "likelihood" and options.target_steps:
         rng = np.random.default_rng()

@@ -1,6 +1,6 @@
 """Forgetting concepts of a conditional model by reverse-KL or likelihood constraints.
 
-The model is a family p(·|c), and the problem one over condition and image jointly:
+The model is a family p(·|c), and the request one over condition and image jointly:
 
   min Σ_c π(c) KL(p(·|c) ‖ q(·|base_c))   subject to every concept i, mean over forgotten c,
       KL(p(·|c) ‖ q(·|i_c)) ≥ b_i    or    E_{p(·|c)}[h_i] ≤ ε_i.
@@ -8,10 +8,9 @@ The model is a family p(·|c), and the problem one over condition and image join
 base_c is c itself for kept conditions. The concept i is a label; or a name, which makes i_c the
 prompt that has the name in the template of c. All concepts constrain every forgotten condition, so
 that none may show another. Likelihoods come from a classifier, h its posterior; with
---target-steps it is corrected for its confusion on stored samples, so that E[h_i] is the share of
-samples that show i (`quantification.Confusion`). π(c) is the frequency of c in the batches: the
-kept conditions have equal shares of `batch_size` of all rows, the forgotten ones of
-`forget_batch_size`.
+--target-steps it is calibrated on stored samples (`quantification`), so that E[h_i] is the share of
+samples that show i. π(c) is the frequency of c in the batches: the kept conditions have equal
+shares of `batch_size` of all rows, the forgotten ones of `forget_batch_size`.
 """
 
 import dataclasses
@@ -20,21 +19,23 @@ from typing import Any
 
 import numpy as np
 
+from jax_unlearn import quantification
 from jax_unlearn.app.options import ConceptOptions, parse_threshold
 from jax_unlearn.app.tasks.base import Measured, Task, estimate
 from jax_unlearn.app.tasks.concept_evaluation import (
-    Raw,
-    classifier,
+    Measurements,
     evaluator,
     likelihoods_of_samples,
 )
 from jax_unlearn.app.tasks.concept_formulations import (
-    corrections,
-    likelihood_problem,
-    reverse_kl_problem,
+    bounded,
+    floor_of,
+    has_floor,
+    likelihood_setup,
+    reverse_kl_setup,
     stored_samples,
 )
-from jax_unlearn.app.tasks.concept_problem import Problem
+from jax_unlearn.app.tasks.concept_request import ConceptRequest
 from jax_unlearn.app.tasks.drawing import CAPTIONS, drawing, sample_grids
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.typing import Estimate, Params
@@ -45,56 +46,60 @@ __all__ = ["concept_task"]
 SHOWN = 6
 
 
-def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunctions | None) -> Task:
-    """Measures the reference model and sets up the problem."""
-    pretrained, conditions = problem.pretrained, problem.conditions
+def concept_task(
+    request: ConceptRequest, options: ConceptOptions, judge: JudgeFunctions | None
+) -> Task:
+    """Measures the reference model and sets up the request."""
+    pretrained, conditions = request.pretrained, request.conditions
     reverse = options.formulation == "reverse-kl"
-    pool = None if reverse else stored_samples(problem, options)
+    stored = None if reverse else stored_samples(request, options)
     shows = None
-    if pool is not None:
-        shows = likelihoods_of_samples(
-            problem, options, classifier(problem, options, pool.confusion)
-        )
-    evaluate = evaluator(problem, options, shows)
-    raw = evaluate(pretrained.params)
-    drawn = drawing(pretrained, conditions, options, judge, problem.forgotten, problem.shown)
-    real = problem.real
+    if stored is not None:
+        shows = likelihoods_of_samples(request, options, bounded(request, options, stored))
+    evaluate = evaluator(request, options, shows)
+    at_reference = evaluate(pretrained.params)
+    drawn = drawing(pretrained, conditions, options, judge, request.forgotten, request.shown)
+    real = request.real
     if real is None and judge is not None and options.samples:
         # KID and FID are then of samples of what is kept from other noise.
         other = drawn.draw(pretrained.params, 1)
-        kept = [place for place, c in enumerate(drawn.drawn) if c in problem.kept]
+        kept = [place for place, c in enumerate(drawn.drawn) if c in request.kept]
         real = None if other is None else other[kept].reshape(-1, *conditions.image_shape)
-    bases = {one.base for one in problem.separated}
-    at_base = raw.values[np.isin(raw.valued, list(bases))] if pool is None else pool.values
-    at_anchor = raw.values[np.isin(raw.valued, [c for c, _ in problem.anchors])]
+    bases = {one.base for one in request.separated}
+    values, valued = at_reference.values, at_reference.valued
+    at_base = values[np.isin(valued, list(bases))] if stored is None else stored.values
+    at_anchor = values[np.isin(valued, [c for c, _ in request.anchors])]
     # Without anchors no threshold is calibrated on them.
     anchored = at_anchor.mean(axis=0) if len(at_anchor) else at_base.mean(axis=0)
-    if pool is not None:
+    if stored is not None:
         # Laplace's rule of succession: n samples do not show a probability below about 1/n.
         anchored = (np.maximum(at_anchor.sum(axis=0), 0) + 1) / (len(at_anchor) + 2)
     thresholds = _thresholds(options, at_base.mean(axis=0), anchored)
     total = options.batch_size + options.forget_batch_size
     share = options.forget_batch_size / total
-    if pool is None:
-        posed = reverse_kl_problem(problem, options, thresholds, share)
+    if stored is None:
+        setup = reverse_kl_setup(request, options, thresholds)
     else:
-        posed = likelihood_problem(problem, options, pool, thresholds, share)
-    separated = [one.cond for one in problem.separated]
-    shares = dict.fromkeys(problem.kept, (1 - share) / len(problem.kept))
+        setup = likelihood_setup(request, options, stored, thresholds)
+    problem = setup.problem
+    separated = [one.cond for one in request.separated]
+    shares = dict.fromkeys(request.kept, (1 - share) / len(request.kept))
     shares |= dict.fromkeys(separated, share / len(separated))
+    calibrated = None if stored is None else stored.confusion
 
-    def measured(raw: Raw, params: Params) -> Measured:
+    def measured(measurements: Measurements, params: Params) -> Measured:
         found: dict[str, Any] = {
             "path_kl": {
-                conditions.names[c]: estimate(raw.path_kl[raw.cond == c])
-                for c in (*separated, *problem.kept, *problem.shown)
+                conditions.names[c]: estimate(measurements.path_kl[measurements.cond == c])
+                for c in (*separated, *request.kept, *request.shown)
             },
             "violation": {
                 conditions.names[c]: {
                     concept: estimate(
-                        posed.formulation.sign * (thresholds[i] - raw.values[raw.valued == c, i])
+                        problem.sign
+                        * (thresholds[i] - measurements.values[measurements.valued == c, i])
                     )
-                    for i, concept in enumerate(problem.concepts)
+                    for i, concept in enumerate(request.concepts)
                 }
                 for c in separated
             },
@@ -103,14 +108,14 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
         if samples is not None:
             found |= drawn.judge(samples, real)
         each = [
-            _average(raw.values[:, i], raw.valued, dict.fromkeys(separated, 1.0))
-            for i in range(len(problem.concepts))
+            _average(measurements.values[:, i], measurements.valued, dict.fromkeys(separated, 1.0))
+            for i in range(len(request.concepts))
         ]
         value, stderr = np.array([(one.value, one.stderr) for one in each]).T
-        if pool is not None and pool.confusion is not None:
-            stderr = np.sqrt(stderr**2 + pool.confusion.variance(value))
+        if calibrated is not None:
+            stderr = np.sqrt(stderr**2 + quantification.share_variance(value, calibrated))
         return Measured(
-            objective=_average(raw.path_kl, raw.cond, shares),
+            objective=_average(measurements.path_kl, measurements.cond, shares),
             constraints=Estimate(value, stderr),
             metrics=found,
             paired={},
@@ -118,35 +123,36 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             reconstructions=None,
         )
 
-    before = measured(raw, pretrained.params)
-    held_to = _held_to(problem)
-    corrected = pool is not None and pool.confusion is not None
-    unit = "nats" if reverse else "share of samples" if corrected else "mean probability"
-    distances = _distances(problem, options, raw) if before.samples is not None else {}
+    before = measured(at_reference, pretrained.params)
+    held_to = _held_to(request)
+    unit = "nats" if reverse else "mean probability" if calibrated is None else "share of samples"
+    distances = {}
+    if before.samples is not None:
+        distances = _distances(request, options, at_reference)
     return Task(
         pretrained=pretrained,
-        params=problem.start,
-        names=problem.concepts,
-        formulation=posed.formulation,
-        dual=posed.dual,
+        params=request.start,
+        names=request.concepts,
+        problem=problem,
+        dual=setup.dual,
         thresholds=thresholds,
-        multipliers=posed.multipliers,
+        multipliers=setup.multipliers,
         reference_values=np.asarray(before.constraints.value),
-        batch=posed.batch,
+        batch=setup.batch,
         prepare=lambda brought: brought,
         before=before,
         measure=lambda params: measured(evaluate(params), params),
         asked={
             "forget": [
                 {"name": conditions.names[c], "images": None, "source": "condition"}
-                for c in problem.forgotten
+                for c in request.forgotten
             ],
             "retain": [
                 {"name": conditions.names[c], "images": None, "source": "condition"}
-                for c in problem.kept
+                for c in request.kept
             ],
-            "shown": [conditions.names[c] for c in problem.shown],
-            "notes": [*problem.notes, *posed.notes, _law(problem, options, held_to)],
+            "shown": [conditions.names[c] for c in request.shown],
+            "notes": [*request.notes, *setup.notes, _law(request, options, held_to)],
         },
         units=("nats", unit),
         objective="path KL from the unlearned model to what each condition is held to, over its "
@@ -170,33 +176,38 @@ def concept_task(problem: Problem, options: ConceptOptions, judge: JudgeFunction
             before.samples,
             after.samples,
             {
-                "Forgotten": problem.forgotten,
-                **_nearest_first([c for c in conditions.drawn if c in problem.kept], distances),
-                "Shown, not trained on": problem.shown,
+                "Forgotten": request.forgotten,
+                **_nearest_first([c for c in conditions.drawn if c in request.kept], distances),
+                "Shown, not trained on": request.shown,
             },
             {c: f"{value:.3g} nats from what is forgotten" for c, value in distances.items()},
         ),
-        visit=posed.visit,
-        corrections={}
-        if shows is None or pool is None
-        else corrections(problem, options, pool, shows, thresholds, share),
+        formula=setup.formula,
+        floor=(lambda: floor_of(request, options, thresholds, share, stored))
+        if has_floor(stored)
+        else None,
+        visit=setup.visit,
+        dual_batch=setup.dual_batch,
+        dual_steps=setup.dual_steps,
     )
 
 
-def _distances(problem: Problem, options: ConceptOptions, raw: Raw) -> dict[int, float]:
+def _distances(
+    request: ConceptRequest, options: ConceptOptions, measurements: Measurements
+) -> dict[int, float]:
     """Of each kept condition c: path KL of the reference, min_i KL(q(·|c) ‖ q(·|i_c)), in nats.
 
     Where it was not measured anyway, only if not all kept conditions are shown.
     """
     if options.formulation != "reverse-kl":
-        if len(problem.kept) <= 2 * SHOWN:
+        if len(request.kept) <= 2 * SHOWN:
             return {}
         few = dataclasses.replace(options, evaluation_images=1)
-        raw = evaluator(problem, few, None)(problem.pretrained.params)
+        measurements = evaluator(request, few, None)(request.pretrained.params)
     return {
-        c: float(raw.values[raw.valued == c].mean(axis=0).min())
-        for c in problem.kept
-        if c != problem.conditions.null
+        c: float(measurements.values[measurements.valued == c].mean(axis=0).min())
+        for c in request.kept
+        if c != request.conditions.null
     }
 
 
@@ -208,17 +219,17 @@ def _nearest_first(kept: Sequence[int], distances: dict[int, float]) -> dict[str
     return {"Retained, nearest": kept[:SHOWN], "Retained, farthest": kept[-SHOWN:]}
 
 
-def _held_to(problem: Problem) -> str:
-    bases = dict.fromkeys(problem.conditions.names[one.base] for one in problem.separated)
+def _held_to(request: ConceptRequest) -> str:
+    bases = dict.fromkeys(request.conditions.names[one.base] for one in request.separated)
     return " or ".join(bases)
 
 
-def _law(problem: Problem, options: ConceptOptions, held_to: str) -> str:
+def _law(request: ConceptRequest, options: ConceptOptions, held_to: str) -> str:
     total = options.batch_size + options.forget_batch_size
     return (
         f"What is forgotten is held to {held_to}. Of the objective, {options.forget_batch_size} "
-        f"parts of {total} are of forgotten conditions ({len(problem.separated)}), in equal "
-        f"shares, and the rest is of kept ones ({len(problem.kept)})."
+        f"parts of {total} are of forgotten conditions ({len(request.separated)}), in equal "
+        f"shares, and the rest is of kept ones ({len(request.kept)})."
     )
 
 

@@ -14,13 +14,13 @@ from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.pretrained.text_to_image import TextToImage, decode_latents, encode_prompts
 from jax_unlearn.typing import Array, Denoiser, Params
 
-__all__ = ["Conditions", "Numbered", "of_labels", "of_prompts", "predictor", "table_of"]
+__all__ = ["NamedConditions", "Numbered", "of_labels", "of_prompts", "predictor", "table_of"]
 
 # Prompts that the text encoder sees at once.
 ENCODED = 64
 
 
-class Conditions(NamedTuple):
+class NamedConditions(NamedTuple):
     """The conditions of a run, as whole numbers that the denoiser takes.
 
     Attributes:
@@ -62,7 +62,7 @@ class Numbered:
 
 
 def predictor(
-    apply: Denoiser, params: Params, conditions: Conditions, cond: Any, guidance: float
+    apply: Denoiser, params: Params, conditions: NamedConditions, cond: Any, guidance: float
 ) -> Callable[[Array, Array], Array]:
     """(x_t, t) -> the prediction under `cond`, guided where there is a free branch to guide by."""
     if cond is not None and conditions.null is not None and guidance != 1:
@@ -71,14 +71,14 @@ def predictor(
     return lambda x_t, t: apply(params, x_t, t, cond)
 
 
-def of_labels(pretrained: Pretrained) -> Conditions:
+def of_labels(pretrained: Pretrained) -> NamedConditions:
     """The labels of a pixel-space model, and its null label."""
     config = pretrained.config
     labels = tuple(range(config.num_labels))
     names = [config.label_name(label) for label in labels]
     if config.null_label is not None:
         names.append("null label")
-    return Conditions(
+    return NamedConditions(
         tuple(names),
         config.null_label,
         labels,
@@ -89,7 +89,7 @@ def of_labels(pretrained: Pretrained) -> Conditions:
     )
 
 
-def of_prompts(model: TextToImage, prompts: Sequence[str]) -> tuple[Pretrained, Conditions]:
+def of_prompts(model: TextToImage, prompts: Sequence[str]) -> tuple[Pretrained, NamedConditions]:
     """The prompts, in their order, and after them no prompt at all.
 
     Returns:
@@ -108,7 +108,7 @@ def of_prompts(model: TextToImage, prompts: Sequence[str]) -> tuple[Pretrained, 
             lambda one: decode_latents(model, one[None])[0], latents, batch_size=rows
         )
 
-    return pretrained._replace(apply=Numbered(pretrained.apply, table)), Conditions(
+    return pretrained._replace(apply=Numbered(pretrained.apply, table)), NamedConditions(
         (*(f"“{prompt}”" for prompt in prompts), "no prompt"),
         len(prompts),
         numbers,

@@ -11,7 +11,7 @@ from jax_unlearn import metrics, samplers
 from jax_unlearn.app import data, report
 from jax_unlearn.app.options import RunOptions
 from jax_unlearn.app.tasks.base import batch_rows, in_batches
-from jax_unlearn.app.tasks.conditions import Conditions, predictor
+from jax_unlearn.app.tasks.conditions import NamedConditions, predictor
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.typing import Array, Params
@@ -66,7 +66,7 @@ def features_of(judge: JudgeFunctions | None) -> Callable[[np.ndarray], np.ndarr
 
 def drawing(
     pretrained: Pretrained,
-    conditions: Conditions,
+    conditions: NamedConditions,
     options: RunOptions,
     judge: JudgeFunctions | None,
     forgotten: Sequence[int],
@@ -141,7 +141,7 @@ def drawing(
 
 
 def _shares(
-    conditions: Conditions, hits: np.ndarray, wanted: Sequence[int]
+    conditions: NamedConditions, hits: np.ndarray, wanted: Sequence[int]
 ) -> dict[str, dict[str, float]]:
     """By name: the share of a row's hits [conditions, samples], and its standard error."""
     count = hits.shape[1]
@@ -154,7 +154,7 @@ def _shares(
 
 
 def sample_grids(
-    conditions: Conditions,
+    conditions: NamedConditions,
     before: np.ndarray | None,
     after: np.ndarray | None,
     groups: dict[str, Sequence[int]],

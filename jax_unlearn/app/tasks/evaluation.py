@@ -13,7 +13,7 @@ from jax_unlearn.app import data
 from jax_unlearn.app.options import ImageOptions
 from jax_unlearn.app.tasks.base import Measured, batch_rows, estimate, in_batches, spread
 from jax_unlearn.app.tasks.drawing import Drawing, drawing, features_of
-from jax_unlearn.app.tasks.images import Problem, under_null
+from jax_unlearn.app.tasks.images import ImageRequest, under_null
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.typing import Array, Estimate, Params
 
@@ -25,7 +25,7 @@ RECONSTRUCTED = 32
 
 
 class Evaluation(NamedTuple):
-    """The evaluation of a problem.
+    """The evaluation of a request.
 
     Attributes:
       measure: params -> (Measured, the loss of held-out images, which calibrates thresholds), on
@@ -37,7 +37,7 @@ class Evaluation(NamedTuple):
     drawing: Drawing
 
 
-def make_weighting(problem: Problem, options: ImageOptions) -> losses.TimeWeighting:
+def make_weighting(request: ImageRequest, options: ImageOptions) -> losses.TimeWeighting:
     """The weights and probabilities of time steps that the options ask for.
 
     For "nelbo" t is drawn in proportion to w_t times the reference model's own error e_t at t,
@@ -49,7 +49,7 @@ def make_weighting(problem: Problem, options: ImageOptions) -> losses.TimeWeight
     Raises:
       ValueError: for "nelbo" at a zero terminal SNR, where the path KL is infinite.
     """
-    schedule, config = problem.pretrained.schedule, problem.pretrained.config
+    schedule, config = request.pretrained.schedule, request.pretrained.config
     dimensions = int(np.prod(config.sample_shape))
     if options.weighting == "simple":
         return losses.time_weighting(losses.simple_weights(schedule.num_steps, dimensions))
@@ -57,7 +57,7 @@ def make_weighting(problem: Problem, options: ImageOptions) -> losses.TimeWeight
     if not bool(jnp.isfinite(weights).all()):
         raise ValueError("--weighting nelbo needs a schedule whose terminal SNR is not zero.")
     times = np.linspace(0, schedule.num_steps - 1, 25).round().astype(np.int32)
-    images = data.take(problem.held_out, np.arange(64) % len(problem.held_out.pixels))
+    images = data.take(request.held_out, np.arange(64) % len(request.held_out.pixels))
     keys = jax.random.split(jax.random.key(options.seed), len(times))
 
     @jax.jit
@@ -67,8 +67,8 @@ def make_weighting(problem: Problem, options: ImageOptions) -> losses.TimeWeight
         many = jnp.full(len(x), t)
         x_t = schedules.add_noise(x_0=x_0, noise=noise, log_snr=schedule.log_snr[many])
         epsilon = losses.predict_epsilon(
-            problem.pretrained.apply,
-            problem.pretrained.params,
+            request.pretrained.apply,
+            request.pretrained.params,
             schedule,
             x_t=x_t,
             t=many,
@@ -77,7 +77,7 @@ def make_weighting(problem: Problem, options: ImageOptions) -> losses.TimeWeight
         return losses.squared_error(epsilon, noise).mean()
 
     measured = [
-        float(error(key, t, images.stored, problem.cond(images.labels)))
+        float(error(key, t, images.stored, request.cond(images.labels)))
         for key, t in zip(keys, times, strict=True)
     ]
     errors = np.exp(np.interp(np.arange(schedule.num_steps), times, np.log(measured)))
@@ -89,32 +89,32 @@ def make_weighting(problem: Problem, options: ImageOptions) -> losses.TimeWeight
 
 
 def evaluator(
-    problem: Problem,
+    request: ImageRequest,
     options: ImageOptions,
     weighting: losses.TimeWeighting,
     judge: JudgeFunctions | None,
 ) -> Evaluation:
     """Prepares the evaluation: chooses images and noise, and compiles when first used."""
-    apply, reference, schedule, config = problem.pretrained
+    apply, reference, schedule, config = request.pretrained
     dimensions = int(np.prod(config.sample_shape))
     rng = np.random.default_rng([options.seed, 2])
     keys = jax.random.split(jax.random.key(options.seed + 1), 6)
-    null, conditions = problem.null, problem.conditions
+    null, conditions = request.null, request.conditions
     batched = partial(in_batches, size=batch_rows(config.sample_shape))
 
     # Draw k of every constraint before draw k + 1 of any: time steps are stratified over a
     # batch, and each constraint must get its share of all of them.
-    draws = max(options.evaluation_images // len(problem.constraints), LEAST_DRAWS)
+    draws = max(options.evaluation_images // len(request.constraints), LEAST_DRAWS)
     tested = np.stack(
-        [one.indices[spread(len(one.indices), draws, rng)] for one in problem.constraints], axis=1
+        [one.indices[spread(len(one.indices), draws, rng)] for one in request.constraints], axis=1
     ).ravel()
-    owner = np.tile(np.arange(len(problem.constraints)), draws)
-    tested_images = data.take(problem.forget, tested)
-    tested_cond = problem.cond(under_null(tested_images.labels, null, options.null_share, rng))
+    owner = np.tile(np.arange(len(request.constraints)), draws)
+    tested_images = data.take(request.forget, tested)
+    tested_cond = request.cond(under_null(tested_images.labels, null, options.null_share, rng))
     held = data.take(
-        problem.held_out, spread(len(problem.held_out.pixels), options.evaluation_images, rng)
+        request.held_out, spread(len(request.held_out.pixels), options.evaluation_images, rng)
     )
-    held_cond = problem.cond(under_null(held.labels, null, options.null_share, rng))
+    held_cond = request.cond(under_null(held.labels, null, options.null_share, rng))
 
     @jax.jit
     def constraint_losses(params: Params, key: Array, x: Array, cond: Any) -> Array:
@@ -156,7 +156,7 @@ def evaluator(
             x_0=data.to_x_0(x),
             cond=cond,
             draws=NELBO_DRAWS,
-            discrete=problem.captions is None,
+            discrete=request.captions is None,
         )
         return divergences.bits_per_dim(terms.total, dimensions)
 
@@ -175,45 +175,45 @@ def evaluator(
 
     likelihood_sets = {}
     for name, images in (
-        ("forgotten", problem.forget),
-        ("held_out", problem.held_out),
-        ("retained", problem.retain),
+        ("forgotten", request.forget),
+        ("held_out", request.held_out),
+        ("retained", request.retain),
     ):
         shown_images = spread(len(images.pixels), max(options.evaluation_images // 2, 1), rng)
         likelihood_sets[name] = data.take(images, shown_images)
     shown = data.take(
-        problem.forget,
-        spread(len(problem.forget.pixels), min(RECONSTRUCTED, len(problem.forget.pixels)), rng),
+        request.forget,
+        spread(len(request.forget.pixels), min(RECONSTRUCTED, len(request.forget.pixels)), rng),
     )
-    sampled = problem.pretrained if problem.captions is None else problem.captions.sampled
-    drawn = drawing(sampled, conditions, options, judge, problem.lost)
+    sampled = request.pretrained if request.captions is None else request.captions.sampled
+    drawn = drawing(sampled, conditions, options, judge, request.lost)
     features = features_of(judge)
 
     def measure(params: Params) -> tuple[Measured, Estimate]:
         values = batched(
             partial(constraint_losses, params), keys[0], tested_images.stored, tested_cond
         )
-        by_constraint = [estimate(values[owner == i]) for i in range(len(problem.constraints))]
+        by_constraint = [estimate(values[owner == i]) for i in range(len(request.constraints))]
         calibration = batched(partial(constraint_losses, params), keys[1], held.stored, held_cond)
         objective = batched(
-            partial(path_kl, params), keys[2], held.stored, problem.cond(held.labels)
+            partial(path_kl, params), keys[2], held.stored, request.cond(held.labels)
         )
         nelbos = {
             name: batched(
-                partial(nelbo, params), keys[3], images.stored, problem.cond(images.labels)
+                partial(nelbo, params), keys[3], images.stored, request.cond(images.labels)
             )
             for name, images in likelihood_sets.items()
         }
         found: dict[str, Any] = {}
         again = batched(
-            partial(reconstruct, params), keys[4], shown.stored, problem.cond(shown.labels)
+            partial(reconstruct, params), keys[4], shown.stored, request.cond(shown.labels)
         )
         reconstructions = data.to_pixels(again)
         similar = metrics.cosine_similarity(features(reconstructions), features(shown.pixels))
         found["similarity"] = estimate(np.asarray(similar))
         samples = drawn.draw(params)
         if samples is not None:
-            found |= drawn.judge(samples, problem.held_out.pixels[:2000])
+            found |= drawn.judge(samples, request.held_out.pixels[:2000])
         measured = Measured(
             objective=estimate(objective),
             constraints=Estimate(

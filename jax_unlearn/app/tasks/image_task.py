@@ -10,84 +10,79 @@ from jax_unlearn import multipliers
 from jax_unlearn.app import data, report
 from jax_unlearn.app.options import ImageOptions, parse_threshold
 from jax_unlearn.app.tasks import images
-from jax_unlearn.app.tasks.base import Measured, Task
+from jax_unlearn.app.tasks.base import Measured, Task, controller
 from jax_unlearn.app.tasks.drawing import CAPTIONS, sample_grids
 from jax_unlearn.app.tasks.evaluation import Evaluation, evaluator, make_weighting
-from jax_unlearn.app.tasks.images import Problem
-from jax_unlearn.formulations import Batch, forward_kl
+from jax_unlearn.app.tasks.images import ImageRequest
+from jax_unlearn.formulations import forward_kl
 from jax_unlearn.models.judge import JudgeFunctions
+from jax_unlearn.problem import Batch
 from jax_unlearn.typing import Estimate
 
 __all__ = ["image_task"]
 
 
-def image_task(problem: Problem, options: ImageOptions, judge: JudgeFunctions | None) -> Task:
-    """Measures the reference model and sets up the forward-KL problem."""
-    pretrained = problem.pretrained
-    weighting = make_weighting(problem, options)
-    evaluation = evaluator(problem, options, weighting, judge)
+def image_task(request: ImageRequest, options: ImageOptions, judge: JudgeFunctions | None) -> Task:
+    """Measures the reference model and sets up the forward-KL request."""
+    pretrained = request.pretrained
+    weighting = make_weighting(request, options)
+    evaluation = evaluator(request, options, weighting, judge)
     before, calibration = evaluation.measure(pretrained.params)
-    thresholds = _thresholds(problem, before, calibration)
-    # Violations relative to the reference's values, averaged over the constraints: one rate
-    # serves every unit and every number of constraints.
-    scale = 1.0 / np.maximum(before.constraints.value, 1e-12) / len(thresholds)
+    thresholds = _thresholds(request, before, calibration)
     # "And no less": where images are forgotten and not a whole label, a calibrated threshold is
     # approached from both sides. A label is given to the kept images instead, and its own may
     # become as unlikely as that makes them.
-    calibrated = all(one.threshold == "calibrated" for one in problem.constraints)
-    equal = calibrated and not problem.forgotten_labels
+    calibrated = all(one.threshold == "calibrated" for one in request.constraints)
+    equal = calibrated and not request.forgotten_labels
     domain = multipliers.l1_ball if equal else multipliers.capped_simplex
     simple = options.weighting == "simple"
     dimensions = int(np.prod(pretrained.config.sample_shape))
     unit = "mean squared error a dimension" if simple else "nats an image"
-    bits = "bits/dim" if problem.captions is None else "bits/dim of the latents' density"
+    bits = "bits/dim" if request.captions is None else "bits/dim of the latents' density"
     return Task(
         pretrained=pretrained,
         params=pretrained.params,
-        names=tuple(constraint.name for constraint in problem.constraints),
-        formulation=forward_kl(
+        names=tuple(constraint.name for constraint in request.constraints),
+        problem=forward_kl(
             pretrained.apply,
             pretrained.schedule,
             weighting,
-            estimator=options.estimator,
-            balance=options.balance,
+            mixing=0.5 if options.estimator == "importance" else None,
             project=domain(1 - options.max_multiplier),
             reference_values=jnp.asarray(before.constraints.value, jnp.float32),
         ),
-        dual=multipliers.nu_pi(
-            integral=jnp.asarray(options.dual_learning_rate * scale, jnp.float32),
-            proportional=jnp.asarray(options.dual_damping * scale, jnp.float32),
-            nu=0.9,
-        ),
+        dual=controller(options, np.asarray(before.constraints.value)),
         thresholds=thresholds,
         multipliers=0.0,
         reference_values=np.asarray(before.constraints.value),
-        batch=lambda step: images.batch(problem, options, step),
+        batch=lambda step: images.batch(request, options, step),
         prepare=_prepare,
         before=before,
         measure=lambda params: evaluation.measure(params)[0],
-        asked=_asked(problem),
+        asked=_asked(request),
         units=(unit, unit),
+        formula="minimise KL(q‖p) subject to KL(qᵢ‖p) ≥ bᵢ: denoising losses of the images, each "
+        "KL up to a constant of the data",
         objective="path KL from the reference model to the unlearned one, on held-out images under "
         "their own labels"
         + (f", divided by {dimensions} dimensions and weighted evenly over time" if simple else ""),
         captions=CAPTIONS | {"nelbo": {"unit": bits}},
-        grids=lambda after: _grids(problem, evaluation, before, after),
+        grids=lambda after: _grids(request, evaluation, before, after),
     )
 
 
 def _grids(
-    problem: Problem, evaluation: Evaluation, before: Measured, after: Measured
+    request: ImageRequest, evaluation: Evaluation, before: Measured, after: Measured
 ) -> list[report.Grid]:
     first, last = before.reconstructions, after.reconstructions
     assert first is not None
     assert last is not None
     return [
         *sample_grids(
-            problem.conditions,
+            request.conditions,
             before.samples,
             after.samples,
-            _groups(problem),
+            _groups(request),
         ),
         report.Grid(
             "Forgotten images, noised and denoised",
@@ -100,14 +95,14 @@ def _grids(
     ]
 
 
-def _groups(problem: Problem) -> dict[str, Sequence[int]]:
-    forgotten = problem.lost
-    kept = [c for c in problem.conditions.drawn if c not in forgotten]
+def _groups(request: ImageRequest) -> dict[str, Sequence[int]]:
+    forgotten = request.lost
+    kept = [c for c in request.conditions.drawn if c not in forgotten]
     groups: dict[str, Sequence[int]] = {"Forgotten": forgotten} if forgotten else {}
     return groups | {"Retained": kept}
 
 
-def _thresholds(problem: Problem, before: Measured, calibration: Estimate) -> np.ndarray:
+def _thresholds(request: ImageRequest, before: Measured, calibration: Estimate) -> np.ndarray:
     """The thresholds as numbers, [m], from the reference model's own values.
 
     "calibrated" asks of a set of images that its mean loss become that of held-out images. Where
@@ -116,9 +111,9 @@ def _thresholds(problem: Problem, before: Measured, calibration: Estimate) -> np
     b_i = value_i · (mean of held-out images) / (mean of the set).
     """
     values = np.asarray(before.constraints.value)
-    sources = np.array([constraint.source for constraint in problem.constraints])
+    sources = np.array([constraint.source for constraint in request.constraints])
     numbers = []
-    for constraint, own in zip(problem.constraints, values, strict=True):
+    for constraint, own in zip(request.constraints, values, strict=True):
         asked = parse_threshold(constraint.threshold)
         if asked.kind == "absolute":
             numbers.append(asked.number)
@@ -138,9 +133,9 @@ def _prepare(raw: Batch) -> Batch:
     )
 
 
-def _asked(problem: Problem) -> dict[str, Any]:
+def _asked(request: ImageRequest) -> dict[str, Any]:
     counts: dict[str, int] = {}
-    for constraint in problem.constraints:
+    for constraint in request.constraints:
         counts[constraint.source] = counts.get(constraint.source, 0) + len(constraint.indices)
     return {
         "forget": [
@@ -148,8 +143,8 @@ def _asked(problem: Problem) -> dict[str, Any]:
             for source, count in counts.items()
         ],
         "retain": [
-            {"name": "retained, trained on", "images": len(problem.retain.pixels)},
-            {"name": "retained, held out", "images": len(problem.held_out.pixels)},
+            {"name": "retained, trained on", "images": len(request.retain.pixels)},
+            {"name": "retained, held out", "images": len(request.held_out.pixels)},
         ],
-        "notes": list(problem.notes),
+        "notes": list(request.notes),
     }

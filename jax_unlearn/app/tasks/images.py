@@ -11,21 +11,21 @@ from jax_unlearn import schedules
 from jax_unlearn.app import data, embedded
 from jax_unlearn.app.options import DataOptions, DemoOptions, ImageOptions
 from jax_unlearn.app.tasks.base import batch_rows, in_batches
-from jax_unlearn.app.tasks.conditions import Conditions, of_labels, of_prompts, table_of
-from jax_unlearn.formulations import Batch, Examples, Forget
+from jax_unlearn.app.tasks.conditions import NamedConditions, of_labels, of_prompts, table_of
 from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.pretrained.text_to_image import TextToImage, encode_images
+from jax_unlearn.problem import Batch, Images
 from jax_unlearn.typing import Condition
 
 __all__ = [
     "Captions",
     "Constraint",
-    "Problem",
+    "ImageRequest",
     "batch",
     "from_captioned",
     "from_embedded",
     "from_paths",
-    "make_problem",
+    "make_request",
     "under_null",
 ]
 
@@ -55,7 +55,7 @@ class Captions(NamedTuple):
     sampled: Pretrained
 
 
-class Problem(NamedTuple):
+class ImageRequest(NamedTuple):
     """What is to be forgotten and what is to be kept, checked and ready.
 
     Attributes:
@@ -78,7 +78,7 @@ class Problem(NamedTuple):
     retain: data.Images
     held_out: data.Images
     forgotten_labels: tuple[int, ...]
-    conditions: Conditions
+    conditions: NamedConditions
     lost: tuple[int, ...]
     captions: Captions | None
     notes: tuple[str, ...]
@@ -97,14 +97,14 @@ class Problem(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[labels], self.captions.table)
 
 
-def make_problem(
+def make_request(
     pretrained: Pretrained,
     forget: Sequence[tuple[str, str, data.Images]],
     retain: data.Images,
     held_out: data.Images | None,
     options: ImageOptions,
-) -> Problem:
-    """Makes a problem of sets (name, source, images) to forget and images to retain.
+) -> ImageRequest:
+    """Makes a request of sets (name, source, images) to forget and images to retain.
 
     Images to forget that also stand among the retained or held-out ones are removed from
     those. Without held-out images a share of the retained ones is held out.
@@ -144,7 +144,11 @@ def make_problem(
             constraints.append(Constraint(name, source, threshold, indices))
     together = data.concatenate(sets)
     forgotten: tuple[int, ...] = ()
-    if not pretrained.config.pipeline and together.labels is not None and retain.labels is not None:
+    if (
+        not pretrained.config.text_conditional
+        and together.labels is not None
+        and retain.labels is not None
+    ):
         forgotten = tuple(int(label) for label in np.setdiff1d(together.labels, retain.labels))
     if options.estimator == "importance" and options.forget_batch_size > _base_rows(
         options, bool(forgotten)
@@ -154,7 +158,7 @@ def make_problem(
             f"{options.forget_batch_size} images with a retained one, and the batch has "
             f"{_base_rows(options, bool(forgotten))} to pair: lower it, or raise --batch-size."
         )
-    return Problem(
+    return ImageRequest(
         pretrained,
         together,
         tuple(constraints),
@@ -168,7 +172,7 @@ def make_problem(
     )
 
 
-def from_paths(pretrained: Pretrained, options: DataOptions) -> Problem:
+def from_paths(pretrained: Pretrained, options: DataOptions) -> ImageRequest:
     """Reads the images that the options name, for a model in pixel space.
 
     Raises:
@@ -187,10 +191,10 @@ def from_paths(pretrained: Pretrained, options: DataOptions) -> Problem:
             resize=options.resize,
         )
 
-    return _make_problem(pretrained, options, *(map(read, part) for part in _sources(options)))
+    return _make_request(pretrained, options, *(map(read, part) for part in _sources(options)))
 
 
-def from_captioned(model: TextToImage, options: DataOptions) -> Problem:
+def from_captioned(model: TextToImage, options: DataOptions) -> ImageRequest:
     """Reads images and their captions for a model on latents, and encodes each of them once.
 
     The latents of an image are one draw of the autoencoder's law of them, as in training. Images
@@ -212,7 +216,7 @@ def from_captioned(model: TextToImage, options: DataOptions) -> Problem:
         labels = [numbers.setdefault(one, len(numbers)) for one in found]
         return images._replace(labels=np.array(labels, np.int32))
 
-    problem = _make_problem(
+    request = _make_request(
         model.pretrained, options, *([*map(read, part)] for part in _sources(options))
     )
     every = list(numbers)
@@ -220,7 +224,7 @@ def from_captioned(model: TextToImage, options: DataOptions) -> Problem:
     table = table_of(model, captions)
     of_forget, of_retain = (
         list(dict.fromkeys(caption for label in part.labels if (caption := every[label])))
-        for part in (problem.forget, problem.retain)
+        for part in (request.forget, request.retain)
         if part.labels is not None
     )
     drawn = list(dict.fromkeys(of_forget[:DRAWN] + of_retain[:DRAWN]))
@@ -247,10 +251,10 @@ def from_captioned(model: TextToImage, options: DataOptions) -> Problem:
             ),
         )
 
-    return problem._replace(
-        forget=encoded(problem.forget, 0),
-        retain=encoded(problem.retain, 1),
-        held_out=encoded(problem.held_out, 2),
+    return request._replace(
+        forget=encoded(request.forget, 0),
+        retain=encoded(request.retain, 1),
+        held_out=encoded(request.held_out, 2),
         conditions=conditions,
         lost=tuple(number for number, caption in enumerate(drawn) if caption not in kept),
         captions=Captions(table, sampled),
@@ -261,25 +265,25 @@ def _sources(options: DataOptions) -> tuple[tuple[str, ...], ...]:
     return options.forget, options.retain, options.held_out
 
 
-def _make_problem(
+def _make_request(
     pretrained: Pretrained,
     options: DataOptions,
     forget: Iterable[data.Images],
     retain: Iterable[data.Images],
     held_out: Iterable[data.Images],
-) -> Problem:
+) -> ImageRequest:
     sets = [(text, text, images) for text, images in zip(options.forget, forget, strict=True)]
     kept, others = data.concatenate([*retain]), [*held_out]
-    return make_problem(
+    return make_request(
         pretrained, sets, kept, data.concatenate(others) if others else None, options
     )
 
 
-def from_embedded(pretrained: Pretrained, options: DemoOptions) -> tuple[Problem, DemoOptions]:
+def from_embedded(pretrained: Pretrained, options: DemoOptions) -> tuple[ImageRequest, DemoOptions]:
     """The embedded data with the labels, or the repeated images, that the options name.
 
     Returns:
-      The problem, and the options: "repeated" makes each image a constraint.
+      The request, and the options: "repeated" makes each image a constraint.
 
     Raises:
       ValueError: for a label that the model does not have, or "repeated" together with one.
@@ -296,7 +300,7 @@ def from_embedded(pretrained: Pretrained, options: DemoOptions) -> tuple[Problem
             raise ValueError("--forget repeated stands alone: give labels or 'repeated', not both.")
         options = dataclasses.replace(options, per_image=True)
         forget = [("repeated", "repeated images", data.take(train, stored.repeated))]
-        return make_problem(pretrained, forget, train, held_out, options), options
+        return make_request(pretrained, forget, train, held_out, options), options
     labels = [pretrained.config.find_label(text) for text in options.asked]
     names = pretrained.config.id2label or {}
     forget = [
@@ -304,7 +308,7 @@ def from_embedded(pretrained: Pretrained, options: DemoOptions) -> tuple[Problem
         for label in labels
     ]
     kept = data.take(held_out, np.flatnonzero(~np.isin(stored.held_out.labels, labels)))
-    return make_problem(pretrained, forget, train, kept, options), options
+    return make_request(pretrained, forget, train, kept, options), options
 
 
 def _base_rows(options: ImageOptions, forgotten: bool) -> int:
@@ -324,7 +328,7 @@ def under_null(
     return np.where(hidden, np.int32(null_label), labels)
 
 
-def batch(problem: Problem, options: ImageOptions, step: int) -> Batch:
+def batch(request: ImageRequest, options: ImageOptions, step: int) -> Batch:
     """The batch of a step: a pure function of the seed and the step, images as bytes.
 
     Kept rows are shown under their own labels; where no label is forgotten, a share of them
@@ -333,39 +337,39 @@ def batch(problem: Problem, options: ImageOptions, step: int) -> Batch:
     labels and, a share of them, under the null label. Captions are labels, and no prompt the null
     label; latents take the images' place.
     """
-    seed, null, cond = options.seed, problem.null, problem.cond
+    seed, null, cond = options.seed, request.null, request.cond
     rng = np.random.default_rng([seed, step, 1])
     rows = data.batch_indices(
-        seed=seed, step=step, size=options.batch_size, count=len(problem.retain.pixels)
+        seed=seed, step=step, size=options.batch_size, count=len(request.retain.pixels)
     )
-    chosen = data.take(problem.retain, rows)
-    based = _base_rows(options, True) if problem.forgotten_labels else 0
+    chosen = data.take(request.retain, rows)
+    based = _base_rows(options, True) if request.forgotten_labels else 0
     base = None
     if based:
-        under = rng.choice(np.asarray(problem.forgotten_labels, np.int32), size=based)
+        under = rng.choice(np.asarray(request.forgotten_labels, np.int32), size=based)
         under = under_null(under, null, options.null_share, rng)
-        base = Examples(chosen.stored[:based], cond(under))
+        base = Images(chosen.stored[:based], cond(under))
     labels = None if chosen.labels is None else chosen.labels[based:]
     kept = None
     if based < options.batch_size:
         share = 0.0 if based else options.null_share
-        kept = Examples(chosen.stored[based:], cond(under_null(labels, null, share, rng)))
+        kept = Images(chosen.stored[based:], cond(under_null(labels, null, share, rng)))
     constraint, image = data.balanced_indices(
         seed=seed,
         step=step,
         size=options.forget_batch_size,
-        counts=[len(one.indices) for one in problem.constraints],
+        counts=[len(one.indices) for one in request.constraints],
     )
     index = np.array(
-        [problem.constraints[c].indices[i] for c, i in zip(constraint, image, strict=True)]
+        [request.constraints[c].indices[i] for c, i in zip(constraint, image, strict=True)]
     )
-    forget = data.take(problem.forget, index)
+    forget = data.take(request.forget, index)
     return Batch(
         kept,
-        base,
-        Forget(
+        Images(
             forget.stored,
             cond(under_null(forget.labels, null, options.null_share, rng)),
             constraint.astype(np.int32),
         ),
+        base,
     )
