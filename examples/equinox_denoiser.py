@@ -1,8 +1,10 @@
-"""Unlearns a denoiser that is not this library's: an Equinox network, the same step.
+"""Unlearns an Equinox network: a denoiser that is not this library's, the same step.
 
-The step needs a function (params, x_t, t, cond) -> prediction and nothing else. An Equinox
-module is split into its arrays, which are the params, and the rest, which the function closes
-over. The data are scikit-learn's 8×8 digits; the class to forget is the zero.
+The step needs a function (params, x_t, t, cond) -> prediction and nothing else. An Equinox module
+is split into its arrays, which are the params, and the rest, which the function closes over. The
+data are scikit-learn's 8×8 digits, of which zeros are forgotten. Printed are the denoising losses
+of zeros, with their threshold, and of all other digits, before and after, and the multiplier's
+mean over the last quarter. It stays below the share of zeros, one in ten, as in the exact solution.
 """
 
 import equinox as eqx
@@ -11,93 +13,89 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
-import jax_unlearn
-from jax_unlearn import losses, multipliers, schedules
+from jax_unlearn import Batch, Images, forward_kl, losses, multipliers, primal_dual, schedules
 
 schedule = schedules.noise_schedule("squaredcos_cap_v2", num_steps=200)
 weighting = losses.time_weighting(losses.simple_weights(200, 64))
+digits = load_digits()
+images, labels = jnp.asarray(digits.images[..., None] / 8.0 - 1.0, jnp.float32), digits.target
+sets = {"zeros": np.flatnonzero(labels == 0), "others": np.flatnonzero(labels != 0)}
 
 
 class Network(eqx.Module):
-    """An MLP on pixels, log-SNR and an embedded label; the eleventh label is "none"."""
+    """An MLP on pixels, log-SNR and an embedded label."""
 
     labels: eqx.nn.Embedding
     mlp: eqx.nn.MLP
 
     def __init__(self, key):
-        first, second = jax.random.split(key)
-        self.labels = eqx.nn.Embedding(11, 16, key=first)
-        self.mlp = eqx.nn.MLP(64 + 16 + 2, 64, 256, 3, jax.nn.silu, key=second)
+        self.labels = eqx.nn.Embedding(10, 16, key=key)
+        self.mlp = eqx.nn.MLP(64 + 16 + 2, 64, 256, 3, jax.nn.silu, key=key)
 
     def __call__(self, x_t, t, label):
         log_snr = schedule.log_snr[t] / 10
         extra = jnp.stack([log_snr, jnp.sin(3 * log_snr)])
-        hidden = jnp.concatenate([x_t.reshape(-1), self.labels(label), extra])
         # Near its own noise level the image is mostly noise: start from x_t and correct.
+        hidden = jnp.concatenate([x_t.reshape(-1), self.labels(label), extra])
         return x_t + self.mlp(hidden).reshape(8, 8, 1)
 
 
-params, static = eqx.partition(Network(jax.random.key(0)), eqx.is_array)
+initial, static = eqx.partition(Network(jax.random.key(0)), eqx.is_array)
 
 
 def denoise(params, x_t, t, cond):
     return jax.vmap(eqx.combine(params, static))(x_t, t, cond)
 
 
-def loss_of(params, x_0, labels, key):
+@jax.jit
+def loss(params, x_0, cond, key):
     drawn = losses.draw(key, x_0, weighting.probabilities)
     return losses.denoising_loss(
-        denoise, params, schedule, x_0=x_0, cond=labels, draws=drawn, weighting=weighting
-    )
+        denoise, params, schedule, x_0=x_0, cond=cond, draws=drawn, weighting=weighting
+    ).mean()
 
 
-def main():
-    digits = load_digits()
-    images = jnp.asarray(digits.images[..., None] / 8.0 - 1.0, jnp.float32)
-    labels = jnp.asarray(digits.target)
-    zeros, others = np.flatnonzero(digits.target == 0), np.flatnonzero(digits.target != 0)
+def pretrain(params, rng, steps):
     optimizer = optax.adam(1e-3)
+    state = optimizer.init(params)
 
     @jax.jit
-    def pretrain(params, key):
-        def body(carry, key):
-            params, state = carry
-            rows_key, null_key, key = jax.random.split(key, 3)
-            rows = jax.random.randint(rows_key, (128,), 0, len(images))
-            cond = jnp.where(jax.random.uniform(null_key, (128,)) < 0.2, 10, labels[rows])
-            gradient = jax.grad(lambda p: loss_of(p, images[rows], cond, key).mean())(params)
-            updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(params, updates), state), None
+    def step(params, state, x_0, cond, key):
+        updates, state = optimizer.update(jax.grad(loss)(params, x_0, cond, key), state)
+        return optax.apply_updates(params, updates), state
 
-        carry = (params, optimizer.init(params))
-        return jax.lax.scan(body, carry, jax.random.split(key, 4000))[0][0]
+    for number in tqdm(range(steps), "pretraining", disable=None):
+        rows = rng.choice(len(images), 128)
+        params, state = step(params, state, images[rows], labels[rows], jax.random.key(number))
+    return params
 
-    reference = pretrain(params, jax.random.key(1))
 
-    def value(params, rows):
-        return float(loss_of(params, images[rows], labels[rows], jax.random.key(2)).mean())
-
-    before = value(reference, zeros), value(reference, others)
-    formulation = jax_unlearn.forward_kl(denoise, schedule, weighting)
-    algorithm = jax_unlearn.primal_dual(
-        formulation, optax.adam(3e-4), multipliers.nu_pi(0.2, 1.0, nu=0.9)
-    )
-    state = algorithm.init(reference, thresholds=[2 * before[0]])
-    step = jax.jit(algorithm.step, donate_argnums=1)
+def main(pretraining=2000, steps=400):
     rng = np.random.default_rng(0)
-    for number in range(400):
-        kept, gone = rng.choice(others, 128), rng.choice(zeros, 64)
-        batch = jax_unlearn.Batch(
-            kept=jax_unlearn.Examples(images[kept], labels[kept]),
-            base=None,
-            forget=jax_unlearn.Forget(images[gone], labels[gone], np.zeros(64, np.int32)),
-        )
-        state, _ = step(jax.random.key(number), state, batch)
-    after = value(state.params, zeros), value(state.params, others)
-    print(f"zeros  (threshold {2 * before[0]:.4f}): {before[0]:.4f} -> {after[0]:.4f}")
-    print(f"others                     : {before[1]:.4f} -> {after[1]:.4f}")
-    print(f"multiplier {state.multipliers[0]:.3f}")
+    reference = pretrain(initial, rng, pretraining)
+
+    def measure(params):
+        key = jax.random.key(1)
+        return {k: float(loss(params, images[v], labels[v], key)) for k, v in sets.items()}
+
+    before = measure(reference)
+    problem = forward_kl(denoise, schedule, weighting, reference_values=[before["zeros"]])
+    algorithm = primal_dual(problem, optax.adam(1e-4), multipliers.nu_pi(0.02, 1.0, nu=0.9))
+    state = algorithm.init(reference, thresholds=[1.5 * before["zeros"]])
+    step, history = jax.jit(algorithm.step, donate_argnums=1), []
+    for number in tqdm(range(steps), "unlearning", disable=None):
+        kept, gone = rng.choice(len(images), 128), rng.choice(sets["zeros"], 64)
+        forget = Images(images[gone], labels[gone], np.zeros(64, np.int32))
+        batch = Batch(Images(images[kept], labels[kept]), forget)
+        state, info = step(jax.random.key(number), state, reference, batch)
+        history.append(info.multipliers[0])
+    after, multiplier = measure(state.params), float(np.mean(history[-steps // 4 :]))
+    for name in sets:
+        print(f"{name}: {before[name]:.4f} -> {after[name]:.4f}")
+    print(f"threshold of zeros {1.5 * before['zeros']:.4f}, multiplier {multiplier:.3f}")
+    return {"before": before, "after": after, "multiplier": multiplier}
 
 
 if __name__ == "__main__":

@@ -1,60 +1,78 @@
-"""Draws the price of forgetting one of three Gaussians: dP*/db against the threshold b.
+"""The price of forgetting a class of the embedded model, before any training.
 
-    python examples/price_of_forgetting.py price.png
-
-Each curve is the exact optimum on a grid. P* is the least divergence from the reference that
-meets the threshold; its slope is the multiplier, by which the next bit of forgetting is paid.
+Samples of the model are judged once by its own diffusion classifier: h(x) is how likely x is to be
+trousers. For each bound ε on E_p[h] the dual gives λ*(ε), its derivative dλ*/dε, and the price
+P*(ε) = min KL(p‖q) in nats, with a bootstrap band over the samples. By the envelope theorem
+dP*/dε = −λ*, printed beside the finite difference of P*.
 """
-
-import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
+from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import jax_unlearn
+from jax_unlearn import duality, likelihoods, samplers
+from jax_unlearn.app import embedded
 
-from jax_unlearn import duality, mixtures
-
-reference = mixtures.gaussian_mixture([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]], 0.49)
-unlearn = mixtures.select(reference, 0)
-
-
-def curve(solve, rows, thresholds):
-    """P*, dP*/db by the implicit function theorem, and λ*, for every threshold."""
-
-    def price(b):
-        solution = solve(log_q, rows, b[None])
-        return solution.primal_value, (solution.multipliers[0], solution.attained)
-
-    both = jax.jit(lambda b: jax.lax.map(jax.value_and_grad(price, has_aux=True), b))
-    (value, (multiplier, attained)), slope = both(jnp.asarray(thresholds))
-    keep = np.asarray(attained)
-    return thresholds[keep], value[keep], slope[keep], multiplier[keep]
+TROUSERS = 1
+SHARES = (0.75, 0.5, 0.25)  # of what the model itself shows
 
 
-with jax.enable_x64(True):
-    cells = mixtures.grid([(-7.0, 7.0)] * 2, 101)
-    log_q, log_u = mixtures.log_masses(reference, cells), mixtures.log_masses(unlearn, cells)[None]
-    density = jnp.exp(mixtures.log_density(unlearn, cells.x))[None]
-    problems = {
-        "RU: KL(p‖u) ≥ b": (duality.solve_reverse_kl, log_u, np.linspace(7, 40, 34), "b (nats)"),
-        "FU: KL(u‖p) ≥ b": (duality.solve_forward_kl, log_u, np.linspace(0.5, 14, 28), "b (nats)"),
-        "LU: E[h] ≤ ε": (duality.solve_likelihood, density, np.geomspace(0.1, 1e-4, 31), "ε"),
-    }
-    figure, axes = plt.subplots(2, 3, figsize=(10, 5), sharex="col", layout="constrained")
-    for (title, (solve, rows, grid, label)), (top, bottom) in zip(
-        problems.items(), axes.T, strict=True
-    ):
-        b, value, slope, multiplier = curve(solve, rows, grid)
-        top.plot(b, value)
-        bottom.plot(b, np.abs(slope), label="|derivative of P*|")
-        bottom.plot(b, multiplier, ".", label="λ*")
-        top.set(title=title, ylabel="P* (nats)")
-        bottom.set(xlabel=label, ylabel="price")
-        if label == "ε":
-            bottom.set(xscale="log", yscale="log")
-    axes[1, 0].legend()
-    figure.savefig(sys.argv[1], dpi=120)
+def judged(parts, rows=32, steps=10, draws=4):
+    """h of parts · rows samples of the model without a label, [n]."""
+    apply, params, schedule, _ = jax_unlearn.load_pretrained(embedded.model_path())
+
+    @jax.jit
+    def part(key):
+        noise_key, draws_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, (rows, 28, 28, 1))
+        found = samplers.sample(
+            lambda x_t, t: apply(params, x_t, t, None), schedule, key, noise, steps=steps
+        )
+        posterior = likelihoods.diffusion_classifier(
+            apply, params, schedule, draws_key, x_0=found.x_0, concepts=jnp.arange(10),
+            draws=draws, weights=likelihoods.noised_weights(schedule, 0.5),
+        )  # fmt: skip
+        return jnp.exp(posterior.value[:, TROUSERS])
+
+    keys = jax.random.split(jax.random.key(0), parts)
+    return np.concatenate([part(key) for key in tqdm(keys, "samples judged", disable=None)])
+
+
+def prices(h, shares=SHARES, width=0.02):
+    """A row for each share: what the duals of the samples say of the bound share · mean h."""
+    solve, rows = duality.likelihood_solver(h[:, None]), []
+    derivative = jax.jacfwd(lambda epsilon: solve(epsilon).multipliers)
+    for epsilon in jnp.asarray(shares)[:, None] * h.mean():
+        found = duality.likelihood_multipliers(h[:, None], epsilon, key=jax.random.key(1))
+        beside = [solve(epsilon * scale).primal_value for scale in (1 - width, 1 + width)]
+        rows.append(
+            {
+                "epsilon": epsilon[0],
+                "multiplier": found.multipliers[0],
+                "derivative": derivative(epsilon)[0, 0],
+                "price": found.solution.primal_value,
+                "low": found.price_interval[0],
+                "high": found.price_interval[1],
+                "slope": (beside[1] - beside[0]) / (2 * width * epsilon[0]),
+            }
+        )
+    return [{name: float(value) for name, value in row.items()} for row in rows]
+
+
+def main(parts=4):
+    h = judged(parts)
+    print(f"{len(h)} samples, of which {h.mean():.3f} show trousers")
+    print("      ε      λ*   dλ*/dε  P*, nats (95 %)          dP*/dε by differences")
+    table = prices(h)
+    for row in table:
+        print(
+            "{epsilon:7.4f} {multiplier:7.3f} {derivative:8.2f}  "
+            "{price:.4f} ({low:.4f} to {high:.4f})  {slope:.3f}".format(**row)
+        )
+    return {"h": h, "table": table}
+
+
+if __name__ == "__main__":
+    main()

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_unlearn import formulations, losses, mixtures, samplers, schedules
-from jax_unlearn.duality import stored_samples as dual_first
-from jax_unlearn.primal_dual import primal_dual
+import jax_unlearn
+from jax_unlearn import duality, formulations, losses, mixtures, samplers, schedules
 
 VARIANCE, SCALE = 0.49, 0.5
 # Fine where the modes part; a last step at e⁻⁹ of noise leaves the samples their variance.
@@ -106,14 +105,14 @@ def trainer(problem, batch_of, dual, steps, rate):
     over the last sixth of the steps.
     """
     rates = optax.cosine_decay_schedule(rate, steps, 0.01)
-    algorithm = primal_dual(problem, optax.adam(rates), dual)
-
-    def body(state, key):
-        return algorithm.step(key, state, batch_of(jax.random.fold_in(key, 1)))
+    algorithm = jax_unlearn.primal_dual(problem, optax.adam(rates), dual)
 
     @jax.jit
     def run(params, reference, thresholds, multipliers, key):
-        state = algorithm.init(params, thresholds, multipliers=multipliers, reference=reference)
+        def body(state, key):
+            return algorithm.step(key, state, reference, batch_of(jax.random.fold_in(key, 1)))
+
+        state = algorithm.init(params, thresholds, multipliers=multipliers)
         state, info = jax.lax.scan(body, state, jax.random.split(key, steps))
         end = steps // 6
         return state.params, info.multipliers[-end:].mean(axis=0), info.values[-end:].mean(axis=0)
@@ -122,26 +121,25 @@ def trainer(problem, batch_of, dual, steps, rate):
 
 
 def distilled(kind, law, unlearn, key, steps, rows=1024):
-    """A `trainer` by "tilt" on stored samples, and thresholds -> their λ*."""
+    """A `trainer` that distils p_λ from stored samples, and thresholds -> their λ*."""
     stored = mixtures.sample(law, key, 200_000)
-    options = {"estimator": "tilt", "weighting": PLAIN, "control_variate": True}
-    options |= {"reference_apply": exact_denoiser(law)}
+    options = {"reference_apply": exact_denoiser(law), "control_variate": True}
     if kind == "RU":
         ratios = [
             mixtures.log_density(law, stored) - mixtures.log_density(u, stored) for u in unlearn
         ]
-        values, solve = jnp.stack(ratios, axis=1), dual_first.reverse_kl_multipliers
-        problem = formulations.reverse_kl(network, SCHEDULE, **options)
+        values, solve = jnp.stack(ratios, axis=1), duality.reverse_kl_multipliers
+        problem = formulations.distill_reverse_kl(network, SCHEDULE, PLAIN, **options)
     else:
         values = jnp.stack([density(u, stored) for u in unlearn], axis=1)
-        solve = dual_first.likelihood_multipliers
-        problem = formulations.likelihood(network, SCHEDULE, **options)
+        solve = duality.likelihood_multipliers
+        problem = formulations.distill_likelihood(network, SCHEDULE, PLAIN, **options)
     constraint = jnp.broadcast_to(jnp.arange(len(unlearn)), (rows, len(unlearn)))
 
     def batch_of(key):
         chosen, base = jax.random.randint(key, (rows,), 0, len(stored)), jnp.zeros(rows, int)
-        samples = formulations.Samples(stored[chosen], None, base, values[chosen], constraint)
-        return formulations.SampleBatch(None, samples)
+        samples = jax_unlearn.Samples(stored[chosen], None, base, values[chosen], constraint)
+        return jax_unlearn.Batch(kept=None, forget=samples)
 
     run = trainer(problem, batch_of, optax.set_to_zero(), steps, 2e-3)
     return run, lambda thresholds: solve(values, thresholds).multipliers
@@ -167,9 +165,10 @@ def forward(law, unlearn, reference, key, dual, steps, rows=512):
         first, *keys = jax.random.split(key, 1 + len(unlearn))
         x_0 = [mixtures.sample(u, k, each) for u, k in zip(unlearn, keys, strict=True)]
         index = jnp.repeat(jnp.arange(len(unlearn)), each)
-        forget = formulations.Forget(jnp.concatenate(x_0), None, index)
-        kept = formulations.Examples(mixtures.sample(law, first, rows), None)
-        return formulations.Batch(kept, None, forget)
+        return jax_unlearn.Batch(
+            kept=jax_unlearn.Images(mixtures.sample(law, first, rows), None),
+            forget=jax_unlearn.Images(jnp.concatenate(x_0), None, index),
+        )
 
     run = trainer(problem, batch_of, dual, steps, 2e-3)
 

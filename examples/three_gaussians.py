@@ -42,8 +42,8 @@ from small_denoiser import (
     trainer,
 )
 
+import jax_unlearn
 from jax_unlearn import duality, mixtures
-from jax_unlearn import formulations as f
 from jax_unlearn.multipliers import nu_pi
 
 matplotlib.use("Agg")
@@ -64,11 +64,14 @@ def on_policy(kind, estimator, dual, steps, rows):
     options = {"estimator": estimator, "shape": (2,), "steps": STEPS}
     options |= {"reference_apply": exact_denoiser(Q, U)}
     if kind == "RU":
-        problem = f.reverse_kl(network, SCHEDULE, **options)
-        batch = f.ConditionBatch(None, f.Separated(None, zeros, zeros + 1, zeros))
+        problem = jax_unlearn.reverse_kl(network, SCHEDULE, **options)
+        forget = jax_unlearn.Conditions(None, base=zeros, target=zeros + 1, constraint=zeros)
     else:
-        problem = f.likelihood(network, SCHEDULE, lambda x: density(U, x)[:, None], **options)
-        batch = f.ConditionBatch(None, f.Separated(None, zeros, None, zeros))
+        problem = jax_unlearn.likelihood(
+            network, SCHEDULE, lambda x: density(U, x)[:, None], **options
+        )
+        forget = jax_unlearn.Conditions(None, base=zeros, constraint=zeros)
+    batch = jax_unlearn.Batch(kept=None, forget=forget)
     return trainer(problem, lambda key: batch, dual, steps, 1e-3)
 
 
