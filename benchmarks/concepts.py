@@ -30,11 +30,13 @@ import optax
 from jax_unlearn import baselines
 from jax_unlearn.app import data, embedded
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.tasks import concept_problem, concepts
-from jax_unlearn.formulations import Separated, reverse_kl
+from jax_unlearn.app.run import dual_schedule
+from jax_unlearn.app.tasks import concept_request, concepts
+from jax_unlearn.formulations import reverse_kl
 from jax_unlearn.pretrained import load_pretrained
-from jax_unlearn.pretrained.subsets import subset_formulation, subset_optimizer, subset_params
+from jax_unlearn.pretrained.subsets import subset_optimizer, subset_params, subset_problem
 from jax_unlearn.primal_dual import primal_dual
+from jax_unlearn.problem import Conditions
 
 FORGET = ("Trouser", "Sneaker")
 COMMON = {"forget": FORGET, "samples": 16, "evaluation_images": 132, "chain_steps": 10}
@@ -71,30 +73,29 @@ def optimizer_of(peak, steps):
 
 def constrained(task, options, weights=None):
     """Trains a task's problem; with weights, the multipliers stay as given."""
-    dual = task.dual if weights is None else optax.set_to_zero()
     optimizer = optimizer_of(options.learning_rate, options.steps)
     algorithm = primal_dual(
-        subset_formulation(task.formulation, options.train),
+        subset_problem(task.problem, options.train),
         subset_optimizer(optimizer, options.train),
-        dual,
+        task.dual if weights is None else optax.set_to_zero(),
+        dual_schedule=dual_schedule(task),
     )
     reference = task.pretrained.params
     start = task.multipliers if weights is None else weights
-    state = algorithm.init(task.params, task.thresholds, multipliers=start, reference=reference)
+    state = algorithm.init(task.params, task.thresholds, multipliers=start)
     key = jax.random.key(options.seed)
+    fresh = task.dual_batch if weights is None else None
 
     @jax.jit
-    def step(state, batch):
-        return algorithm.step(jax.random.fold_in(key, state.step), state, batch)
+    def step(state, reference, batch):
+        key_now = jax.random.fold_in(key, state.step)
+        return algorithm.step(key_now, state, reference, batch, fresh)
 
-    state, info = step(state, task.batch(0))
+    state, info = step(state, reference, task.batch(0))
     jax.block_until_ready(info)
     started = time.monotonic()
     for number in range(1, options.steps):
-        if weights is None and number in task.corrections:
-            found = task.corrections[number](state.params, state.multipliers)
-            state = state._replace(multipliers=found)
-        state, info = step(state, task.batch(number))
+        state, info = step(state, reference, task.batch(number))
     jax.block_until_ready(info)
     return state.params, np.asarray(state.multipliers), time.monotonic() - started
 
@@ -119,7 +120,7 @@ def make_esd(problem, options, optimizer, part="full"):
         def of_part(params, *rest):
             return loss(subset_params(params, part), *rest)
 
-        batch = Separated(rows, null, rows, jnp.zeros_like(rows))
+        batch = Conditions(rows, null, rows)
         train_step = baselines.train_step(of_part, subset_optimizer(optimizer, part))
         return train_step(key, params, state, reference, batch)
 
@@ -141,10 +142,15 @@ def make_esd(problem, options, optimizer, part="full"):
 def with_estimator(task, problem, options, estimator):
     """The same problem by another estimator of its gradient."""
     apply, _, schedule, config = problem.pretrained
-    formulation = reverse_kl(
-        apply, schedule, estimator=estimator, shape=config.sample_shape, steps=options.chain_steps
+    found = reverse_kl(
+        apply,
+        schedule,
+        estimator=estimator,
+        shape=config.sample_shape,
+        steps=options.chain_steps,
+        project=task.problem.project,
     )
-    return task._replace(formulation=formulation._replace(project=task.formulation.project))
+    return task._replace(problem=found)
 
 
 def row_of(problem, method, setting, measured, thresholds, seconds=None, multipliers=None):
@@ -173,11 +179,10 @@ def study(seed, methods):
     """The rows of one seed, one after another."""
     pretrained, judge = load_pretrained(embedded.model_path()), embedded.judge()
     reverse = ConceptOptions(seed=seed, **COMMON, **REVERSE)
-    problem = concept_problem.make_problem(pretrained, reverse)
+    problem = concept_request.make_request(pretrained, reverse)
     held_out = embedded.load_data().held_out
     problem = problem._replace(real=held_out.pixels[~np.isin(held_out.labels, problem.forgotten)])
     task = concepts.concept_task(problem, reverse, judge)
-    share = reverse.forget_batch_size / (reverse.batch_size + reverse.forget_batch_size)
 
     def row(method, setting, params, *more):
         return row_of(problem, method, setting, task.measure(params), task.thresholds, *more)
@@ -203,7 +208,7 @@ def study(seed, methods):
         likely = dataclasses.replace(reverse, formulation="likelihood", **changes)
         other = concepts.concept_task(problem, likely, None)
         for weight in weights:
-            fixed = None if weight is None else np.full(len(FORGET), weight / 3)
+            fixed = None if weight is None else np.full(len(FORGET), weight)
             params, found, seconds = constrained(other, likely, fixed)
             name = "likelihood" if weight is None else "likelihood, equal weights"
             name = "likelihood, posterior" if method == "posterior" else name
@@ -222,7 +227,7 @@ def study(seed, methods):
     if "equal" in methods:
         shorter = dataclasses.replace(reverse, steps=EQUAL_REVERSE_STEPS, learning_rate=FIXED_RATE)
         for weight in EQUAL_REVERSE:
-            fixed = np.full(len(FORGET), weight * share)
+            fixed = np.full(len(FORGET), weight)
             params, found, seconds = constrained(pathwise, shorter, fixed)
             yield row("reverse KL, equal weights", weight, params, seconds, found)
 

@@ -15,42 +15,40 @@ import jax.numpy as jnp
 import numpy as np
 from prompts import COMMON, REVERSE, TASKS
 
+from jax_unlearn import lagrangian, reverse_kl
 from jax_unlearn.app import embedded
 from jax_unlearn.app.options import ConceptOptions
 from jax_unlearn.app.tasks.concept_formulations import condition_batch
-from jax_unlearn.app.tasks.concept_problem import make_prompt_problem
-from jax_unlearn.formulations import reverse_kl
+from jax_unlearn.app.tasks.concept_request import make_prompt_request
 from jax_unlearn.pretrained.text_to_image import load_text_to_image
 
 ESTIMATORS = ("stop_gradient", "bounded", "pathwise")
 MULTIPLIER = 0.2
 
 
-def gradients(problem, options, estimator, batches):
+def gradients(request, options, estimator, batches):
     """Of `batches` batches, [batches, parameters]."""
-    apply, reference, schedule, config = problem.pretrained
-    count = len(problem.concepts)
-    share = options.forget_batch_size / (options.batch_size + options.forget_batch_size)
-    multipliers = jnp.full(count, MULTIPLIER * share / count)
-    formulation = reverse_kl(
+    apply, reference, schedule, config = request.pretrained
+    count = len(request.concepts)
+    multipliers = jnp.full(count, MULTIPLIER / count)
+    problem = reverse_kl(
         apply, schedule, estimator=estimator, shape=config.sample_shape, steps=options.chain_steps
     )
 
     @jax.jit
     def gradient(key, batch):
-        def lagrangian(params):
-            got = formulation.losses(params, reference, key, batch, None, multipliers)
-            seen = jnp.zeros(count).at[got.index].add(1.0)
-            values = jnp.zeros(count).at[got.index].add(got.constraint) / jnp.maximum(seen, 1.0)
-            return got.objective.mean() - multipliers @ values
+        def value(params):
+            return lagrangian(
+                problem, params, reference, key, batch, multipliers, jnp.zeros(count)
+            )[0]
 
-        found = jax.grad(lagrangian)(problem.start)
+        found = jax.grad(value)(request.start)
         return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(found)])
 
     key = jax.random.key(options.seed)
     return np.stack(
         [
-            np.asarray(gradient(jax.random.fold_in(key, n), condition_batch(problem, options, n)))
+            np.asarray(gradient(jax.random.fold_in(key, n), condition_batch(request, options, n)))
             for n in range(batches)
         ]
     )
@@ -65,9 +63,9 @@ def main() -> None:
     model = load_text_to_image(embedded.text_model_path())
     for seed in arguments.seeds:
         options = ConceptOptions(seed=seed, **COMMON, **REVERSE, **TASKS[arguments.task])
-        problem = make_prompt_problem(model, options)
+        request = make_prompt_request(model, options)
         for estimator in ESTIMATORS:
-            found = gradients(problem, options, estimator, arguments.batches)
+            found = gradients(request, options, estimator, arguments.batches)
             mean, noise = found.mean(axis=0), found.var(axis=0, ddof=1).sum()
             signal = max(np.square(mean).sum() - noise / arguments.batches, 0.0)
             norms = np.quantile(np.linalg.norm(found, axis=1), [0.0, 0.5, 1.0])

@@ -101,7 +101,6 @@ def measure(what, folder):
     import optax
 
     import jax_unlearn
-    from jax_unlearn.formulations import Formulation
     from jax_unlearn.multipliers import non_negative
     from jax_unlearn.pretrained.networks import load_network, save_network
 
@@ -110,11 +109,9 @@ def measure(what, folder):
     network = load_network(folder)
     jax.block_until_ready(network.params)
     if what == "start":
-        formulation = Formulation(lambda *_: None, 1.0, non_negative(), None, "none")
-        algorithm = jax_unlearn.primal_dual(formulation, optax.sgd(0.1), optax.sgd(0.1))
-        trained = jax.tree.map(jnp.copy, network.params)
-        state = algorithm.init(trained, 0.0, reference=network.params, copy=False)
-        jax.block_until_ready(state)
+        problem = jax_unlearn.Problem(lambda *_: None, 1.0, non_negative(), "none")
+        algorithm = jax_unlearn.primal_dual(problem, optax.sgd(0.1), optax.sgd(0.1))
+        jax.block_until_ready(algorithm.init(network.params, 0.0))
     if what == "save":
         before = forget_peak()
         save_network(folder.with_name("saved"), network, overwrite=True)

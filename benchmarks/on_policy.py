@@ -42,47 +42,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from text_to_image import TOLERANCE, Esd, compare, counting
 
 import jax_unlearn
-from jax_unlearn import baselines, schedules
-from jax_unlearn import minibatched as replay
+from jax_unlearn import Batch, Conditions, baselines, reverse_kl, schedules
 from jax_unlearn.app import embedded
 from jax_unlearn.app.tasks.conditions import of_prompts
-from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
+from jax_unlearn.formulations import sample_trajectories
 from jax_unlearn.pretrained.networks import load_network
-from jax_unlearn.pretrained.subsets import subset_formulation, subset_optimizer, subset_params
+from jax_unlearn.pretrained.subsets import subset_optimizer, subset_params, subset_problem
 from jax_unlearn.pretrained.text_to_image import load_text_to_image
 
 ESD, TORCH, MINIBATCHED = "esd", "torch", "minibatched"
 METHODS = (ESD, "stop_gradient", "bounded", "pathwise")
 PROMPTS = ("a photo of a sneaker", "a photo")
-
-
-def counting(apply, tally):
-    """The same denoiser; each pass over n rows that is executed adds n to the tally.
-
-    The count hangs on the input of a pass: it is made exactly if something of the pass is used.
-    """
-
-    def note(kind, x):
-        def count(zero):
-            tally[kind] += x.shape[0]
-            return zero
-
-        return x + jax.pure_callback(count, jax.ShapeDtypeStruct((), x.dtype), 0.0 * x.ravel()[0])
-
-    @jax.custom_vjp
-    def counted(params, x_t, t, cond):
-        return apply(params, note("forward", x_t), t, cond)
-
-    def forward(params, x_t, t, cond):
-        return jax.vjp(lambda p, x: apply(p, x, t, cond), params, note("forward", x_t))
-
-    def backward(vjp, cotangent):
-        return *vjp(note("backward", cotangent)), None, None
-
-    counted.defvjp(forward, backward)
-    return counted
 
 
 def small(params, x_t, t, cond):
@@ -109,7 +82,7 @@ def setting_of(options):
 
 def forgotten(rows, null, label):
     ones = jnp.ones(rows, int)
-    return Separated(label * ones, null * ones, label * ones, 0 * ones)
+    return Conditions(label * ones, null * ones, label * ones, 0 * ones)
 
 
 def count_passes(options):
@@ -124,15 +97,15 @@ def count_passes(options):
             loss = baselines.esd(apply, schedule, shape=shape, steps=options.esd_steps)
             points = 1
         else:
-            formulation = reverse_kl(
+            problem = reverse_kl(
                 apply, schedule, shape=shape, steps=options.chain_steps, estimator=name
             )
             points = options.chain_steps
 
-            def loss(params, reference, key, batch, formulation=formulation):
-                batch = ConditionBatch(None, batch)
-                got = formulation.losses(params, reference, key, batch, None, jnp.zeros(1))
-                return got.objective.mean() - 0.5 * got.constraint.mean()
+            def loss(params, reference, key, batch, problem=problem):
+                return jax_unlearn.lagrangian(
+                    problem, params, reference, key, Batch(None, batch), [0.5], [0.0]
+                )[0]
 
         step = jax.jit(jax.value_and_grad(loss))
         value = jax.jit(loss)
@@ -204,20 +177,20 @@ def make_runner(name, setting, rows, options):
         def params_of(state):
             return state[0]
     else:
-        formulation = reverse_kl(
+        problem = reverse_kl(
             model.apply, model.schedule, shape=shape, steps=options.chain_steps,
             estimator="stop_gradient" if name == MINIBATCHED else name,
         )  # fmt: skip
-        formulation = subset_formulation(formulation, options.train)
+        problem = subset_problem(problem, options.train)
         if name == MINIBATCHED:
-            visit = replay.trajectories(
+            visit = sample_trajectories(
                 model.apply, model.schedule, shape=shape, steps=options.chain_steps
             )
-            algorithm = replay.minibatched(
-                formulation, optimizer, optax.set_to_zero(), visit, parts=options.parts
+            algorithm = jax_unlearn.minibatched(
+                problem, optimizer, optax.set_to_zero(), visit, parts=options.parts
             )
         else:
-            algorithm = jax_unlearn.primal_dual(formulation, optimizer, optax.set_to_zero())
+            algorithm = jax_unlearn.primal_dual(problem, optimizer, optax.set_to_zero())
 
         def init(rate, seed):
             multiplier = options.strength / (1 + options.strength)
@@ -225,7 +198,7 @@ def make_runner(name, setting, rows, options):
             return state._replace(opt_state=with_rate(state.opt_state, rate))
 
         def step(key, state, reference):
-            return algorithm.step(key, state, ConditionBatch(None, batch))[0]
+            return algorithm.step(key, state, reference, Batch(None, batch))[0]
 
         def params_of(state):
             return state.params
@@ -236,9 +209,6 @@ def make_runner(name, setting, rows, options):
 
 def make_torch_runner(setting, rows, options):
     """ESD in torch on the same weights."""
-    # The other methods run without torch.
-    from text_to_image import TOLERANCE, Esd, compare
-
     apply, params, schedule, config = setting.model
     folder = embedded.text_model_path()
     concept, base = (
@@ -273,7 +243,7 @@ def make_torch_runner(setting, rows, options):
 def make_measure(setting, options):
     """(params, condition) -> path KLs of p(·|condition) to q(·|base) and to q(·|c), and errors."""
     model = setting.model
-    formulation = reverse_kl(
+    problem = reverse_kl(
         model.apply, model.schedule, shape=model.config.sample_shape,
         steps=options.measure_steps, estimator="stop_gradient",
     )  # fmt: skip
@@ -282,9 +252,9 @@ def make_measure(setting, options):
 
     @jax.jit
     def measure(params, reference, condition):
-        rows = ConditionBatch(None, batch._replace(cond=jnp.full_like(batch.cond, condition)))
-        got = formulation.losses(params, reference, key, rows, None, jnp.zeros(1))
-        both = jnp.stack([got.objective, got.constraint])
+        rows = Batch(None, batch._replace(cond=jnp.full_like(batch.cond, condition)))
+        got = problem.losses(params, reference, key, rows, jnp.zeros(1))
+        both = jnp.stack([got.objective, got.values])
         return both.mean(axis=1), both.std(axis=1, ddof=1) / jnp.sqrt(options.measure_rows)
 
     return lambda params, condition: np.asarray(measure(params, model.params, condition)).tolist()

@@ -39,7 +39,7 @@ from jax_unlearn import metrics
 from jax_unlearn.app import data, embedded
 from jax_unlearn.app.embedded.captions import OBJECTS, STYLES, caption, forgetting
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.tasks.concept_problem import make_prompt_problem
+from jax_unlearn.app.tasks.concept_request import make_prompt_request
 from jax_unlearn.app.tasks.concepts import concept_task
 from jax_unlearn.app.tasks.drawing import drawing, features_of
 from jax_unlearn.models.judge import JudgeFunctions
@@ -138,11 +138,10 @@ def study(name, seed, methods, rates):
     """The rows of one task and seed, one after another."""
     model = load_text_to_image(embedded.text_model_path())
     options = ConceptOptions(seed=seed, **COMMON, **REVERSE, **TASKS[name])
-    problem = make_prompt_problem(model, options)
+    problem = make_prompt_request(model, options)
     judged = Judge(name, problem, options)
     silent = dataclasses.replace(options, samples=0)
     task = None if set(methods) <= {"likelihood", "tilt"} else concept_task(problem, silent, None)
-    share = options.forget_batch_size / (options.batch_size + options.forget_batch_size)
 
     def row(method, setting, params, seconds=None, found=None, of=task):
         measured = of.measure(params)
@@ -165,7 +164,7 @@ def study(name, seed, methods, rates):
         yield row("closed-form edit", None, problem.start)
     if "reverse" in methods:
         for weight in (None, *EQUAL):
-            given = None if weight is None else np.full(len(problem.concepts), weight * share)
+            given = None if weight is None else np.full(len(problem.concepts), weight)
             params, found, seconds = constrained(task, silent, given)
             label = "reverse KL" if weight is None else "reverse KL, equal weights"
             yield row(label, weight, params, seconds, found)

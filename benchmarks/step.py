@@ -43,11 +43,9 @@ def make(rows):
     model = jax_unlearn.load_pretrained(embedded.model_path())
     steps = model.schedule.num_steps
     weighting = losses.time_weighting(losses.simple_weights(steps, 28 * 28))
-    formulation = jax_unlearn.forward_kl(
-        model.apply, model.schedule, weighting, estimator="two_term"
-    )
+    problem = jax_unlearn.forward_kl(model.apply, model.schedule, weighting)
     optimizer = optax.adam(LEARNING_RATE, b1=B1, b2=B2)
-    algorithm = jax_unlearn.primal_dual(formulation, optimizer, multipliers.nu_pi(**DUAL))
+    algorithm = jax_unlearn.primal_dual(problem, optimizer, multipliers.nu_pi(**DUAL))
     images = embedded.load_data().train
     pixels = jnp.asarray(images.pixels[: 3 * rows] / 127.5 - 1, jnp.float32)
     parts = [
@@ -55,15 +53,15 @@ def make(rows):
         for i in range(3)
     ]
     batch = jax_unlearn.Batch(
-        kept=jax_unlearn.Examples(*parts[0]),
-        base=jax_unlearn.Examples(*parts[1]),
-        forget=jax_unlearn.Forget(*parts[2], jnp.zeros(rows, jnp.int32)),
+        kept=jax_unlearn.Images(*parts[0]),
+        base=jax_unlearn.Images(*parts[1]),
+        forget=jax_unlearn.Images(*parts[2], jnp.zeros(rows, jnp.int32)),
     )
-    return model, weighting, formulation, algorithm, batch
+    return model, weighting, problem, algorithm, batch
 
 
 def draws(key, weighting, batch):
-    """The noise and times that `two_term` draws: of base, kept and forgotten images in turn."""
+    """The noise and times that the losses draw: of base, kept and forgotten images in turn."""
     parts = (batch.base, batch.kept, batch.forget)
     drawn = [
         losses.draw(part_key, part.x_0, weighting.probabilities)
@@ -77,7 +75,8 @@ def ours(rows):
     model, _, _, algorithm, batch = make(rows)
     state, key = algorithm.init(model.params, [THRESHOLD]), jax.random.key(0)
     times = [time.perf_counter()]
-    traced = jax.jit(algorithm.step, donate_argnums=1).trace(key, state, batch)
+    step = jax.jit(algorithm.step, donate_argnums=1)
+    traced = step.trace(key, state, model.params, batch)
     times.append(time.perf_counter())
     lowered = traced.lower()
     times.append(time.perf_counter())
@@ -86,7 +85,7 @@ def ours(rows):
 
     def once():
         nonlocal state
-        state, info = compiled(jax.random.fold_in(key, 1), state, batch)
+        state, info = compiled(jax.random.fold_in(key, 1), state, model.params, batch)
         jax.block_until_ready((state, info))
 
     names = ("trace", "lower", "compile")
@@ -202,7 +201,7 @@ def torch_step(rows):
 
 def compare(rows, multiplier=0.7):
     """Largest relative differences of torch's losses and gradient from ours, on one noise."""
-    model, weighting, formulation, _, batch = make(rows)
+    model, weighting, problem, _, batch = make(rows)
     key = jax.random.key(7)
     drawn = draws(key, weighting, batch)
     # Not at the reference, where the objective's kept part and its gradient vanish.
@@ -214,9 +213,10 @@ def compare(rows, multiplier=0.7):
     @jax.jit
     def evaluate(params):
         def lagrangian(params):
-            terms = formulation.losses(params, model.params, key, batch, None)
-            objective, value = terms.objective.mean(), terms.constraint.mean()
-            return objective - multiplier * value, (objective, value)
+            value, found = jax_unlearn.lagrangian(
+                problem, params, model.params, key, batch, [multiplier], [0.0]
+            )
+            return value, (found.objective, found.values[0])
 
         (_, values), gradient = jax.value_and_grad(lagrangian, has_aux=True)(params)
         return values, gradient

@@ -3,7 +3,8 @@
     python benchmarks/text_to_image.py [--network tiny|bk-sdm-tiny|sd-1] [--quick]
 
 ours: one primal-dual step of reverse KL on latents, by each estimator; cross-attention trains
-(`jax_unlearn.subsets`), the empty prompt is the base and the concept is what is forgotten.
+(`jax_unlearn.pretrained.subsets`), the empty prompt is the base and the concept is what is
+forgotten.
 torch: one step of ESD (Gandikota et al. 2023, 2303.07345) on diffusers' UNet2DConditionModel with
 the same random weights: DDIM from noise with guidance to a random one of its steps, the frozen
 network at the concept and at the empty prompt there, the squared distance to
@@ -43,18 +44,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from memory import config_of, forget_peak, random_params, resident
-from on_policy import counting
 
 import jax_unlearn
-from jax_unlearn import baselines, samplers, schedules, sharding
-from jax_unlearn.formulations import ConditionBatch, Separated, reverse_kl
+from jax_unlearn import Batch, Conditions, baselines, reverse_kl, samplers, schedules, sharding
 from jax_unlearn.models.unet_2d_condition import (
     UNet2DConditionConfig,
     UNet2DConditionDenoiser,
     UNet2DConditionModel,
 )
 from jax_unlearn.pretrained.networks import Network, load_network, save_network
-from jax_unlearn.pretrained.subsets import subset_formulation, subset_optimizer
+from jax_unlearn.pretrained.subsets import subset_optimizer, subset_problem
 from jax_unlearn.pretrained.weights import diffusers_key
 
 NETWORKS = {
@@ -103,7 +102,34 @@ def conditions(options):
 
 def batch_of(options):
     concept, empty = (jnp.asarray(part) for part in conditions(options))
-    return ConditionBatch(None, Separated(concept, empty, concept, np.zeros(options.rows, int)))
+    return Batch(None, Conditions(concept, empty, concept, np.zeros(options.rows, int)))
+
+
+def counting(apply, tally):
+    """The same denoiser; each pass over n rows that is executed adds n to the tally.
+
+    The count hangs on the input of a pass: it is made exactly if something of the pass is used.
+    """
+
+    def note(kind, x):
+        def count(zero):
+            tally[kind] += x.shape[0]
+            return zero
+
+        return x + jax.pure_callback(count, jax.ShapeDtypeStruct((), x.dtype), 0.0 * x.ravel()[0])
+
+    @jax.custom_vjp
+    def counted(params, x_t, t, cond):
+        return apply(params, note("forward", x_t), t, cond)
+
+    def forward(params, x_t, t, cond):
+        return jax.vjp(lambda p, x: apply(p, x, t, cond), params, note("forward", x_t))
+
+    def backward(vjp, cotangent):
+        return *vjp(note("backward", cotangent)), None, None
+
+    counted.defvjp(forward, backward)
+    return counted
 
 
 class Ours:
@@ -116,22 +142,21 @@ class Ours:
         )
         if tallies is not None:
             apply, reference_apply = (counting(apply, tally) for tally in tallies)
-        formulation = reverse_kl(
+        problem = reverse_kl(
             apply, schedule, shape=module_config.sample_shape, steps=options.chain_steps,
             estimator=estimator, reference_apply=reference_apply,
         )  # fmt: skip
         optimizer = subset_optimizer(optax.adam(LEARNING_RATE), "cross-attention")
-        formulation = subset_formulation(formulation, "cross-attention")
-        algorithm = jax_unlearn.primal_dual(formulation, optimizer, optax.sgd(1e-4))
-        self.state = algorithm.init(
-            jax.tree.map(jnp.copy, network.params), 1.0, multipliers=0.5,
-            reference=network.params, copy=False,
-        )  # fmt: skip
+        problem = subset_problem(problem, "cross-attention")
+        algorithm = jax_unlearn.primal_dual(problem, optimizer, optax.sgd(1e-4))
+        self.reference = network.params
+        self.state = algorithm.init(self.reference, 1.0, multipliers=0.5)
         self.step, self.batch = sharding.jit_step(algorithm.step), batch_of(options)
         self.number = 0
 
     def __call__(self):
-        self.state, info = self.step(jax.random.key(self.number), self.state, self.batch)
+        key = jax.random.key(self.number)
+        self.state, info = self.step(key, self.state, self.reference, self.batch)
         self.number += 1
         jax.block_until_ready((self.state, info))
 
