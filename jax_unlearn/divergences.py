@@ -1,6 +1,7 @@
 """Path KL between two denoisers and the negative ELBO of images, in nats."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from jax_unlearn import losses, samplers, schedules
 from jax_unlearn.typing import Array, Condition, Denoiser, Params
 
 __all__ = [
+    "Chain",
     "NelboTerms",
     "bits_per_dim",
+    "chain",
     "nelbo_terms",
     "path_kl",
     "path_kl_weights",
@@ -78,6 +81,61 @@ def path_kl_weights(schedule: schedules.NoiseSchedule, variance: str = "fixed_sm
     if variance not in weights:
         raise ValueError(f"variance {variance!r} is not one of {list(weights)}.")
     return jnp.asarray(weights[variance], jnp.float32)
+
+
+class Chain(NamedTuple):
+    """An ancestral chain: the shape of an event, its time steps, log-SNRs and path-KL weights.
+
+    Attributes:
+      schedule: whose time steps it visits.
+      shape: of one example, without the batch axis.
+      times: integer, falling, [steps].
+      log_snr: at these, [steps].
+      following: after each step, [steps]; the last is +∞, the clean image.
+      weights: w of Σ_t w_t ‖ε_p − ε_q‖², in nats, [steps].
+    """
+
+    schedule: schedules.NoiseSchedule
+    shape: tuple[int, ...]
+    times: Array
+    log_snr: Array
+    following: Array
+    weights: Array
+
+
+def chain(schedule: schedules.NoiseSchedule, shape: tuple[int, ...], steps: int) -> Chain:
+    """The ancestral chain on `steps` of the schedule's time steps, with its path-KL weights.
+
+    They are `path_kl_weights` of the sub-grid. For posterior variances that is
+    ½ expm1(logSNR_s − logSNR_t) from t to the next s. The last step adds no noise; its weight is
+    that of a step with the variance of the one before it.
+
+    Raises:
+      ValueError: for fewer than 2 steps or too many, or a zero terminal SNR.
+
+    Example:
+      >>> from jax_unlearn import divergences, schedules
+      >>> schedule = schedules.noise_schedule("linear", num_steps=1000)
+      >>> found = divergences.chain(schedule, (28, 28, 1), 4)
+      >>> found.times.tolist()
+      [750, 500, 250, 0]
+    """
+    if steps < 2:
+        raise ValueError(f"a chain with path-KL weights takes at least 2 steps, not {steps}.")
+    times = schedules.timesteps(schedule, steps)
+    log_snr = np.asarray(schedule.log_snr)[times]
+    if np.isneginf(log_snr[0]):
+        raise ValueError(
+            "the chain starts at a zero terminal SNR, where ε carries no image and the path KL is "
+            "infinite: use spacing='leading' with fewer steps than the schedule has."
+        )
+    # On the host: a chain may be made while a function around it is traced.
+    rising: Any = log_snr[::-1]
+    grid = dataclasses.replace(schedule, log_snr=rising)
+    weights = path_kl_weights(grid, schedule.variance_type)[::-1]
+    following = np.append(log_snr[1:], np.float32(np.inf))
+    arrays = (jnp.asarray(part) for part in (times, log_snr, following, weights))
+    return Chain(schedule, tuple(shape), *arrays)
 
 
 def path_kl(

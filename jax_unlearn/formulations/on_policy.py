@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from jax_unlearn import multipliers, schedules
+from jax_unlearn import divergences, multipliers, schedules
 from jax_unlearn.formulations import trajectories
 from jax_unlearn.problem import Problem
 from jax_unlearn.typing import Array, Denoiser
@@ -109,7 +109,7 @@ def reverse_kl(
     evaluate = trajectories.path_losses(
         apply,
         apply if reference_apply is None else reference_apply,
-        trajectories.chain(schedule, shape, steps),
+        divergences.chain(schedule, shape, steps),
         bound=_bound(estimator),
     )
     project = multipliers.capped_simplex(0.02) if project is None else project
@@ -181,7 +181,7 @@ def likelihood(
     evaluate = trajectories.path_losses(
         apply,
         apply if reference_apply is None else reference_apply,
-        trajectories.chain(schedule, shape, steps),
+        divergences.chain(schedule, shape, steps),
         likelihoods,
         gradients,
         bound=_bound(estimator),
@@ -269,7 +269,7 @@ def mixed(
     evaluate = trajectories.path_losses(
         apply,
         apply if reference_apply is None else reference_apply,
-        trajectories.chain(schedule, shape, steps),
+        divergences.chain(schedule, shape, steps),
         likelihoods,
         gradients,
         bound=_bound(estimator),

@@ -4,7 +4,6 @@ The ancestral chain of p_θ visits `steps` of the schedule's time steps. Each ro
 trajectory, and every time step of it a training point.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_unlearn import divergences, losses, samplers, schedules
+from jax_unlearn import losses, samplers, schedules
+from jax_unlearn.divergences import Chain, chain
 from jax_unlearn.problem import (
     Batch,
     Conditions,
@@ -25,7 +25,7 @@ from jax_unlearn.problem import (
 )
 from jax_unlearn.typing import Array, Condition, Denoiser, Params
 
-__all__ = ["Chain", "Visit", "chain", "sample_trajectories"]
+__all__ = ["Visit", "sample_trajectories"]
 
 
 class Rows(NamedTuple):
@@ -95,51 +95,6 @@ def as_rows(batch: Batch, key: Array, axis_name: str | None) -> Rows:
         target=target,
         separated=separated,
         likely=likely,
-    )
-
-
-class Chain(NamedTuple):
-    """An ancestral chain: the event's shape, its time steps, log-SNRs and path-KL weights.
-
-    `following` are the log-SNRs after each step; the last is +∞, the clean image.
-    """
-
-    schedule: schedules.NoiseSchedule
-    shape: tuple[int, ...]
-    times: Array
-    log_snr: Array
-    following: Array
-    weights: Array
-
-
-def chain(
-    schedule: schedules.NoiseSchedule, shape: tuple[int, ...] | None, steps: int | None
-) -> Chain:
-    """Chooses the time steps and the weights w of Σ_t w_t ‖ε_p − ε_q‖², in nats.
-
-    They are `divergences.path_kl_weights` of the sub-grid: for posterior variances
-    ½ expm1(logSNR_s − logSNR_t) from t to the next s, and for the last step, which adds no noise,
-    those of a step with the variance of the one before it.
-
-    Raises:
-      ValueError: for a missing shape, fewer than 2 steps or too many, or a zero terminal SNR.
-    """
-    if shape is None or steps is None:
-        raise ValueError("on-policy estimators sample: give the shape of one example, and steps.")
-    if steps < 2:
-        raise ValueError(f"a chain with path-KL weights takes at least 2 steps, not {steps}.")
-    times = schedules.timesteps(schedule, steps)
-    log_snr = np.asarray(schedule.log_snr)[times]
-    if np.isneginf(log_snr[0]):
-        raise ValueError(
-            "the chain starts at a zero terminal SNR, where ε carries no image and the path KL is "
-            "infinite: use spacing='leading' with fewer steps than the schedule has."
-        )
-    grid = dataclasses.replace(schedule, log_snr=jnp.asarray(log_snr[::-1].copy()))
-    weights = divergences.path_kl_weights(grid, schedule.variance_type)[::-1]
-    following = jnp.append(jnp.asarray(log_snr[1:]), jnp.inf)
-    return Chain(
-        schedule, tuple(shape), jnp.asarray(times), jnp.asarray(log_snr), following, weights
     )
 
 

@@ -1,7 +1,5 @@
 """log dQ/dQ_i along paths of the reference's own ancestral chain, in nats."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,18 +70,7 @@ def path_log_ratios(
       ((4000, 1), True)
     """
     count, each = _checked(base, targets)
-    if steps < 2:
-        raise ValueError(f"a chain with path-KL weights takes at least 2 steps, not {steps}.")
-    times = schedules.timesteps(schedule, steps)
-    log_snr = np.asarray(schedule.log_snr)[times]
-    if np.isneginf(log_snr[0]):
-        raise ValueError(
-            "the chain starts at a zero terminal SNR, where ε carries no image and the path KL is "
-            "infinite: use spacing='leading' with fewer steps than the schedule has."
-        )
-    with jax.ensure_compile_time_eval():  # the weights are the host's, under jit too
-        grid = dataclasses.replace(schedule, log_snr=jnp.asarray(log_snr[::-1].copy()))
-        weights = divergences.path_kl_weights(grid, schedule.variance_type)[::-1]
+    chain = divergences.chain(schedule, shape, steps)
     conditions = jax.tree.map(
         lambda one, many: jnp.concatenate([one, jnp.reshape(many, (-1, *many.shape[2:]))]),
         base,
@@ -109,13 +96,7 @@ def path_log_ratios(
         )
         return (x_s, total + weight * squares - jnp.sqrt(2 * weight) * along), None
 
-    inputs = (
-        jnp.arange(steps),
-        jnp.asarray(times),
-        jnp.asarray(log_snr),
-        jnp.append(jnp.asarray(log_snr[1:]), jnp.inf),
-        weights,
-    )
+    inputs = (jnp.arange(steps), chain.times, chain.log_snr, chain.following, chain.weights)
     start = noise(steps)
     (_, total), _ = jax.lax.scan(body, (start, jnp.zeros(count * each, start.dtype)), inputs)
     return total.reshape(count, each)

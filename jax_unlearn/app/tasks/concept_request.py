@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_unlearn import likelihoods, schedules
+from jax_unlearn import divergences, likelihoods, schedules
 from jax_unlearn.app.options import ConceptOptions
 from jax_unlearn.app.tasks.conditions import NamedConditions, of_labels, of_prompts
-from jax_unlearn.formulations import trajectories
 from jax_unlearn.likelihoods import posteriors
 from jax_unlearn.pretrained import Pretrained, relabelled
 from jax_unlearn.pretrained.editing import edit_cross_attention
@@ -325,7 +324,7 @@ def _start(
 def _on_chain(pretrained: Pretrained, options: ConceptOptions) -> Pretrained:
     schedule = dataclasses.replace(pretrained.schedule, variance_type="fixed_geometric")
     schedules.timesteps(schedule, options.sampling_steps)
-    trajectories.chain(schedule, pretrained.config.sample_shape, options.chain_steps)
+    divergences.chain(schedule, pretrained.config.sample_shape, options.chain_steps)
     likelihoods.noised_weights(schedule, options.classifier_noise)
     if options.formulation == "likelihood" and options.target_steps:
         rng = np.random.default_rng()
