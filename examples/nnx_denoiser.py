@@ -31,8 +31,7 @@ class Network(nnx.Module):
         return self.layers(jnp.concatenate([x_t, log_snr, jnp.sin(3 * log_snr)], axis=1))
 
 
-# `rest` has what is no parameter, such as the statistics of a BatchNorm.
-graph, initial, rest = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
+graph, initial, rest = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)  # rest: statistics
 
 
 def denoise(params, x_t, t, cond):

@@ -107,6 +107,7 @@ class Case(NamedTuple):
 
 
 ESTIMATORS = ("pathwise", "bounded", "stop_gradient")
+WITH_LIKELIHOODS = ("pathwise", "stop_gradient")
 RU, LU, MIXED = formulations.reverse_kl, formulations.likelihood, formulations.mixed
 TILT, PATH = ("ess", "tilt_kl"), ("path_kl",)
 FORMULATIONS = {
@@ -126,7 +127,7 @@ FORMULATIONS = {
             likely,
             diagnostics=PATH if name == "stop_gradient" else (),
         )
-        for name in ESTIMATORS
+        for name in WITH_LIKELIHOODS
     },
     **{
         f"mixed {name}": Case(
@@ -152,16 +153,14 @@ FORMULATIONS = {
         build(formulations.distill_posterior, WEIGHTING), noisy, diagnostics=TILT
     ),
     "minibatched": Case(build(RU, estimator="stop_gradient", **CHAIN), conditions, parts=5),
-}  # fmt: skip
+}
 
 
 def algorithm_of(case, axis_name=None):
     if not case.parts:
         return primal_dual(case.problem, OPTIMIZER, DUAL, alternating=False, axis_name=axis_name)
     visit = build(formulations.sample_trajectories, **CHAIN)
-    return minibatched(
-        case.problem, OPTIMIZER, DUAL, visit, parts=case.parts, axis_name=axis_name
-    )  # fmt: skip
+    return minibatched(case.problem, OPTIMIZER, DUAL, visit, parts=case.parts, axis_name=axis_name)
 
 
 @functools.cache
@@ -175,8 +174,8 @@ def start_of(algorithm, thresholds=THRESHOLDS, multipliers=MULTIPLIERS):
     return algorithm.init(PARAMS, thresholds, multipliers=multipliers)
 
 
-def close(got, expected, **tolerance):
-    chex.assert_trees_all_close(got, expected, **({"rtol": 1e-5, "atol": 1e-5} | tolerance))
+def close(got, expected):
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def moves(params):
@@ -184,7 +183,17 @@ def moves(params):
     return np.abs(chains.flat(params) - chains.flat(PARAMS)).max() > 1e-3
 
 
-each_formulation = pytest.mark.parametrize("name", FORMULATIONS)
+# Each of these shares its lines with others of the table.
+SLOW = {
+    "distill_likelihood",
+    "likelihood pathwise",
+    "mixed stop_gradient",
+    "reverse_kl bounded",
+}
+each_formulation = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FORMULATIONS],
+)
 
 
 @each_formulation
@@ -247,9 +256,7 @@ def test_vmap_over_seeds_and_thresholds_is_a_loop(name):
     multipliers = MULTIPLIERS * jnp.array([[0.0], [1.0], [0.5]])
     states = jax.vmap(functools.partial(start_of, algorithm))(thresholds, multipliers)
     batch = case.batch(1)
-    together = jax.jit(jax.vmap(algorithm.step, (0, 0, None, None)))(
-        KEYS, states, REFERENCE, batch
-    )  # fmt: skip
+    together = jax.jit(jax.vmap(algorithm.step, (0, 0, None, None)))(KEYS, states, REFERENCE, batch)
     apart = [
         step(key, start_of(algorithm, b, start), REFERENCE, batch)
         for key, b, start in zip(KEYS, thresholds, multipliers, strict=True)

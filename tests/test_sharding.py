@@ -138,10 +138,8 @@ def test_pmap_refuses_an_algorithm_that_does_not_sum_over_its_axis(axis_name):
     visit = formulations.sample_trajectories(network, SCHEDULE, **chain)
     algorithms = (
         algorithm_of(None, axis_name),
-        minibatched(
-            problem, optax.sgd(0.1), optax.sgd(0.1), visit, parts=2, axis_name=axis_name
-        ),
-    )  # fmt: skip
+        minibatched(problem, optax.sgd(0.1), optax.sgd(0.1), visit, parts=2, axis_name=axis_name),
+    )
     for algorithm in algorithms:
         with pytest.raises(ValueError, match=f"axis 'data'.*axis_name={axis_name!r}"):
             sharding.pmap_step(algorithm)

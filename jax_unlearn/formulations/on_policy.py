@@ -16,10 +16,15 @@ __all__ = ["likelihood", "mixed", "reverse_kl"]
 BOUNDS = {"pathwise": math.inf, "bounded": 1.0, "stop_gradient": 0.0}
 
 
-def _bound(estimator: str) -> float:
-    if estimator not in BOUNDS:
-        raise ValueError(f"estimator {estimator!r} is not one of {tuple(BOUNDS)}.")
+def _bound(estimator: str, allowed: tuple[str, ...] = tuple(BOUNDS)) -> float:
+    if estimator not in allowed:
+        raise ValueError(f"estimator {estimator!r} is not one of {allowed}.")
     return BOUNDS[estimator]
+
+
+# A step's own derivative is of the path KLs alone, and 0 at the reference: "bounded" would shorten
+# that of h to nothing.
+_WITH_LIKELIHOODS = ("pathwise", "stop_gradient")
 
 
 def reverse_kl(
@@ -134,7 +139,7 @@ def likelihood(
     not be what h_i tells. The optimum is p_λ ∝ q exp(−Σ_i λ_i h_i) at each condition
     (arXiv 2605.30825). h ≥ 0 there; a calibrated posterior (`quantification`) is another h.
 
-    "pathwise" and "bounded": path KL, as in `reverse_kl`, and h_i(x_0), both differentiated
+    "pathwise": path KL, as in `reverse_kl`, and h_i(x_0), both differentiated
     through the sampler. h must be differentiable: one that is flat gives no gradient.
 
     "stop_gradient": trajectories are held fixed, and the objective regresses on
@@ -150,7 +155,7 @@ def likelihood(
       likelihoods: x_0 [n, ...] -> h [n, m].
       shape: of one example, without the batch axis.
       steps: of the chain, at least 2.
-      estimator: "pathwise", "bounded" or "stop_gradient".
+      estimator: "pathwise" or "stop_gradient".
       reference_apply: the denoiser of q, called with the reference's parameters; default
         `apply`.
       gradients: (x_t [f, ...], t [f]) -> ∇h at the rows of `forget`, [f, m, ...]
@@ -184,7 +189,7 @@ def likelihood(
         divergences.chain(schedule, shape, steps),
         likelihoods,
         gradients,
-        bound=_bound(estimator),
+        bound=_bound(estimator, _WITH_LIKELIHOODS),
     )
     return Problem(evaluate, sign=-1.0, project=multipliers.non_negative(), name="likelihood")
 
@@ -222,7 +227,7 @@ def mixed(
       counts: (k, l), the numbers of constraints of the two kinds.
       shape: of one example, without the batch axis.
       steps: of the chain, at least 2.
-      estimator: "pathwise", "bounded" or "stop_gradient".
+      estimator: "pathwise" or "stop_gradient".
       reference_apply: the denoiser of q and q_i; default `apply`.
       gradients: (x_t [f, ...], t [f]) -> ∇h at the rows of `forget`, [f, l, ...]
         ("stop_gradient").
@@ -272,7 +277,7 @@ def mixed(
         divergences.chain(schedule, shape, steps),
         likelihoods,
         gradients,
-        bound=_bound(estimator),
+        bound=_bound(estimator, _WITH_LIKELIHOODS),
         separations=separations,
     )
     sign = jnp.array([1.0] * separations + [-1.0] * others)

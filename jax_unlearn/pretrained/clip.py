@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax_unlearn.models import clip_text, clip_vision
 from jax_unlearn.models.clip_encoder import NEUTRAL
 from jax_unlearn.models.clip_text import CLIPTextConfig, CLIPTextModel
-from jax_unlearn.models.clip_tokenizer import CLIPTokenizer, load_tokenizer
 from jax_unlearn.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from jax_unlearn.models.config import is_number, read_options
 from jax_unlearn.models.judge import JudgeFunctions
+from jax_unlearn.pretrained.clip_tokenizer import CLIPTokenizer, load_tokenizer
 from jax_unlearn.pretrained.hub import find_model
 from jax_unlearn.pretrained.networks import Network
 from jax_unlearn.pretrained.weights import read_json, read_params, weight_files

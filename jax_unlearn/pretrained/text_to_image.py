@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jax_unlearn.models.autoencoder_kl import Gaussian, sample_latents
 from jax_unlearn.models.clip_text import TextEncoding
-from jax_unlearn.models.clip_tokenizer import CLIPTokenizer, load_tokenizer
+from jax_unlearn.pretrained.clip_tokenizer import CLIPTokenizer, load_tokenizer
 from jax_unlearn.pretrained.hub import find_model
 from jax_unlearn.pretrained.networks import Network, load_network
 from jax_unlearn.pretrained.unet import TEXT_TO_IMAGE, Pretrained, load_pretrained, unet_folder

@@ -307,8 +307,6 @@ def test_sharded_batches_give_the_result_of_one_device():
     [
         ({"estimator": "esd"}, "'esd' is not one of"),
         ({"estimator": "tilt"}, "'tilt' is not one of"),
-        ({"steps": None}, "steps"),
-        ({"shape": None}, "shape"),
         ({"steps": 1}, "at least 2"),
         ({"steps": 6}, "1 to 5"),
     ],

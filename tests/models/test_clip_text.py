@@ -8,7 +8,7 @@ from clip_vocabulary import END, VOCABULARY, write_tokenizer
 from parity import TOLERANCE, assert_near, relative_error
 
 from jax_unlearn.models.clip_text import CLIPTextConfig, CLIPTextModel, param_shapes
-from jax_unlearn.models.clip_tokenizer import load_tokenizer
+from jax_unlearn.pretrained.clip_tokenizer import load_tokenizer
 from jax_unlearn.pretrained.networks import load_network
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "stable_diffusion"

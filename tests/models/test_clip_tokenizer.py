@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from clip_vocabulary import END, START, VOCABULARY, added, write_tokenizer
 
-from jax_unlearn.models.clip_tokenizer import load_tokenizer
+from jax_unlearn.pretrained.clip_tokenizer import load_tokenizer
 
 PROMPTS = [
     "The CAT and  the\tdog!",
