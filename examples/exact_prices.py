@@ -15,6 +15,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from tqdm import tqdm
 
 from jax_unlearn import duality, mixtures
 
@@ -46,7 +47,7 @@ with jax.enable_x64(True):
     }
     figure, axes = plt.subplots(2, 3, figsize=(10, 5), sharex="col", layout="constrained")
     for (title, (solve, rows, grid, label)), (top, bottom) in zip(
-        problems.items(), axes.T, strict=True
+        tqdm(problems.items(), "formulations", disable=None), axes.T, strict=True
     ):
         b, value, slope, multiplier = curve(solve, rows, grid)
         top.plot(b, value)

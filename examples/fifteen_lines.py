@@ -9,7 +9,7 @@ from jax_unlearn.app import embedded
 apply, params, schedule, _ = load_pretrained(embedded.model_path())
 data, labels = embedded.load_data().train
 weighting = losses.time_weighting(losses.simple_weights(schedule.num_steps, 28 * 28))
-problem = forward_kl(apply, schedule, weighting, reference_values=[0.044])
+problem = forward_kl(apply, schedule, weighting, reference_values=[0.044])  # trousers' loss
 algorithm = primal_dual(problem, optax.adam(3e-4), multipliers.nu_pi(0.3, 8.0, nu=0.5))
 state, step = algorithm.init(params, thresholds=[0.06]), jax.jit(algorithm.step)
 for key in jax.random.split(jax.random.key(0), 60):

@@ -2,9 +2,10 @@
 
 Forgetting is how much mass the forgotten mode has left; retention is the KL from q of p, both
 conditioned on the kept modes (points nearest to their means). Lines are exact optima over a range
-of thresholds, points are networks: likelihood and reverse KL by "tilt", forward KL, and erasure by
-negative guidance, which regresses ε_q − η (ε_u − ε_q) along the network's own trajectories. That
-is what reverse KL by "stop_gradient" does with a multiplier that stays, η = λ/(1−λ).
+of thresholds, points are networks: likelihood and reverse KL by distillation, forward KL, and
+erasure by negative guidance, which regresses ε_q − η (ε_u − ε_q) along the network's own
+trajectories. That is what reverse KL by "stop_gradient" does with a multiplier that stays,
+η = λ/(1−λ).
 
     python examples/forgetting_curves.py --seeds 5
 """

@@ -3,7 +3,7 @@
 6,000 images that the embedded model was trained on, among them the sixteen that it saw
 64 or 256 times, and 3,000 that neither it nor the judge has seen.
 
-    python examples/pack_embedded_data.py --data FOLDER_OF_IDX_FILES --out jax_unlearn/embedded
+    python examples/pack_embedded_data.py --data IDX_FOLDER --out jax_unlearn/app/embedded
 """
 
 import argparse

@@ -4,7 +4,8 @@ q is a mixture of three Gaussians, u its first component. For each formulation a
 network, trained on samples of q, is unlearned, and the law of its samples compared with the exact
 p_λ. Frozen denoisers of q and u are the exact ones: what remains is the error of the estimators,
 of the sampler and of the network. All divergences are those of 200,000 samples of the network,
-counted in cells, against exact masses of the cells. The duality gap is that of the learned pair:
+counted in cells, against exact masses of the cells. Runs named "tilt" distil stored samples of q
+(`distill_reverse_kl`, `distill_likelihood`). The duality gap is that of the learned pair:
 the objective so measured less the exact dual function at the learned λ, as a share of P*.
 
     python examples/three_gaussians.py --seeds 5
@@ -150,7 +151,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--formulation", default="all", choices=["all", *RUNS])
-    parser.add_argument("--distill-steps", type=int, default=5000, help="of tilt")
+    parser.add_argument("--distill-steps", type=int, default=5000, help='of "tilt"')
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
     names = RUNS if args.formulation == "all" else [args.formulation]

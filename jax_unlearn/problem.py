@@ -201,7 +201,7 @@ class Problem(NamedTuple):
         `Losses` that it returns `values` and `index` are read. Distillation needs it, since its
         own values say nothing of the network (`formulations.sampled`).
 
-    Example: min x² + y² subject to x + y = 1, whose multiplier is −1 for x + y ≥ 1.
+    Example: min x² + y² subject to x + y = 1, whose multiplier is 1, at x = y = ½.
       >>> import jax, jax.numpy as jnp
       >>> from jax_unlearn import multipliers
       >>> def losses(x, reference, key, batch, multipliers, *, axis_name=None):
