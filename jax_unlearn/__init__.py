@@ -71,7 +71,7 @@ if TYPE_CHECKING:
         zero_shot,
     )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _LAZY = (
     "CLIP",

@@ -6,7 +6,8 @@ where 1 − ᾱ would lose every digit. Subscript t is an integer in [0, T), 0 t
 """
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -138,10 +139,13 @@ def noise_schedule(
     log_alphas = np.cumsum(np.log1p(-betas))
     if rescale_betas_zero_snr:
         root = np.exp(0.5 * log_alphas)
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            root = (root - root[-1]) * root[0] / (root[0] - root[-1])
             log_alphas = 2 * np.log(root)
-    log_snr = log_alphas - np.log(-np.expm1(log_alphas))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_snr = log_alphas - np.log(-np.expm1(log_alphas))
+    if np.isnan(log_snr).any() or np.isposinf(log_snr).any():
+        raise ValueError("the betas are too small to tell the noise at each step.")
     for name, known in (
         ("prediction_type", _PREDICTION_TYPES),
         ("variance_type", _VARIANCE_TYPES),
@@ -158,6 +162,46 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "dynamic_thresholding_ratio": (0.995,),
     "sample_max_value": (1.0,),
 }
+# Of a schedule in a file; those of released models have 1000.
+_MAX_STEPS = 10**6
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_STEPS
+
+
+def _is_number(value: Any, least: float = 0, most: float = sys.float_info.max) -> bool:
+    return isinstance(value, int | float) and value is not True and least < value <= most
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _are_betas(value: Any) -> bool:
+    if value is None:
+        return True
+    return (
+        isinstance(value, list | tuple) and len(value) <= _MAX_STEPS and all(map(_is_beta, value))
+    )
+
+
+def _is_beta(value: Any) -> bool:
+    return _is_number(value, most=1) and value < 1
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_train_timesteps": (lambda value: _is_step(value) and value > 1, f"2 to {_MAX_STEPS}"),
+    "beta_start": (_is_beta, "a number inside (0, 1)"),
+    "beta_end": (_is_beta, "a number inside (0, 1)"),
+    "trained_betas": (_are_betas, f"null, or at most {_MAX_STEPS} numbers inside (0, 1)"),
+    "rescale_betas_zero_snr": (_is_flag, "true or false"),
+    "clip_sample": (_is_flag, "true or false"),
+    "clip_sample_range": (_is_number, "a positive number"),
+    "steps_offset": (_is_step, f"0 to {_MAX_STEPS}"),
+    "set_alpha_to_one": (_is_flag, "true or false"),
+    "_class_name": (lambda value: isinstance(value, str), "a text"),
+}
 
 
 def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
@@ -172,7 +216,8 @@ def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
       config: the file's content, as a mapping.
 
     Raises:
-      ValueError: for a schedule, prediction or variance type that is not supported.
+      ValueError: for a schedule, prediction or variance type that is not supported, and for a
+        value that is malformed or beyond its bounds.
 
     Example:
       >>> from jax_unlearn import schedules
@@ -184,6 +229,11 @@ def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
       >>> round(float(schedule.alphas_cumprod[0]), 6)  # 1 − beta_start
       0.9999
     """
+    for name, (check, expected) in _CHECKS.items():
+        if name in config and not check(config[name]):
+            text = repr(config[name])
+            text = text if len(text) < 100 else f"{text[:100]}…"
+            raise ValueError(f"scheduler option {name} is {text}: expected {expected}.")
     for name, allowed in _NEUTRAL.items():
         if name in config and config[name] not in allowed:
             raise ValueError(

@@ -187,7 +187,7 @@ def test_another_folder_has_the_tokenizer(clip, whole):
 def test_what_is_fetched_from_the_hub(whole, monkeypatch):
     calls = []
 
-    def fetch(name, *, allow_patterns):
+    def fetch(name, *, revision, allow_patterns):
         calls.append((name, allow_patterns))
         return str(whole)
 

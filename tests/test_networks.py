@@ -38,7 +38,9 @@ def network(name):
 
 @pytest.fixture
 def folder(network, tmp_path):
+    """A saved network whose files may be changed."""
     save_network(tmp_path / "saved", network)
+    (tmp_path / "saved" / "model.sha256").unlink()
     return tmp_path / "saved"
 
 

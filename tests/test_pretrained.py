@@ -52,7 +52,9 @@ def model():
 
 @pytest.fixture
 def folder(model, tmp_path):
+    """A saved model whose files may be changed."""
     save_pretrained(tmp_path / "model", model)
+    (tmp_path / "model" / "model.sha256").unlink()
     return tmp_path / "model"
 
 
@@ -90,9 +92,12 @@ def test_save_then_load_changes_nothing(model, folder):
     assert loaded.config.source == str(folder)
 
 
-def test_saved_folder_is_the_one_of_diffusers(folder):
+def test_saved_folder_is_the_one_of_diffusers(model, tmp_path):
+    folder = tmp_path / "model"
+    save_pretrained(folder, model)
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names == {
+        "model.sha256",
         "model_index.json",
         "scheduler/scheduler_config.json",
         "unet/config.json",
@@ -435,7 +440,7 @@ def test_hub_failure_is_one_line(monkeypatch):
 def test_hub_fetches_json_then_safetensors(monkeypatch, folder):
     calls = []
 
-    def fetch(name, *, allow_patterns):
+    def fetch(name, *, revision, allow_patterns):
         calls.append((name, allow_patterns))
         return str(folder)
 

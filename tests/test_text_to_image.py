@@ -135,7 +135,7 @@ def test_saved_pipeline_has_every_part(folders, xl, tmp_path, hard_links):
         {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
         for root in (folders[xl], tmp_path / "saved")
     )
-    assert before.keys() == after.keys()
+    assert before.keys() | {"model.sha256"} == after.keys()
     for name, path in before.items():
         if name.endswith("json"):
             assert (
@@ -171,7 +171,7 @@ def test_only_what_is_read_is_copied(folder, tmp_path):
     parts = {
         str(path.relative_to(tmp_path / "saved")): path
         for path in (tmp_path / "saved").rglob("*")
-        if path.suffix not in (".json", ".txt", "")
+        if path.suffix not in (".json", ".txt", ".sha256", "")
     }
     assert parts.keys() == {
         "unet/diffusion_pytorch_model.safetensors",
@@ -322,7 +322,7 @@ def test_a_unet_alone_is_saved_alone(alone, tmp_path):
         if path.is_file()
     }
     network = {"config.json", "diffusion_pytorch_model.safetensors"}
-    assert files == network | {"scheduler/scheduler_config.json"}
+    assert files == network | {"scheduler/scheduler_config.json", "model.sha256"}
     again = load_pretrained(tmp_path / "saved")
     assert_same(again.params, found.params)
     assert again.apply == found.apply
@@ -331,7 +331,7 @@ def test_a_unet_alone_is_saved_alone(alone, tmp_path):
     assert_same(load_pretrained(tmp_path / "saved").params, perturbed(again).params)
 
     save_unet(tmp_path / "unet", found)
-    assert {path.name for path in (tmp_path / "unet").iterdir()} == network
+    assert {path.name for path in (tmp_path / "unet").iterdir()} == network | {"model.sha256"}
     given = tmp_path / "saved"
     assert_same(load_pretrained(tmp_path / "unet", scheduler=given).params, found.params)
 
@@ -391,7 +391,7 @@ def test_a_unet_alone_that_also_takes_images_is_refused(alone):
 def test_a_unet_alone_on_the_hub(monkeypatch, alone):
     calls = []
 
-    def fetch(name, *, allow_patterns):
+    def fetch(name, *, revision, allow_patterns):
         calls.append((name, allow_patterns))
         return str(alone)
 
@@ -427,7 +427,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, xl, changes, message):
 def test_hub_fetches_parts_when_they_are_read(monkeypatch, folder, tmp_path):
     calls = []
 
-    def fetch(name, *, allow_patterns):
+    def fetch(name, *, revision, allow_patterns):
         calls.append(allow_patterns)
         return str(folder)
 

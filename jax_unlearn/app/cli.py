@@ -1,4 +1,4 @@
-"""The command line: jax-unlearn demo | data | concept | sample."""
+"""The command line: jax-unlearn demo | data | concept | sample | verify."""
 
 import dataclasses
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 # What loads networks is imported once a command is known: --help answers at once.
 if TYPE_CHECKING:
-    from jax_unlearn.app.options import ModelOptions, RunOptions, SampleOptions
+    from jax_unlearn.app.options import ModelOptions, RunOptions, SampleOptions, VerifyOptions
 
 __all__ = ["main"]
 
@@ -19,6 +19,7 @@ _COMMANDS = {
     "data": "DataOptions",
     "concept": "ConceptOptions",
     "sample": "SampleOptions",
+    "verify": "VerifyOptions",
 }
 _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
 
@@ -27,6 +28,7 @@ _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
   data     forget images that a diffusers checkpoint of yours was trained on
   concept  forget labels or prompts that a diffusers checkpoint is conditioned on; needs no images
   sample   draw a grid of samples from a checkpoint
+  verify   check that a finished folder is what its run left
 
   --help after a command lists its options with their defaults and units.
   --config RUN.JSON after demo, data or concept repeats the run that wrote it.
@@ -57,7 +59,7 @@ def _parse(command: str, arguments: list[str]) -> Any:
     kind = getattr(kinds, _COMMANDS[command])
     config = _take(arguments, "--config") if issubclass(kind, RunOptions) else None
     default = None if config is None else load_run(pathlib.Path(config), command, kind)
-    if default is None and "--resume" in arguments:
+    if default is None and {"--resume", "--continue"} & set(arguments):
         out = _take(list(arguments), "--out")
         saved = pathlib.Path(out or kind.out) / "run.json"
         if not saved.is_file():
@@ -84,6 +86,8 @@ def _parse(command: str, arguments: list[str]) -> Any:
         prog=f"jax-unlearn {command}",
         config=(tyro.conf.UseAppendAction,),
     )
+    if getattr(options, "go_on", False):
+        options = dataclasses.replace(options, resume=True)
     options.validate()
     return options
 
@@ -109,15 +113,23 @@ def _load(options: "RunOptions") -> tuple[Any, "RunOptions", Any]:
     from jax_unlearn.pretrained import load_pretrained
     from jax_unlearn.pretrained.text_to_image import is_text_to_image
 
+    _announce(options)
+
     if isinstance(options, DemoOptions):
         pretrained = _named(load_pretrained(embedded.model_path()), "the embedded model")
         return (*images.from_embedded(pretrained, options), embedded.judge())
     assert isinstance(options, ModelOptions)
     own = options.model == "embedded"
-    if options.model == "embedded-text" or (not own and is_text_to_image(options.model)):
+    revision = options.revision or None
+    if options.model == "embedded-text" or (
+        not own and is_text_to_image(options.model, revision=revision)
+    ):
         return _load_prompts(options)
     pretrained = load_pretrained(
-        embedded.model_path() if own else options.model, dtype=options.dtype, remat=options.remat
+        embedded.model_path() if own else options.model,
+        dtype=options.dtype,
+        remat=options.remat,
+        revision=revision,
     )
     judge = embedded.judge() if own else None
     if own:
@@ -135,6 +147,17 @@ def _load(options: "RunOptions") -> tuple[Any, "RunOptions", Any]:
     return request, options, judge
 
 
+def _announce(options: Any) -> None:
+    """Says that a model is asked for on the hub, before it is."""
+    from jax_unlearn.app.terminal import say
+    from jax_unlearn.pretrained.hub import is_hub_name
+
+    model = getattr(options, "model", "embedded")
+    if model not in ("embedded", "embedded-text") and is_hub_name(model):
+        at = f" at {options.revision}" if options.revision else ""
+        say(f"{model} is no folder here: asking the Hugging Face hub for it{at} ...")
+
+
 def _named(pretrained: Any, name: str) -> Any:
     config = dataclasses.replace(pretrained.config, name=name)
     return pretrained._replace(config=config)
@@ -150,7 +173,9 @@ def _load_prompts(options: "ModelOptions") -> tuple[Any, "RunOptions", Any]:
 
     own = options.model == "embedded-text"
     path = embedded.text_model_path() if own else options.model
-    model = load_text_to_image(path, dtype=options.dtype, remat=options.remat)
+    model = load_text_to_image(
+        path, dtype=options.dtype, remat=options.remat, revision=options.revision or None
+    )
     if own:
         named = _named(model.pretrained, "the embedded model from text to image")
         model = model._replace(pretrained=named)
@@ -167,57 +192,48 @@ def _load_prompts(options: "ModelOptions") -> tuple[Any, "RunOptions", Any]:
 
 
 def _unlearn(command: str, options: "RunOptions") -> int:
-    from jax_unlearn.app import report
+    from jax_unlearn.app import report, verify
+    from jax_unlearn.app.folder import check_folder, claim
+    from jax_unlearn.app.identity import check_options
+    from jax_unlearn.app.memory import check_run
     from jax_unlearn.app.options import save_run
-    from jax_unlearn.app.run import (
-        Interrupted,
-        NotFinite,
-        check_batches,
-        check_folder,
-        prepare_folder,
-        run,
-    )
+    from jax_unlearn.app.run import check_batches, run
+    from jax_unlearn.app.terminal import printable, say
 
     # Everything is checked before anything is written, and the folder first: images and prompts
     # may take minutes to encode.
     check_folder(options)
+    check_options(options)
     jobs = [(name, *_load(one)) for name, one in _jobs(command, options)]
-    for _, request, one, _ in jobs:
-        check_batches(request, one)
-    prepare_folder(options)
-    if len(jobs) > 1 and not options.resume:
-        save_run(options.out / "run.json", command, options)
-    done = []
-    try:
-        for name, request, one, judge in jobs:
-            if len(jobs) > 1:
-                if (one.out / "report.json").is_file():
-                    continue
-                print(f"{one.out.name}:", file=sys.stderr)
-                one = dataclasses.replace(one, resume=(one.out / "run.json").is_file())
-                prepare_folder(one)
-            done.append(run(request, one, command=name, judge=judge))
-            print(f"{report.verdict(done[-1].report)}\nmodel:  {one.out / 'model'}")
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        if len(jobs) > 1:
-            print(
-                f"(all of it: jax-unlearn {command} --out {options.out} --resume)", file=sys.stderr
-            )
-        return 128 + stop.signal
-    except KeyboardInterrupt:  # While measuring; the steps themselves stop as Interrupted.
-        print(
-            f"stopped. Go on with: jax-unlearn {command} --out {options.out} --resume",
-            file=sys.stderr,
+    if len(jobs) > 1 and options.go_on:
+        raise ValueError(
+            "--continue is for one run: give the command of one of those in "
+            f"{options.out} with --out {jobs[0][2].out}, say."
         )
-        return 130
-    except NotFinite as stop:
-        print(f"jax-unlearn: {stop}", file=sys.stderr)
-        return 1
+    for _, request, one, _ in jobs:
+        check_run(request.pretrained, one)
+        check_batches(request, one)
+
+    def run_one(name: str, request: Any, one: "RunOptions", judge: Any) -> None:
+        found = run(request, one, command=name, judge=judge).report
+        print(printable(f"{report.verdict(found)}\nmodel:  {one.out / 'model'}"))
+
     page = options.out / "report.html"
-    if len(jobs) > 1:
-        page = report.write_comparison(options.out, [one.out.name for _, _, one, _ in jobs])
-    print(f"report: {page}")
+    if len(jobs) == 1:
+        run_one(*jobs[0])
+    else:
+        with claim(options):
+            if not options.resume:
+                save_run(options.out / "run.json", command, options)
+            for name, request, one, judge in jobs:
+                if (one.out / verify.SUMS).is_file():
+                    continue
+                say(f"{one.out.name}:")
+                resume = (one.out / "run.json").is_file()
+                run_one(name, request, dataclasses.replace(one, resume=resume), judge)
+            page = report.write_comparison(options.out, [one.out.name for _, _, one, _ in jobs])
+            verify.write_sums(options.out)
+    print(printable(f"report: {page}\nseal:   {verify.seal(options.out)}"))
     if sys.stdout.isatty() and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
         webbrowser.open(page.absolute().as_uri())
     return 0
@@ -294,10 +310,35 @@ def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]
 
 def _sample(options: "SampleOptions") -> int:
     from jax_unlearn.app.sampling import draw_grid
+    from jax_unlearn.app.terminal import printable
 
+    _announce(options)
     draw_grid(options)
-    print(options.out)
+    print(printable(str(options.out)))
     return 0
+
+
+def _verify(options: "VerifyOptions") -> int:
+    from jax_unlearn.app.terminal import printable, say
+    from jax_unlearn.app.verify import seal, verify
+
+    problems, count = verify(options.folder)
+    found = seal(options.folder)
+    if options.seal and options.seal.lower() != found:
+        problems.insert(0, f"its seal is {found}, not {options.seal}")
+    for problem in problems:
+        say(f"jax-unlearn: {options.folder}: {problem}.")
+    if not problems:
+        print(printable(f"{options.folder}: {count} files are as the run left them; seal {found}"))
+    return 1 if problems else 0
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    options = _parse(command, arguments)
+    if command == "verify":
+        return _verify(options)
+    _cache_compilations()
+    return _sample(options) if command == "sample" else _unlearn(command, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -307,18 +348,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0 if given else 2
     command, *rest = given
+    # No import of this library before a signal can be answered.
+    from jax_unlearn.app.files import DiskFull, is_full
+    from jax_unlearn.app.stopping import Interrupted, stop_signals
+    from jax_unlearn.app.terminal import say
+
     if command not in _COMMANDS:
-        print(f"jax-unlearn: unknown command {command!r}.\n\n{_USAGE}", end="", file=sys.stderr)
+        say(f"jax-unlearn: unknown command {command!r}.\n\n{_USAGE}")
         return 2
     try:
-        options = _parse(command, rest)
-        _cache_compilations()
-        if command == "sample":
-            return _sample(options)
-        return _unlearn(command, options)
-    except ValueError as error:
-        print(f"jax-unlearn: {error}", file=sys.stderr)
+        with stop_signals("stopped."):
+            return _run(command, rest)
+    except Interrupted as stop:
+        say(f"jax-unlearn: {stop}")
+        return 128 + stop.signal
+    except (ValueError, OverflowError, RecursionError) as error:
+        say(f"jax-unlearn: {error}")
         return 2
+    except Exception as error:
+        from jax_unlearn.app.run import NotFinite
+
+        if isinstance(error, DiskFull | NotFinite):
+            say(f"jax-unlearn: {error}")
+        elif is_full(error):
+            say("jax-unlearn: the disk is full. No finished file was damaged.")
+        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            say(f"jax-unlearn: out of memory: {_first_line(error)}")
+        elif isinstance(error, OSError):
+            say(f"jax-unlearn: {error.filename or 'a file'}: {error.strerror or error}.")
+        else:
+            raise
+        return 1
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
-import math
 import pathlib
+import types
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import tyro
 
 import jax_unlearn
+from jax_unlearn.app.data import fold
 from jax_unlearn.app.files import replace_file
+from jax_unlearn.models.files import read_json, shown
 from jax_unlearn.pretrained.subsets import parse_subset
 
 __all__ = [
@@ -21,8 +25,10 @@ __all__ = [
     "SampleOptions",
     "Threshold",
     "Training",
+    "VerifyOptions",
     "load_run",
     "parse_threshold",
+    "plain_options",
     "save_run",
 ]
 
@@ -43,7 +49,11 @@ class RunOptions:
     out: pathlib.Path = pathlib.Path("unlearned")
     """Folder for the results; refused if it exists, unless --resume or --overwrite."""
     resume: bool = False
-    """Go on from the last checkpoint in --out, with the options saved there."""
+    """Go on from the last whole checkpoint in --out, with the options saved there; refused where
+    options, images or model are not those of the run."""
+    go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False
+    """As --resume, with other --steps, thresholds, learning rates or multiplier bound from there
+    on, or other versions of the libraries. The report lists each such leg of the run."""
     overwrite: bool = False
     """Move an existing --out aside (to OUT.previous-N) and start anew."""
     steps: int = 100
@@ -85,28 +95,56 @@ class RunOptions:
         Raises:
           ValueError: naming the option, what was given and what is allowed.
         """
-        _check(self, _POSITIVE, lambda value: value > 0 and math.isfinite(value), "be positive")
-        _check(self, _NOT_NEGATIVE, lambda v: v >= 0 and math.isfinite(v), "be 0 or more")
-        _check(self, _SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]")
-        _check(self, _SHARES_BELOW_ONE, lambda value: 0 <= value < 1, "lie in [0, 1)")
-        _check(self, _INSIDE, lambda value: 0 < value < 1, "lie in (0, 1)")
+        _check_numbers(self)
 
 
-_POSITIVE = (
-    "steps", "batch_size", "forget_batch_size", "learning_rate", "evaluation_images",
-    "sampling_steps", "checkpoint_every", "classifier_draws", "stored_samples",
+_MOST = 2**31 - 1  # What JAX's indices and counters hold.
+_LARGEST = 3.4e38  # Of float32; NaN is not below it either.
+# JAX's keys have 32 bits of a seed: larger ones would repeat the noise of smaller ones.
+_SEEDS = 2**32
+_DOMAINS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("steps", "batch_size", "forget_batch_size", "evaluation_images", "sampling_steps",
+         "checkpoint_every", "chain_steps", "minibatches", "classifier_draws", "stored_samples"),
+        lambda value: 1 <= value <= _MOST,
+        f"lie in [1, {_MOST}]",
+    ),
+    (
+        ("samples", "target_steps", "corrections"),
+        lambda value: 0 <= value <= _MOST,
+        f"lie in [0, {_MOST}]",
+    ),
+    (("seed",), lambda value: 0 <= value < _SEEDS, f"lie in [0, {_SEEDS - 1}]"),
+    (("learning_rate",), lambda value: 0 < value <= _LARGEST, "be positive and finite"),
+    (
+        ("dual_learning_rate", "dual_damping", "guidance"),
+        lambda value: 0 <= value <= _LARGEST,
+        "be 0 or more, and finite",
+    ),
+    (("base_share", "null_share"), lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+    (("classifier_noise",), lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    (("held_out_share", "max_multiplier"), lambda value: 0 < value < 1, "lie in (0, 1)"),
 )  # fmt: skip
-_NOT_NEGATIVE = ("dual_learning_rate", "dual_damping", "samples", "guidance", "seed")
-_SHARES = ("base_share", "null_share")
-_SHARES_BELOW_ONE = ("classifier_noise",)
-_INSIDE = ("held_out_share", "max_multiplier")
 
 
-def _check(options: Any, names: Sequence[str], allowed: Callable[[Any], bool], must: str) -> None:
+def _check_numbers(options: Any) -> None:
+    for names, allowed, must in _DOMAINS:
+        for name in names:
+            value = getattr(options, name, None)
+            if value is not None and not allowed(value):
+                raise ValueError(f"{_flag(name)} must {must}, not {shown(str(value))}.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_texts(options: Any, names: Sequence[str]) -> None:
+    """Refuses labels and prompts with control characters, which nobody can have meant."""
     for name in names:
-        value = getattr(options, name, None)
-        if value is not None and not allowed(value):
-            raise ValueError(f"--{name.replace('_', '-')} must {must}, not {value}.")
+        given = getattr(options, name)
+        for text in (given,) if isinstance(given, str) else given or ():
+            fold(text, f"{_flag(name)} {text!r}")
 
 
 def _check_thresholds(threshold: tuple[str, ...], forget: tuple[str, ...]) -> None:
@@ -170,6 +208,7 @@ class DemoOptions(ImageOptions):
     def validate(self) -> None:
         """Checks every number, and the thresholds."""
         super().validate()
+        _check_texts(self, ("forget",))
         _check_thresholds(self.threshold, self.asked)
         if self.text and self.formulation == "forward-kl":
             raise ValueError("--text forgets prompts: that is reverse KL, likelihood, or all.")
@@ -184,6 +223,8 @@ class ModelOptions(RunOptions):
     model: str = ""
     """Pipeline folder (model_index.json), model folder (config.json) or name on the hub;
     "embedded" is the embedded model of labels, "embedded-text" that of prompts."""
+    revision: str = ""
+    """Models on the hub: branch, tag or commit; the report names the commit that was loaded."""
     clip: pathlib.Path | None = None
     """Models of prompts: folder of a CLIP (transformers' CLIPModel, with its tokenizer), which
     names what samples show among the run's prompts."""
@@ -345,16 +386,15 @@ class ConceptOptions(ModelOptions):
         super().validate()
         if not self.forget:
             raise ValueError("--forget is missing: see jax-unlearn concept --help.")
+        _check_texts(self, ("forget", "template", "base", "anchor", "retain", "show"))
         if repeated := {text for text in self.forget if self.forget.count(text) > 1}:
             raise ValueError(f"--forget {', '.join(sorted(repeated))} is given twice.")
         for name in ("chain_steps", "classifier_draws", "stored_samples"):
             if getattr(self, name) < 2:
-                raise ValueError(f"--{name.replace('_', '-')} must be 2 or more.")
-        if self.target_steps < 0 or self.target_steps == 1:
+                raise ValueError(f"{_flag(name)} must be 2 or more.")
+        if self.target_steps == 1:
             raise ValueError("--target-steps must be 0, or 2 or more.")
-        if self.corrections < 0:
-            raise ValueError("--corrections must be 0 or more.")
-        if self.minibatches < 1 or self.chain_steps % self.minibatches:
+        if self.chain_steps % self.minibatches:
             raise ValueError(
                 f"--minibatches {self.minibatches} does not divide --chain-steps "
                 f"{self.chain_steps}."
@@ -376,6 +416,8 @@ class SampleOptions:
 
     model: str = "embedded"
     """Pipeline folder, model folder or name on the hub; "embedded" is the embedded model."""
+    revision: str = ""
+    """Models on the hub: branch, tag or commit."""
     out: pathlib.Path = pathlib.Path("samples.png")
     """The picture to write; refused if it exists, unless --overwrite."""
     overwrite: bool = False
@@ -398,18 +440,29 @@ class SampleOptions:
     """Seed of the noise."""
 
     def validate(self) -> None:
-        """Checks every number.
+        """Checks every number and text.
 
         Raises:
           ValueError: naming the option.
         """
-        for name in ("samples", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be 1 or more, not {getattr(self, name)}.")
-        if self.guidance < 0:
-            raise ValueError(f"--guidance must be 0 or more, not {self.guidance}.")
-        if self.out.exists() and not self.overwrite:
-            raise ValueError(f"{self.out} exists: choose another --out, or --overwrite it.")
+        _check_numbers(self)
+        _check_texts(self, ("labels", "prompts"))
+        if self.samples < 1:
+            raise ValueError("--samples must be 1 or more, not 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyOptions:
+    """Checks that a finished folder is what its run left, however long ago that was."""
+
+    folder: tyro.conf.Positional[pathlib.Path] = pathlib.Path("unlearned")
+    """The --out of a run."""
+    seal: str = ""
+    """The seal that the run printed: a digest of all digests, to be kept elsewhere. Without it a
+    folder whose files were all replaced, digests included, is not told apart."""
+
+    def validate(self) -> None:
+        """Nothing to check before the folder is read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,7 +493,7 @@ def parse_threshold(text: str) -> Threshold:
         raise ValueError(
             f"threshold {text!r} is not a number, a ratio such as 2x, or 'calibrated'."
         ) from None
-    if not (number > 0 and math.isfinite(number)):
+    if not 0 < number <= _LARGEST:
         raise ValueError(f"threshold {text!r} must be positive and finite: losses are.")
     return Threshold("relative" if relative else "absolute", number)
 
@@ -451,38 +504,90 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def save_run(path: pathlib.Path, command: str, options: Any) -> None:
-    """Writes the resolved options of a command, beside and renamed into place."""
-    fields = {
-        field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)
+# How a command is started, not what it does.
+_STARTING = ("resume", "go_on", "overwrite")
+
+
+def plain_options(options: Any) -> dict[str, Any]:
+    """The options that a run is repeated by, as json has them."""
+    fields = [field.name for field in dataclasses.fields(options) if field.name not in _STARTING]
+    return {name: _plain(getattr(options, name)) for name in fields}
+
+
+def save_run(path: pathlib.Path, command: str, options: Any, **beside: Any) -> None:
+    """Writes the resolved options of a command, and what is to stand beside them, as run.json."""
+    text = {
+        "command": command,
+        "version": jax_unlearn.__version__,
+        "options": plain_options(options),
+        **beside,
     }
-    for name in ("resume", "overwrite"):
-        fields.pop(name, None)
-    text = {"command": command, "version": jax_unlearn.__version__, "options": fields}
     replace_file(path, (json.dumps(text, indent=2) + "\n").encode())
+
+
+_TAKEN = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    pathlib.Path: "a path",
+    types.NoneType: "null",
+}
+
+
+def _taken(kind: Any) -> str:
+    """What an option of a type takes, in words."""
+    if kind in _TAKEN:
+        return _TAKEN[kind]
+    parts = get_args(kind)
+    if get_origin(kind) is tuple:
+        return f"a list, each entry {_taken(parts[0])}"
+    return " or ".join(repr(part) if isinstance(part, str) else _taken(part) for part in parts)
+
+
+def _fitted(value: Any, kind: Any) -> Any:
+    """A value of json as an option of a type takes it; TypeError if it is of another."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal and isinstance(value, str) and value in parts:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_fitted(one, parts[0]) for one in value)
+    if origin in (Union, types.UnionType):
+        for part in parts:
+            try:
+                return _fitted(value, part)
+            except TypeError:
+                continue
+    if (kind, type(value)) in ((pathlib.Path, str), (float, int)):
+        return kind(value)
+    if type(value) is kind:  # True is no whole number here.
+        return value
+    raise TypeError
 
 
 def load_run(path: pathlib.Path, command: str, kind: type) -> Any:
     """Reads options back from run.json.
 
     Raises:
-      ValueError: if there is no such file, it is not of this command, or an option is unknown.
+      ValueError: if there is no such file, it is not of this command, an option is unknown, or
+        it has what the command line would not take.
     """
-    try:
-        run = json.loads(path.read_text())
-        saved, fields = run["command"], dict(run["options"])
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the run.json of a run.") from error
+    run = read_json(path)
+    saved, given = run.get("command"), run.get("options")
+    if not isinstance(saved, str) or not isinstance(given, dict):
+        raise ValueError(f"{path} is not the run.json of a run.")
     if saved != command:
-        raise ValueError(f"{path} is of `jax-unlearn {saved}`, not `jax-unlearn {command}`.")
-    known = {field.name: field for field in dataclasses.fields(kind)}
-    if unknown := sorted(set(fields) - set(known)):
-        raise ValueError(f"{path} has unknown options: {', '.join(unknown)}.")
-    for name, value in fields.items():
-        if isinstance(value, list):
-            fields[name] = tuple(value)
-        elif isinstance(known[name].default, pathlib.Path) or (name in ("judge", "clip") and value):
-            fields[name] = pathlib.Path(value)
+        raise ValueError(f"{path} is of `jax-unlearn {shown(saved)}`, not `jax-unlearn {command}`.")
+    kinds = get_type_hints(kind)
+    if unknown := sorted(set(given) - set(kinds)):
+        raise ValueError(f"{path} has unknown options: {shown(', '.join(unknown))}.")
+    fields = {}
+    for name, value in given.items():
+        try:
+            fields[name] = _fitted(value, kinds[name])
+        except (TypeError, OverflowError):
+            raise ValueError(
+                f"{path}: {_flag(name)} takes {_taken(kinds[name])}, not "
+                f"{shown(json.dumps(value))}."
+            ) from None
     return kind(**fields)

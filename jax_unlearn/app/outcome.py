@@ -1,21 +1,18 @@
 """What a finished run says: the contents of report.json."""
 
-import dataclasses
-import sys
-from importlib.metadata import version
 from typing import Any
 
 import jax
 import numpy as np
 
-import jax_unlearn
-from jax_unlearn.app.options import RunOptions
+from jax_unlearn.app.identity import versions
+from jax_unlearn.app.options import RunOptions, plain_options
 from jax_unlearn.app.tasks.base import Measured, Task, estimate
 from jax_unlearn.duality import Floor
 from jax_unlearn.primal_dual import Certificate
 from jax_unlearn.typing import Estimate
 
-__all__ = ["describe"]
+__all__ = ["describe", "device"]
 
 
 def describe(
@@ -41,7 +38,7 @@ def describe(
       timing: seconds by part; "all" of them, those before a resume included.
     """
     before = task.before
-    saved = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    saved = plain_options(options)
     metrics: dict[str, Any] = {
         name: task.captions.get(name, {})
         | {"before": _plain(before.metrics.get(name)), "after": _plain(value)}
@@ -60,10 +57,11 @@ def describe(
         "asked": {
             "command": f"jax-unlearn {command} --config {options.out / 'run.json'} --out NEW",
             "model": task.pretrained.config.name or task.pretrained.config.source,
+            "commit": task.pretrained.config.commit,
             **task.asked,
             "thresholds": ", ".join(saved["threshold"]),
             "options": {
-                name: ", ".join(value) if isinstance(value, tuple) else value
+                name: ", ".join(value) if isinstance(value, list) else value
                 for name, value in saved.items()
             },
         },
@@ -97,13 +95,14 @@ def describe(
         "seconds": round(timing["all"], 2),
         "timing": {name: round(value, 2) for name, value in timing.items() if name != "all"},
         "seed": options.seed,
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "versions": {
-            "jax_unlearn": jax_unlearn.__version__,
-            "python": sys.version.split()[0],
-            **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
-        },
+        "device": device(),
+        "versions": versions(),
     }
+
+
+def device() -> str:
+    """How many devices of which kind compute."""
+    return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
 
 
 def _gap(certified: Certificate, floor: Floor | None, unit: str) -> dict[str, Any]:

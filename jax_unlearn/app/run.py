@@ -1,13 +1,9 @@
 """One unlearning run from request to report: loop, checkpoints, signals, files."""
 
 import contextlib
-import errno
-import json
 import pathlib
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +13,18 @@ import optax
 from tqdm import tqdm
 
 from jax_unlearn import sharding
-from jax_unlearn.app import outcome, report
+from jax_unlearn.app import data, outcome, report, verify
+from jax_unlearn.app import identity as identities
 from jax_unlearn.app.checkpoint import Checkpoints
-from jax_unlearn.app.files import replace_file
+from jax_unlearn.app.files import DiskFull, is_full
+from jax_unlearn.app.folder import claim
+from jax_unlearn.app.identity import Identity, Leg
 from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions, save_run
+from jax_unlearn.app.rows import RowLog, rows_digest
+from jax_unlearn.app.stopping import Interrupted, StopSignals, stop_signals
 from jax_unlearn.app.tasks import concept_request, concepts, image_task, images
-from jax_unlearn.app.tasks.base import Task
+from jax_unlearn.app.tasks.base import Measured, Task
+from jax_unlearn.app.terminal import say
 from jax_unlearn.minibatched import minibatched
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.pretrained import Pretrained, save_pretrained, save_unet
@@ -38,16 +40,7 @@ from jax_unlearn.pretrained.subsets import (
 from jax_unlearn.primal_dual import PrimalDualState, certificate, primal_dual
 from jax_unlearn.typing import Array, Estimate, Params
 
-__all__ = [
-    "Interrupted",
-    "NotFinite",
-    "Result",
-    "check_batches",
-    "check_folder",
-    "dual_schedule",
-    "prepare_folder",
-    "run",
-]
+__all__ = ["NotFinite", "Result", "check_batches", "dual_schedule", "learning_rate", "run"]
 
 _TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
     images.ImageRequest: image_task.image_task,
@@ -55,16 +48,8 @@ _TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
 }
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved a checkpoint."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal = number
-
-
 class NotFinite(Exception):
-    """A loss or gradient became infinite or not a number."""
+    """A loss, a gradient or a measurement became infinite or not a number."""
 
 
 class Result(NamedTuple):
@@ -91,68 +76,6 @@ def check_batches(
         sharding.check_rows(size, jax.device_count())
 
 
-def _in_use(out: pathlib.Path) -> bool:
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
-
-
-def check_folder(options: RunOptions) -> None:
-    """Refuses what `prepare_folder` would refuse, and changes nothing.
-
-    Raises:
-      ValueError: if the folder is in use and neither resume nor overwrite was asked for, or if
-        there is nothing to resume.
-    """
-    out = options.out
-    if options.resume:
-        if not (out / "run.json").is_file():
-            raise ValueError(f"nothing to resume: {out} has no run.json.")
-    elif _in_use(out) and not options.overwrite:
-        raise ValueError(
-            f"{out} is in use: choose another --out, or --resume, or --overwrite (which moves it "
-            "aside)."
-        )
-
-
-def prepare_folder(options: RunOptions) -> None:
-    """Makes room for the outputs, or refuses.
-
-    Raises:
-      ValueError: as `check_folder`, or if the folder cannot be made.
-    """
-    check_folder(options)
-    out = options.out
-    if options.resume:
-        return
-    if _in_use(out):
-        number = 1
-        while (aside := out.with_name(f"{out.name}.previous-{number}")).exists():
-            number += 1
-        out.rename(aside)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {out}: {error.strerror}.") from error
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list instead of dying of them."""
-    received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = [
-            signal.signal(number, lambda got, _: received.append(got)) for number in numbers
-        ]
-    except ValueError:  # Not the main thread: signals are somebody else's business.
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)
-
-
 def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[str, Any]:
     def plain(values: Any) -> list[float | None]:
         return [float(v) if np.isfinite(v) else None for v in np.asarray(values)]
@@ -170,13 +93,6 @@ def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[s
     }
 
 
-def _keep_rows(path: pathlib.Path, steps: int) -> float:
-    """Cuts metrics.jsonl back to the rows of the first `steps` steps; the seconds they took."""
-    rows = [row for row in report.read_rows(path) if row["step"] <= steps] if path.exists() else []
-    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return rows[-1]["seconds"] if rows else 0.0
-
-
 def run(
     request: images.ImageRequest | concept_request.ConceptRequest,
     options: RunOptions,
@@ -188,8 +104,9 @@ def run(
 ) -> Result:
     """Unlearns, and writes model, report, metrics and checkpoints into options.out.
 
-    Call `prepare_folder` first. A run that was killed goes on bit for bit from its last
-    checkpoint with options.resume: batches and noise are functions of the seed and the step.
+    A run that was killed goes on bit for bit from its last whole checkpoint with options.resume:
+    batches and noise are functions of the seed and the step. It does so only if it is the same
+    run: see `identity`. The first loss that is not finite ends the run; no step is skipped.
 
     Args:
       request: what to forget and to keep.
@@ -200,31 +117,41 @@ def run(
       after_step: called with each finished step's number.
 
     Raises:
-      Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
-      NotFinite: if a loss or gradient is not; the state of the step before is saved.
-      ValueError: if the disk is full or a checkpoint does not fit.
+      Interrupted: after SIGINT or SIGTERM; nothing is lost.
+      NotFinite: if a loss, gradient or measurement is not; ruined checkpoints are deleted.
+      DiskFull: if it is.
+      ValueError: if the folder is in use, or what is resumed is another run or damaged.
     """
+    again = f"jax-unlearn {command} --out {options.out} --resume"
     try:
-        return _run(request, options, command, judge, progress, after_step)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+        with (
+            claim(options),
+            stop_signals(f"stopped while measuring; nothing is lost. Go on with: {again}") as stop,
+        ):
+            return _run(request, options, command, judge, progress, after_step, stop)
+    except Exception as error:
+        if not is_full(error):
             raise
-        raise ValueError(
-            f"the disk of {options.out} is full: free some space and --resume from its last "
-            "checkpoint. No finished file was damaged."
+        raise DiskFull(
+            f"the disk of {options.out} is full: free some space, then {again}. No finished file "
+            "was damaged."
         ) from error
 
 
-def _advice(options: RunOptions) -> str:
+def _advice(options: RunOptions, command: str) -> str:
     """What may help a run whose losses became infinite: only what its command has and uses."""
+    knobs = "--learning-rate"
+    another = ""
     if not isinstance(options, ConceptOptions):
-        return "Try a lower --learning-rate or --max-multiplier."
-    if options.formulation == "likelihood":
-        return "Try a lower --learning-rate, or a larger --threshold."
-    calmer = " or --max-multiplier"
-    if options.estimator == "pathwise":
-        calmer += ", or --estimator bounded"
-    return f"Try a lower --learning-rate{calmer}."
+        knobs += " or --max-multiplier"
+    elif options.formulation == "likelihood":
+        another = ", or a larger --threshold"
+    else:
+        knobs += " or --max-multiplier"
+        if options.estimator == "pathwise":
+            another = "; or start anew with --estimator bounded"
+    again = f"jax-unlearn {command} --out {options.out} --continue"
+    return f"Go on with a lower {knobs}{another}: {again} --learning-rate NUMBER"
 
 
 def dual_schedule(task: Task) -> Callable[[Array], Array] | None:
@@ -248,6 +175,17 @@ def learning_rate(options: RunOptions) -> optax.Schedule:
     )
 
 
+class _Loop(NamedTuple):
+    """What the training loop needs of the compiled step and of the run around it."""
+
+    step: Callable[[PrimalDualState, Any], Any]
+    place: Callable[[Any], Any]
+    checkpoints: Checkpoints
+    log: RowLog
+    digest: str
+    stop: StopSignals
+
+
 def _run(
     request: images.ImageRequest | concept_request.ConceptRequest,
     options: RunOptions,
@@ -255,21 +193,17 @@ def _run(
     judge: JudgeFunctions | None,
     progress: bool,
     after_step: Callable[[int], None] | None,
+    stop: StopSignals,
 ) -> Result:
     started = time.monotonic()
     out, pretrained = options.out, request.pretrained
-    if not options.resume:
-        save_run(out / "run.json", command, options)
-
-    def say(text: str) -> None:
-        if progress:
-            print(text, file=sys.stderr, flush=True)
-
+    tell = say if progress else lambda text: None
     for note in request.notes:
-        say(f"note: {note}")
-    say("measuring the reference model ...")
+        tell(f"note: {note}")
+    identity = identities.identify(request, options, command)
+    changed = _begin(options, command, identity)
+    tell("measuring the reference model ...")
     task = _TASKS[type(request)](request, options, judge)
-    thresholds = task.thresholds
     timing = {"reference": time.monotonic() - started}
     optimizer = optax.adam(learning_rate(options), b1=0.9, b2=0.99)
     part, rank = parse_subset(options.training.train)
@@ -289,7 +223,7 @@ def _run(
         )
     # Only what trains is copied: the step does not donate the reference.
     state = algorithm.init(
-        jax.tree.map(jnp.copy, start), thresholds, multipliers=task.multipliers, copy=False
+        jax.tree.map(jnp.copy, start), task.thresholds, multipliers=task.multipliers, copy=False
     )
     # A step's key follows from the seed and the state's own count: nothing more to save.
     key, reference = jax.random.key(options.seed), pretrained.params
@@ -304,38 +238,38 @@ def _run(
 
     compiled = sharding.jit_step(step, mesh)
     beside = () if task.dual_batch is None else (task.dual_batch,)
-    with contextlib.closing(Checkpoints(out / "checkpoints")) as checkpoints:
-        metrics_path = out / "metrics.jsonl"
-        elapsed = 0.0
-        if options.resume and checkpoints.latest is not None:
-            state, _ = checkpoints.restore(state)
-            say(f"resuming after step {int(state.step)}")
-        elapsed = _keep_rows(metrics_path, int(state.step))
 
-        def place(batch: Any) -> Any:
-            brought = (batch, *beside)
-            return brought if mesh is None else sharding.shard_batch(brought, mesh)
+    def place(batch: Any) -> Any:
+        brought = (batch, *beside)
+        return brought if mesh is None else sharding.shard_batch(brought, mesh)
 
-        state, timing["first_step"] = _train(
-            task,
-            options,
-            command,
-            state,
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(out / "checkpoints")))
+        if options.resume:
+            state = _restore(checkpoints, options, state, changed, tell)
+        legs = _legs(options, command, identity, changed, int(state.step))
+        log = stack.enter_context(
+            contextlib.closing(RowLog(out / "metrics.jsonl", int(state.step)))
+        )
+        loop = _Loop(
             lambda state, brought: compiled(key, state, reference, brought),
             place,
             checkpoints,
-            metrics_path,
-            elapsed,
-            progress,
-            after_step,
+            log,
+            legs[-1].digest,
+            stop,
         )
-        rows = report.read_rows(metrics_path)
-        timing["train"] = rows[-1]["seconds"]
-        say("measuring the unlearned model ...")
+        elapsed = log.seconds
+        with stop.hold():
+            state, timing["first_step"] = _train(
+                loop, task, options, command, state, elapsed, progress, after_step
+            )
+        timing["train"] = log.seconds
+        tell("measuring the unlearned model ...")
         measuring = time.monotonic()
         trained = jax.device_get(state.params)
         params = trained if rank is None else lora_merge(pretrained.params, trained)
-        after = task.measure(params)
+        after = _measure(task, params, options, command, checkpoints)
         floor = None if task.floor is None else task.floor()
         timing["unlearned"] = time.monotonic() - measuring
         _save(options, pretrained._replace(params=params), trained)
@@ -343,17 +277,137 @@ def _run(
             task.problem,
             objective=after.objective,
             values=after.constraints,
-            thresholds=thresholds,
+            # Those that the optimizer had: a device of another kind may measure others.
+            thresholds=np.asarray(state.thresholds),
             multipliers=state.multipliers,
             floor=None if floor is None else Estimate(floor.value, floor.stderr),
         )
+        rows = report.read_rows(out / "metrics.jsonl")
         mean_multipliers = np.mean([row["multipliers"] for row in rows], axis=0)
         timing["all"] = elapsed + time.monotonic() - started
         found = outcome.describe(
             task, options, command, after, certified, floor, mean_multipliers, timing
         )
+        found |= {
+            "identity": {"digest": legs[-1].digest, **identity._asdict()},
+            "legs": [leg._asdict() for leg in legs],
+            "rows": {"count": log.count, "digest": log.digest},
+            "files": verify.model_digests(out),
+        }
         page = report.write_report(out, found, rows, task.grids(after))
+        verify.write_sums(out)
     return Result(found, page)
+
+
+def _begin(options: RunOptions, command: str, identity: Identity) -> dict[str, str]:
+    """Writes run.json, or says what has changed since the run that is resumed, where it may.
+
+    Raises:
+      ValueError: if what has changed may not.
+    """
+    path = options.out / "run.json"
+    if options.resume:
+        changed = identities.changes(path, identity, options)
+    else:
+        changed = {}
+        leg = Leg(0, identities.digest_of(identity._asdict()), (), outcome.device())
+        save_run(path, command, options, identity=identity._asdict(), legs=[leg._asdict()])
+    # What stands here from now on is not what these sums were made of.
+    (options.out / verify.SUMS).unlink(missing_ok=True)
+    return changed
+
+
+def _legs(
+    options: RunOptions, command: str, identity: Identity, changed: Mapping[str, str], done: int
+) -> list[Leg]:
+    """The legs of the run, the one that begins after `done` steps among them, as in run.json."""
+    path = options.out / "run.json"
+    legs = identities.saved_legs(path)
+    current = legs[-1]
+    if changed:
+        digest = identities.digest_of(identity._asdict())
+        current = Leg(done, digest, tuple(changed.values()), outcome.device())
+    current = current._replace(after=min(current.after, done))
+    kept = [leg for leg in legs if leg.after < current.after]
+    if not kept:  # No step of another leg is left.
+        current = current._replace(changed=())
+    found = [*kept, current]
+    if found != list(legs):
+        dumped = [leg._asdict() for leg in found]
+        save_run(path, command, options, identity=identity._asdict(), legs=dumped)
+    return found
+
+
+def _restore(
+    checkpoints: Checkpoints,
+    options: RunOptions,
+    state: PrimalDualState,
+    changed: Mapping[str, str],
+    tell: Callable[[str], None],
+) -> PrimalDualState:
+    """The last whole state, with the thresholds of this leg; the given one if there is none.
+
+    Raises:
+      ValueError: if there is no whole one, or it is of another run.
+    """
+    path = options.out / "metrics.jsonl"
+    known = {leg.digest for leg in identities.saved_legs(options.out / "run.json")}
+
+    def beside(record: Mapping[str, Any]) -> str | None:
+        if record["identity"] not in known:
+            raise ValueError(
+                f"the checkpoints of {options.out} are not of the run in its run.json."
+            )
+        if rows_digest(path, record["rows"]) != record["rows_digest"]:
+            return f"the first {record['rows']} rows of {path} are not those that it counts on"
+        return None
+
+    found = checkpoints.restore(state, beside)
+    for passed in checkpoints.passed_over:
+        tell(f"note: a checkpoint is damaged and was passed over: {passed}")
+    if found is None:
+        return state
+    restored, _ = found
+    done = int(restored.step)
+    if done > options.steps:
+        raise ValueError(f"--steps {options.steps} is below the {done} that are done.")
+    tell(f"resuming after step {done}")
+    if "threshold" in changed:
+        return restored._replace(thresholds=state.thresholds)
+    if not np.allclose(restored.thresholds, state.thresholds, rtol=1e-2):
+        raise ValueError(
+            f"the thresholds are measured as {np.asarray(state.thresholds)}, and the run began "
+            f"with {np.asarray(restored.thresholds)}: start anew with another --out."
+        )
+    return restored
+
+
+def _measure(
+    task: Task, params: Params, options: RunOptions, command: str, checkpoints: Checkpoints
+) -> Measured:
+    """What the report says of the unlearned model.
+
+    Raises:
+      NotFinite: if the last step ruined it.
+    """
+    try:
+        after = task.measure(params)
+        if np.isfinite([after.objective.value, *np.atleast_1d(after.constraints.value)]).all():
+            return after
+    except data.NotNumbers:
+        pass
+    checkpoints.drop_from(options.steps)
+    raise NotFinite(
+        f"step {options.steps}: the model that it made has no finite objective or constraints, and "
+        f"is not saved. {_back_to(checkpoints)} {_advice(options, command)}"
+    )
+
+
+def _back_to(checkpoints: Checkpoints) -> str:
+    last = checkpoints.latest
+    if last is None:
+        return "No checkpoint is left, so that the run begins again."
+    return f"The last checkpoint with a finite loss is that of step {last}."
 
 
 def _save(options: RunOptions, unlearned: Pretrained, trained: Params) -> None:
@@ -368,40 +422,36 @@ def _save(options: RunOptions, unlearned: Pretrained, trained: Params) -> None:
 
 
 def _train(
+    loop: _Loop,
     task: Task,
     options: RunOptions,
     command: str,
     state: PrimalDualState,
-    step: Callable[[PrimalDualState, Any], Any],
-    place: Callable[[Any], Any],
-    checkpoints: Checkpoints,
-    metrics_path: pathlib.Path,
     elapsed: float,
     progress: bool,
     after_step: Callable[[int], None] | None,
 ) -> tuple[PrimalDualState, float]:
     """Runs the remaining steps; the final state and the seconds that the first step took."""
     first, started = int(state.step), time.monotonic()
+    thresholds = np.asarray(state.thresholds)
     first_step = 0.0
+    log, checkpoints = loop.log, loop.checkpoints
     bar = tqdm(
         total=options.steps, initial=first, unit="step", disable=not progress, dynamic_ncols=True
     )
-    host = {"seed": options.seed}
-    with bar, metrics_path.open("a") as log, _stop_signals() as received:
+    with bar:
 
         def record(number: int, info: Any) -> None:
             info = jax.device_get(info)
             if not info.finite:
-                log.flush()
-                checkpoints.save(state, host)
-                checkpoints.wait()
+                # The step before made these parameters, and a checkpoint may hold them already.
+                checkpoints.drop_from(number - 1)
                 raise NotFinite(
-                    f"step {number}: a loss or gradient is not finite. The last good state is "
-                    f"saved ({options.out}/checkpoints). {_advice(options)}"
+                    f"step {number}: a loss or gradient is not finite. {_back_to(checkpoints)} "
+                    f"{_advice(options, command)}"
                 )
             seconds = elapsed + time.monotonic() - started
-            log.write(json.dumps(_row(number, info, task.thresholds, seconds)) + "\n")
-            log.flush()
+            log.append(_row(number, info, thresholds, seconds))
             worst = float(np.max(info.violations))
             many = np.asarray(info.multipliers)
             shown = (
@@ -418,8 +468,8 @@ def _train(
 
         pending = None
         for number in range(first + 1, options.steps + 1):
-            batch = place(task.batch(number - 1))
-            state, info = step(state, batch)
+            batch = loop.place(task.batch(number - 1))
+            state, info = loop.step(state, batch)
             # The step before is logged while this one runs.
             if pending is not None:
                 record(*pending)
@@ -427,15 +477,18 @@ def _train(
             if number == first + 1:
                 jax.block_until_ready(info)
                 first_step = time.monotonic() - started
-            if received or number % options.checkpoint_every == 0 or number == options.steps:
+            stopping = bool(loop.stop.received)
+            if stopping or number % options.checkpoint_every == 0 or number == options.steps:
                 record(*pending)
                 pending = None
-                checkpoints.save(state, host)
-            if received:
+                log.sync()
+                counted = {"rows": log.count, "rows_digest": log.digest}
+                checkpoints.save(state, {"identity": loop.digest, **counted})
+            if stopping:
                 checkpoints.wait()
                 raise Interrupted(
                     f"stopped after step {number}; saved. Go on with: "
                     f"jax-unlearn {command} --out {options.out} --resume",
-                    received[0],
+                    loop.stop.received[0],
                 )
     return state, first_step

@@ -9,7 +9,14 @@ import flax.linen as nn
 import jax
 
 from jax_unlearn.models import blocks
-from jax_unlearn.models.config import is_count, is_number, read_options, require, require_choices
+from jax_unlearn.models.config import (
+    is_count,
+    is_number,
+    listed_class,
+    read_options,
+    require,
+    require_choices,
+)
 from jax_unlearn.typing import Array
 
 __all__ = ["ACTIVATIONS", "NEUTRAL", "CLIPEncoder", "CLIPTowerConfig"]
@@ -106,8 +113,8 @@ class CLIPTowerConfig:
             a value that is malformed or not supported.
         """
         values = read_options(cls, config, name=cls.network, neutral=NEUTRAL)
-        architecture = (config.get("architectures") or [cls.network])[0]
-        return cls(**values | {"with_projection": architecture == f"{cls.network}WithProjection"})
+        projected = listed_class(config) == f"{cls.network}WithProjection"
+        return cls(**values | {"with_projection": projected})
 
     def __post_init__(self) -> None:
         """Checks every value: what is malformed here would fail late or not at all."""

@@ -17,13 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
+from jax_unlearn.models.config import is_count
+from jax_unlearn.models.files import read_json, shown
+from jax_unlearn.models.memory import check_parameters
+from jax_unlearn.models.tensors import read_header, read_tensor
 from jax_unlearn.typing import Array, ArrayLike, Params
 
 __all__ = ["Judge", "JudgeFunctions", "JudgeOutput", "load_judge", "save_judge"]
 
 _FORMAT = "jax_unlearn.judge/1"
+# The largest numbers of a judge that is read; a side of an image, a width, labels, features.
+_MOST = 2**16
+_MOST_LAYERS = 16
 
 
 class JudgeOutput(NamedTuple):
@@ -135,6 +142,8 @@ def save_judge(
 def load_judge(path: str | os.PathLike[str]) -> JudgeFunctions:
     """Loads a judge from a safetensors file and the json file beside it.
 
+    The path may also be that of a folder, of judge.safetensors and judge.json.
+
     The functions are jitted and compute in float32 whatever the type on disk. A call holds the
     activations of its whole batch in memory: give thousands of images at a time, not millions.
 
@@ -142,30 +151,29 @@ def load_judge(path: str | os.PathLike[str]) -> JudgeFunctions:
       (logits, features), two functions of images.
 
     Raises:
-      ValueError: if the path is no safetensors file, the json file is not a judge's, or the
-        tensors are not those of the module that it describes.
-      FileNotFoundError: if a file is missing.
+      ValueError: if a file is missing, cannot be read or is damaged, if the json file is not a
+        judge's, or if the tensors are not those of the module that it describes.
     """
-    path = _checked(path)
-    options = json.loads(path.with_suffix(".json").read_text())
-    if options.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path.with_suffix('.json')} has format {options.get('format')!r}, not {_FORMAT!r}: "
-            "write judges with save_judge."
-        )
-    shape = tuple(options["image_shape"])
-    module = Judge(
-        num_labels=options["num_labels"],
-        widths=tuple(options["widths"]),
-        num_features=options["num_features"],
-    )
-    stored = {name: value.astype(np.float32) for name, value in load_file(path).items()}
-    variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    path = pathlib.Path(path)
+    path = _checked(path / "judge.safetensors" if path.is_dir() else path)
+    module, shape = _read_options(path.with_suffix(".json"))
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), images)
+    check_parameters(variables, os.fspath(path.with_suffix(".json")))
+    stored = read_header(path)
     expected = jax.tree.map(jnp.shape, traverse_util.flatten_dict(variables["params"], sep="."))
-    found = {name: value.shape for name, value in stored.items()}
-    if found != expected:
-        raise ValueError(f"{path} holds {found}, but its json file describes {expected}.")
-    params = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(stored, sep="."))
+    if differing := [
+        f"{shown(name)} {stored[name].shape if name in stored else None} instead of "
+        f"{expected.get(name)}"
+        for name in sorted({*stored, *expected})
+        if name not in stored or stored[name].shape != expected.get(name)
+    ]:
+        raise ValueError(
+            f"{path} does not hold what its json file describes: {len(differing)} tensors differ, "
+            f"the first is {differing[0]}."
+        )
+    values = {name: jnp.asarray(read_tensor(name, one)) for name, one in stored.items()}
+    params = traverse_util.unflatten_dict(values, sep=".")
 
     @jax.jit
     def apply(params: Params, images: Array) -> JudgeOutput:
@@ -194,6 +202,36 @@ def _maximum_2x2(images: Array) -> Array:
     height, width = height // 2, width // 2
     blocks = images[:, : 2 * height, : 2 * width].reshape(n, height, 2, width, 2, channels)
     return blocks.max(axis=(2, 4))
+
+
+def _read_options(path: pathlib.Path) -> tuple[Judge, tuple[int, int, int]]:
+    """The module, and the shape of its images; ValueError for what is no judge's json file."""
+    options = read_json(path)
+    if options.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has format {shown(repr(options.get('format')))}, not {_FORMAT!r}: write "
+            "judges with save_judge."
+        )
+
+    def counts(value: Any) -> bool:
+        return isinstance(value, list) and all(is_count(item) and item <= _MOST for item in value)
+
+    checks: dict[str, Callable[[Any], bool]] = {
+        "image_shape": lambda value: counts(value) and len(value) == 3,
+        "num_labels": lambda value: counts([value]),
+        "widths": lambda value: counts(value) and 1 <= len(value) <= _MOST_LAYERS,
+        "num_features": lambda value: counts([value]),
+    }
+    for name, check in checks.items():
+        if not check(options.get(name)):
+            raise ValueError(f"{path} has a malformed {name}: {shown(repr(options.get(name)))}.")
+    height, width, channels = options["image_shape"]
+    module = Judge(options["num_labels"], tuple(options["widths"]), options["num_features"])
+    if min(height, width) < 2 ** len(module.widths):
+        raise ValueError(
+            f"{path} has images {height}×{width} too small for {len(module.widths)} convolutions."
+        )
+    return module, (height, width, channels)
 
 
 def _checked(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_unlearn.models import blocks
-from jax_unlearn.models.config import is_count, is_number, read_options, require, require_choices
+from jax_unlearn.models.config import (
+    MAX_TRANSFORMERS,
+    is_count,
+    is_number,
+    read_options,
+    require,
+    require_choices,
+)
 from jax_unlearn.models.transformer_2d import BasicTransformerBlock, Transformer2DModel
 from jax_unlearn.typing import Array, Condition, Params
 
@@ -169,6 +176,17 @@ class UNet2DConditionConfig:
                     f"attention_head_dim {heads} does not divide a level's {channels} channels: "
                     "it is the number of heads, not the channels of one."
                 )
+        transformers = sum(
+            (2 * self.at("layers_per_block", level) + 1)
+            * self.at("transformer_layers_per_block", level)
+            for level in self._attending_levels()
+        )
+        if transformers > MAX_TRANSFORMERS:
+            raise ValueError(
+                f"layers_per_block {self.layers_per_block} and transformer_layers_per_block "
+                f"{self.transformer_layers_per_block} make {transformers} transformer blocks: "
+                f"expected {MAX_TRANSFORMERS} at most."
+            )
         if len({self.at("cross_attention_dim", level) for level in self._attending_levels()}) != 1:
             raise ValueError(
                 f"cross_attention_dim {self.cross_attention_dim} must be one width at all levels "

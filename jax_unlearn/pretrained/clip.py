@@ -24,12 +24,14 @@ from jax_unlearn.models import clip_text, clip_vision
 from jax_unlearn.models.clip_encoder import NEUTRAL
 from jax_unlearn.models.clip_text import CLIPTextConfig, CLIPTextModel
 from jax_unlearn.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
-from jax_unlearn.models.config import is_number, read_options
+from jax_unlearn.models.config import is_number, listed_class, read_options
+from jax_unlearn.models.files import read_json, shown
 from jax_unlearn.models.judge import JudgeFunctions
-from jax_unlearn.pretrained.clip_tokenizer import CLIPTokenizer, load_tokenizer
+from jax_unlearn.pretrained.clip_tokenizer import CLIPTokenizer, read_tokenizer
+from jax_unlearn.pretrained.digests import check_digests
 from jax_unlearn.pretrained.hub import find_model
 from jax_unlearn.pretrained.networks import Network
-from jax_unlearn.pretrained.weights import read_json, read_params, weight_files
+from jax_unlearn.pretrained.weights import read_params, weight_files
 from jax_unlearn.typing import Array, ArrayLike, Params
 
 __all__ = ["CLIP", "clip_score", "embed_images", "embed_texts", "load_clip", "zero_shot"]
@@ -91,7 +93,8 @@ def load_clip(
         option or a treatment of images that is not supported, if its weights do not fit, see
         `load_network`, or if the tokenizer is not that of the text tower.
     """
-    folder, fetch = find_model(path_or_name)
+    folder, fetch, _ = find_model(path_or_name)
+    check_digests(folder, ())
     path = folder / "config.json"
     raw = read_json(path)
     try:
@@ -102,6 +105,7 @@ def load_clip(
         raise ValueError(f"{path}: {error}") from error
     mean, std = _normalisation(folder, vision)
     fetch(["model*.safetensors", "merges.txt"])
+    check_digests(folder, ())
     tokenize = _load_tokenizer(folder, tokenizer, text)
     text_shapes, vision_shapes = clip_text.param_shapes(text), clip_vision.param_shapes(vision)
     scale = {"logit_scale": jax.ShapeDtypeStruct((), jnp.float32)}
@@ -263,10 +267,9 @@ def _square(images: Array, size: int) -> Array:
 
 def _sections(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The config.json of each tower as a model of its own, with its projection."""
-    architectures = raw.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    name = listed_class(raw)
     if name != "CLIPModel":
-        raise ValueError(f"is of class {name!r}: expected 'CLIPModel'.")
+        raise ValueError(f"is of class {shown(repr(name))}: expected 'CLIPModel'.")
     neutral = (*NEUTRAL, "logit_scale_init_value")
     options = _Options(**read_options(_Options, raw, name="CLIPModel", neutral=neutral))
     sections = {}
@@ -274,7 +277,9 @@ def _sections(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         old = getattr(options, f"{tower}_config_dict")
         section = getattr(options, f"{tower}_config") if old is None else old
         if not isinstance(section, dict):
-            raise ValueError(f"{tower}_config is no object, but {section!r}: the tower is missing.")
+            raise ValueError(
+                f"{tower}_config is no object, but {shown(repr(section))}: the tower is missing."
+            )
         sections[tower] = section | {
             "architectures": [f"{config.network}WithProjection"],
             "projection_dim": options.projection_dim,
@@ -293,7 +298,7 @@ def _normalisation(
         path = folder / "preprocessor_config.json"
         options = read_json(path) if path.is_file() else {"image_mean": [0.5], "image_std": [0.5]}
     if not isinstance(options, dict):
-        raise ValueError(f"{path}: image_processor is no object, but {options!r}.")
+        raise ValueError(f"{path}: image_processor is no object, but {shown(repr(options))}.")
     side = vision.image_size
     allowed: dict[str, list[Any]] = {
         "size": [side, {"shortest_edge": side}],
@@ -304,12 +309,14 @@ def _normalisation(
     for name, values in allowed.items():
         if options.get(name) is not None and options[name] not in values:
             raise ValueError(
-                f"{path}: {name} {options[name]!r} is not supported: expected "
+                f"{path}: {name} {shown(repr(options[name]))} is not supported: expected "
                 f"{' or '.join(map(repr, values))}."
             )
     factor = options.get("rescale_factor", 1 / 255)
     if not is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{path}: rescale_factor {factor!r} is not supported: expected 1 / 255.")
+        raise ValueError(
+            f"{path}: rescale_factor {shown(repr(factor))} is not supported: expected 1 / 255."
+        )
     if not options.get("do_normalize", True):
         return (0.0,), (1.0,)
     moments = []
@@ -323,7 +330,7 @@ def _normalisation(
         ):
             raise ValueError(
                 f"{path}: {name} must be a list of {vision.num_channels} numbers, those of "
-                f"image_std positive, not {values!r}."
+                f"image_std positive, not {shown(repr(values))}."
             )
         moments.append(tuple(map(float, values)))
     return moments[0], moments[1]
@@ -334,9 +341,10 @@ def _load_tokenizer(
 ) -> CLIPTokenizer:
     """The tokenizer; ValueError if its tokens are not those that the text tower looks for."""
     if other is not None:
-        folder, fetch = find_model(other)
+        folder, fetch, _ = find_model(other)
         fetch(["merges.txt"])
-    tokenizer = load_tokenizer(folder)
+        check_digests(folder, ())
+    tokenizer = read_tokenizer(folder)
     most = max(tokenizer.bpe.get_vocab().values())
     # 2 means the highest token, see CLIPTextConfig.
     end = most if text.eos_token_id == 2 else text.eos_token_id

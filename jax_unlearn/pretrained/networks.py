@@ -12,11 +12,14 @@ from jax_unlearn.models import autoencoder_kl, clip_text, clip_vision, unet_2d, 
 from jax_unlearn.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jax_unlearn.models.clip_text import CLIPTextConfig, CLIPTextModel
 from jax_unlearn.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from jax_unlearn.models.config import listed_class
+from jax_unlearn.models.files import read_json, shown
 from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel
 from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from jax_unlearn.pretrained.digests import check_digests
+from jax_unlearn.pretrained.hub import check_folder
 from jax_unlearn.pretrained.weights import (
     new_folder,
-    read_json,
     read_params,
     weight_files,
     write_json,
@@ -24,7 +27,7 @@ from jax_unlearn.pretrained.weights import (
 )
 from jax_unlearn.typing import Params
 
-__all__ = ["Network", "load_network", "save_network", "write_network"]
+__all__ = ["Network", "load_network", "read_network", "save_network", "write_network"]
 
 
 class Network(NamedTuple):
@@ -106,10 +109,17 @@ def load_network(
 
     Raises:
       ValueError: if there is no such network, if it is of another class or needs an option that
-        is not supported, if its weights are pickled, damaged, not finite, missing, misshapen
-        or of no parameter.
+        is not supported, if its weights are pickled, damaged, not finite, missing, misshapen,
+        of no parameter or too many for this machine, or as `check_folder` and `check_digests`.
     """
     folder = pathlib.Path(folder)
+    check_folder(folder)
+    check_digests(folder)
+    return read_network(folder, dtype=dtype, variant=variant)
+
+
+def read_network(folder: pathlib.Path, *, dtype: Any = None, variant: str | None = None) -> Network:
+    """As `load_network`, from a folder that was checked."""
     raw = read_json(folder / "config.json")
     try:
         kind = _kind(raw)
@@ -151,9 +161,7 @@ def write_network(folder: pathlib.Path, config: Mapping[str, Any], params: Param
 
 def _kind(config: Mapping[str, Any]) -> _Kind:
     """The network's class: diffusers and transformers name it by different keys."""
-    architectures = config.get("architectures")
-    listed = architectures[0] if isinstance(architectures, list) and architectures else None
-    name = config.get("_class_name", listed)
+    name = config.get("_class_name", listed_class(config))
     if not isinstance(name, str) or name not in _KINDS:
-        raise ValueError(f"is of class {name!r}: expected one of {sorted(_KINDS)}.")
+        raise ValueError(f"is of class {shown(repr(name))}: expected one of {sorted(_KINDS)}.")
     return _KINDS[name]

@@ -17,6 +17,8 @@ import numpy as np
 import optax
 from flax import traverse_util
 
+from jax_unlearn.pretrained.digests import check_digests
+from jax_unlearn.pretrained.hub import check_folder
 from jax_unlearn.pretrained.weights import (
     diffusers_key,
     new_folder,
@@ -265,12 +267,16 @@ def load_lora(path: str | os.PathLike[str], params: Params) -> Params:
 
     Raises:
       ValueError: if there is no such file, it is damaged, or it is not of this network: it changes
-        a kernel that is not there, or one of another shape.
+        a kernel that is not there, or one of another shape; or as `check_folder` and
+        `check_digests`.
     """
     file = pathlib.Path(path)
-    file = file / _LORA_FILE if file.is_dir() else file
-    if not file.is_file():
+    if os.path.isdir(file):
+        check_folder(file, ())
+        file = file / _LORA_FILE
+    if not os.path.lexists(file):
         raise ValueError(f"{path} has no low-rank change: expected {_LORA_FILE}.")
+    check_digests(file.parent, ())
     stored, shapes = stored_shapes(file), {}
     for (*module, name), leaf in _flat(params).items():
         down = stored.get(diffusers_key(("unet", *module, "lora_A", name)))

@@ -6,6 +6,7 @@ are then no longer needed.
 """
 
 import os
+import pathlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -14,13 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jax_unlearn.models.autoencoder_kl import Gaussian, sample_latents
-from jax_unlearn.models.clip_text import TextEncoding
-from jax_unlearn.pretrained.clip_tokenizer import CLIPTokenizer, load_tokenizer
+from jax_unlearn.models.autoencoder_kl import AutoencoderKL, Gaussian, sample_latents
+from jax_unlearn.models.clip_text import CLIPTextModel, TextEncoding
+from jax_unlearn.models.files import read_json
+from jax_unlearn.pretrained.clip_tokenizer import CLIPTokenizer, read_tokenizer
+from jax_unlearn.pretrained.digests import check_digests
 from jax_unlearn.pretrained.hub import find_model
-from jax_unlearn.pretrained.networks import Network, load_network
-from jax_unlearn.pretrained.unet import TEXT_TO_IMAGE, Pretrained, load_pretrained, unet_folder
-from jax_unlearn.pretrained.weights import read_json
+from jax_unlearn.pretrained.networks import Network, read_network
+from jax_unlearn.pretrained.unet import TEXT_TO_IMAGE, Pretrained, load_denoiser, unet_folder
 from jax_unlearn.typing import Array, Condition, Params
 
 __all__ = [
@@ -56,19 +58,19 @@ class TextToImage(NamedTuple):
         return height * config.factor, width * config.factor, config.out_channels
 
 
-def is_text_to_image(path_or_name: str | os.PathLike[str]) -> bool:
+def is_text_to_image(path_or_name: str | os.PathLike[str], *, revision: str | None = None) -> bool:
     """Whether a folder or hub name is a model from text to image.
 
     That is a pipeline that `load_text_to_image` takes, or the `UNet2DConditionModel` of one alone.
-    For the latter `load_text_to_image` says what is missing.
+    For the latter `load_text_to_image` says what is missing. `revision` is as there.
 
     Raises:
       ValueError: if there is no such model, or its json is malformed.
     """
-    folder, _ = find_model(path_or_name)
+    folder = find_model(path_or_name, revision).folder
     index, network = folder / "model_index.json", unet_folder(folder) / "config.json"
     if index.is_file():
-        return read_json(index).get("_class_name") in TEXT_TO_IMAGE
+        return read_json(index).get("_class_name") in list(TEXT_TO_IMAGE)
     return network.is_file() and read_json(network).get("_class_name") == "UNet2DConditionModel"
 
 
@@ -78,6 +80,7 @@ def load_text_to_image(
     dtype: Any = None,
     variant: str | None = None,
     remat: bool = False,
+    revision: str | None = None,
 ) -> TextToImage:
     """Loads a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, without torch.
 
@@ -88,6 +91,7 @@ def load_text_to_image(
       variant: which of several sets of the denoiser's weights, e.g. "fp16"; of the other parts the
         unnamed ones, or the only ones, are taken.
       remat: compute the denoiser's blocks again in backward passes, as `load_pretrained`.
+      revision: branch, tag or commit of a model on the hub; None is its main branch.
 
     Returns:
       The pipeline; all parameters are float32.
@@ -96,14 +100,22 @@ def load_text_to_image(
       ValueError: as `load_pretrained`, if the model is not one from text to image, or if its parts
         do not fit one another.
     """
-    folder, fetch = find_model(path_or_name)
+    found = find_model(path_or_name, revision)
+    folder = found.folder
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{os.fspath(path_or_name)} has no model_index.json, so nothing that encodes prompts "
             f"and images: expected the folder of one of {', '.join(TEXT_TO_IMAGE)}. A UNet alone "
             "is for load_pretrained, and takes prompts that are encoded."
         )
-    pretrained = load_pretrained(path_or_name, dtype=dtype, variant=variant, remat=remat)
+    pretrained = load_denoiser(
+        found,
+        os.fspath(path_or_name),
+        dtype=dtype,
+        variant=variant,
+        remat=remat,
+        revision=revision,
+    )
     kind = pretrained.config.pipeline.get("_class_name")
     if kind not in TEXT_TO_IMAGE:
         raise ValueError(
@@ -111,13 +123,16 @@ def load_text_to_image(
             f"{', '.join(TEXT_TO_IMAGE)}."
         )
     parts = [part for part in TEXT_TO_IMAGE[kind] if part != "unet"]
-    fetch([f"{part}/{files}" for part in parts for files in ("*.safetensors", "merges.txt")])
+    found.fetch([f"{part}/{files}" for part in parts for files in ("*.safetensors", "merges.txt")])
+    check_digests(folder, parts)
     # "text_encoder" before "text_encoder_2", whose hidden states are joined in this order.
+    tokenizers = [read_tokenizer(folder / part) for part in parts if part[:5] == "token"]
+    encoders = [_part(folder / part, CLIPTextModel) for part in parts if part[:5] == "text_"]
     model = TextToImage(
         pretrained,
-        tuple(load_tokenizer(folder / part) for part in parts if part.startswith("tokenizer")),
-        tuple(load_network(folder / part) for part in parts if part.startswith("text_encoder")),
-        load_network(folder / "vae"),
+        tuple(map(_fitted, tokenizers, encoders)),
+        tuple(encoders),
+        _part(folder / "vae", AutoencoderKL),
     )
     _check_widths(model, os.fspath(path_or_name))
     return model
@@ -215,6 +230,21 @@ def _decode_latents(module: nn.Module, params: Params, latents: Array) -> Array:
     return cast(Array, module.apply({"params": params}, latents, method="decode"))
 
 
+def _part(folder: pathlib.Path, kind: type[nn.Module]) -> Network:
+    """The network in a folder; ValueError if it is of another kind."""
+    network = read_network(folder)
+    if not isinstance(network.module, kind):
+        found = type(network.module).__name__
+        raise ValueError(f"{folder} holds a network {found}: expected {kind.__name__}.")
+    return network
+
+
+def _fitted(tokenizer: CLIPTokenizer, encoder: Network) -> CLIPTokenizer:
+    """A tokenizer whose prompts are no longer than the text encoder takes."""
+    config: Any = encoder.module.config
+    return tokenizer._replace(length=min(tokenizer.length, config.max_position_embeddings))
+
+
 def _check_widths(model: TextToImage, name: str) -> None:
     """What one part hands to another must be as wide as that takes, or it would fail late."""
     unet: Any = model.pretrained.apply
@@ -230,8 +260,10 @@ def _check_widths(model: TextToImage, name: str) -> None:
         ),
     }
     if len(encoders) == 2:
+        last = encoders[-1]
+        pooled = last.projection_dim if last.with_projection else last.hidden_size
         pairs["values of the pooled text and the sizes"] = (
-            encoders[-1].projection_dim + 6 * (unet.config.addition_time_embed_dim or 0),
+            pooled + 6 * (unet.config.addition_time_embed_dim or 0),
             unet.config.projection_class_embeddings_input_dim,
         )
     pairs["embeddings of sizes"] = (

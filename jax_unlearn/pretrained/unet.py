@@ -17,11 +17,20 @@ from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
+from jax_unlearn.models.files import read_json, shown
 from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel
 from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionDenoiser
-from jax_unlearn.pretrained.hub import find_model
-from jax_unlearn.pretrained.networks import load_network, write_network
-from jax_unlearn.pretrained.weights import new_folder, read_json, write_json
+from jax_unlearn.pretrained.digests import check_digests
+from jax_unlearn.pretrained.hub import (
+    SUFFIXES,
+    FoundModel,
+    check_folder,
+    find_model,
+    is_hub_name,
+    is_plain_name,
+)
+from jax_unlearn.pretrained.networks import read_network, write_network
+from jax_unlearn.pretrained.weights import new_folder, write_json
 from jax_unlearn.schedules import NoiseSchedule, from_diffusers
 from jax_unlearn.typing import Array, Condition, Params
 
@@ -30,6 +39,7 @@ __all__ = [
     "PretrainedConfig",
     "TEXT_TO_IMAGE",
     "UNet2DDenoiser",
+    "load_denoiser",
     "load_pretrained",
     "relabelled",
     "save_pretrained",
@@ -46,8 +56,6 @@ TEXT_TO_IMAGE = {
 """The pipelines from text to image, and the parts that they must have."""
 
 _TEXT_NETWORK = "UNet2DConditionModel"
-# What a part is read from; the rest of a folder are pickles and the files of other frameworks.
-_SUFFIXES = (".json", ".txt", ".safetensors")
 # These do not noise by x_t = α x_0 + σ ε at integer t, or noise what is no continuous image.
 _OTHER_PROCESSES = re.compile(r"ScoreSde|Karras|EDM|Flow|VQ|RePaint|IPNDM|CM|TCD|LCM|Consistency")
 
@@ -65,6 +73,9 @@ class PretrainedConfig:
       name: what reports call it; "" is its source.
       pipeline: the raw `model_index.json` of a pipeline from text to image; {} for others, and
         for a `UNet2DConditionModel` alone.
+      revision: of the hub's repository, as it was asked for; "" is its main branch.
+      commit: of the hub's repository, to which the revision led; "" for a folder that was here.
+      folder: where it was read from on this disk; "" for a model that was not read.
     """
 
     unet: dict[str, Any]
@@ -74,6 +85,9 @@ class PretrainedConfig:
     source: str = ""
     pipeline: dict[str, Any] = dataclasses.field(default_factory=dict)
     name: str = ""
+    revision: str = ""
+    commit: str = ""
+    folder: str = ""
 
     @property
     def text_conditional(self) -> bool:
@@ -165,6 +179,7 @@ def load_pretrained(
     dtype: Any = None,
     variant: str | None = None,
     remat: bool = False,
+    revision: str | None = None,
 ) -> Pretrained:
     """Loads the denoiser of a diffusers pipeline, or one alone, with its schedule, without torch.
 
@@ -193,6 +208,7 @@ def load_pretrained(
         unnamed one, or the only one.
       remat: compute each block again in backward passes: a third more time, and a fraction of the
         memory.
+      revision: branch, tag or commit of a model on the hub; None is its main branch.
 
     Returns:
       The model, its parameters, its noise schedule and its raw configuration.
@@ -200,7 +216,9 @@ def load_pretrained(
     Raises:
       ValueError: if there is no such model, if it is of another class, lacks a part or needs an
         option that is not supported, if its weights are pickled, damaged, not finite, missing,
-        misshapen or of no parameter, or if a `UNet2DConditionModel` alone has no scheduler.
+        misshapen, of no parameter or too many for this machine, if a `UNet2DConditionModel` alone
+        has no scheduler, if the folder has links out of itself, or if files are not those that
+        its `model.sha256` lists.
 
     Example:
       A UNet alone, inside the folder of its pipeline:
@@ -213,7 +231,32 @@ def load_pretrained(
       >>> load_pretrained(embedded.model_path(), scheduler=given).schedule.num_steps
       50
     """
-    folder, fetch = find_model(path_or_name)
+    found = find_model(path_or_name, revision)
+    return load_denoiser(
+        found,
+        os.fspath(path_or_name),
+        scheduler=scheduler,
+        dtype=dtype,
+        variant=variant,
+        remat=remat,
+        revision=revision,
+    )
+
+
+def load_denoiser(
+    model: FoundModel,
+    source: str,
+    *,
+    scheduler: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    variant: str | None = None,
+    remat: bool = False,
+    revision: str | None = None,
+) -> Pretrained:
+    """As `load_pretrained`, of a model that was found under the name `source`."""
+    folder, fetch, commit = model
+    read_parts = ("unet", "scheduler")
+    check_digests(folder, read_parts)
     index = folder / "model_index.json"
     index = read_json(index) if index.is_file() else {}
     _check_pipeline(index, folder)
@@ -227,7 +270,7 @@ def load_pretrained(
     of_text = isinstance(network, UNet2DConditionConfig)
     if found is None and of_text:
         raise ValueError(
-            f"{os.fspath(path_or_name)} is a {_TEXT_NETWORK} without a scheduler_config.json, so "
+            f"{source} is a {_TEXT_NETWORK} without a scheduler_config.json, so "
             "that its noise is unknown: pass scheduler=, the path of its pipeline or of its "
             "scheduler_config.json, or what that holds."
         )
@@ -249,9 +292,19 @@ def load_pretrained(
     only = f".{variant}" if variant else ""
     stem = f"diffusion_pytorch_model*{only}*.safetensors"
     fetch([f"unet/{stem}", stem])
-    params = load_network(network_folder, variant=variant).params
-    source, pipeline = os.fspath(path_or_name), index if of_text else {}
-    config = PretrainedConfig(unet, read, id2label, null_label, source, pipeline)
+    check_digests(folder, read_parts)
+    params = read_network(network_folder, variant=variant).params
+    config = PretrainedConfig(
+        unet,
+        read,
+        id2label,
+        null_label,
+        source,
+        pipeline=index if of_text else {},
+        revision=revision or "",
+        commit=commit,
+        folder=os.fspath(folder),
+    )
     return Pretrained(apply, params, schedule, config)
 
 
@@ -326,8 +379,11 @@ def save_pretrained(
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         write_network(network, names | config.unet, pretrained.params)
         if unchanged := sorted(_parts(config.pipeline) - {"unet", "scheduler"}):
-            source, fetch = find_model(config.source)
-            fetch([f"{part}/*{suffix}" for part in unchanged for suffix in _SUFFIXES])
+            # The commit, since a branch may have moved.
+            at = (config.commit or config.revision) if is_hub_name(config.source) else None
+            source, fetch, _ = find_model(config.source, at or None)
+            fetch([f"{part}/*{suffix}" for part in unchanged for suffix in SUFFIXES])
+            check_digests(source, unchanged)
             for part in unchanged:
                 _copy_part(source / part, folder / part, hard_links)
 
@@ -353,7 +409,7 @@ def _copy_part(source: pathlib.Path, target: pathlib.Path, hard_links: bool) -> 
     chosen = {}
     # An unnamed file, which has the shorter name, takes the place of its variants.
     for path in sorted(source.iterdir(), key=lambda path: (-len(path.name), path.name)):
-        if path.suffix in _SUFFIXES and path.is_file():
+        if path.suffix in SUFFIXES and path.is_file():
             chosen[re.sub(r"\.\w+\.safetensors$", ".safetensors", path.name)] = path
     for name, path in chosen.items():
         if not hard_links:
@@ -369,20 +425,34 @@ def _copy_part(source: pathlib.Path, target: pathlib.Path, hard_links: bool) -> 
 
 
 def _parts(index: Mapping[str, Any]) -> set[str]:
-    """The parts that a `model_index.json` names, each in the folder of its name."""
-    return {
+    """The parts that a `model_index.json` names, each in the folder of its name.
+
+    Raises:
+      ValueError: for a name that is the path of another folder.
+    """
+    parts = {
         name
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and value != [None, None]
     }
+    if odd := sorted(name for name in parts if not is_plain_name(name)):
+        raise ValueError(
+            f"model_index.json names a part {shown(repr(odd[0]))}: expected the name of a folder "
+            "beside it."
+        )
+    return parts
 
 
 def _check_pipeline(index: Mapping[str, Any], folder: pathlib.Path) -> None:
-    parts, kind = _parts(index), index.get("_class_name")
+    try:
+        parts, kind = _parts(index), index.get("_class_name")
+    except ValueError as error:
+        raise ValueError(f"{folder / 'model_index.json'}: {error}") from error
+    kind = shown(kind) if isinstance(kind, str) else None
     if kind not in TEXT_TO_IMAGE:
         if odd := sorted(parts - {"unet", "scheduler"}):
             raise ValueError(
-                f"{folder} is a {kind or 'pipeline'} with the parts {odd}: expected one of "
+                f"{folder} is a {kind or 'pipeline'} with the parts {shown(odd)}: expected one of "
                 f"{', '.join(TEXT_TO_IMAGE)}, or a pixel-space pipeline of a UNet2DModel and a "
                 "scheduler, such as DDPMPipeline."
             )
@@ -402,7 +472,9 @@ def _read_network(
         expected = expected[1:] if index.get("_class_name") in TEXT_TO_IMAGE else expected[:1]
     kind = unet.get("_class_name")
     if kind not in expected:
-        raise ValueError(f"is of class {kind!r}: expected {' or '.join(map(repr, expected))}.")
+        raise ValueError(
+            f"is of class {shown(repr(kind))}: expected {' or '.join(map(repr, expected))}."
+        )
     if kind != _TEXT_NETWORK:
         return UNet2DConfig.from_diffusers(unet)
     network = UNet2DConditionConfig.from_diffusers(unet)
@@ -416,13 +488,17 @@ def _read_network(
 
 def _find_scheduler(folder: pathlib.Path) -> tuple[dict[str, Any] | None, str]:
     """The scheduler's config, wherever it lies, or None; and where that is."""
-    places = [folder / "scheduler", folder]
-    if folder.absolute().name == "unet":  # The bare network inside a pipeline folder.
-        places.append(folder.absolute().parent / "scheduler")
-    for place in places:
+    for place in (folder / "scheduler", folder):
         path = place / "scheduler_config.json"
         if path.is_file():
             return read_json(path), os.fspath(path)
+    above = folder.absolute().parent
+    path = above / "scheduler" / "scheduler_config.json"
+    if folder.absolute().name == "unet" and path.is_file():
+        # The bare network inside a pipeline's folder, of which no more was looked at.
+        check_folder(above, ["scheduler"])
+        check_digests(above, ["scheduler"])
+        return read_json(path), os.fspath(path)
     return None, f"the scheduler_config.json of {folder}"
 
 
@@ -437,7 +513,9 @@ def _given_scheduler(
     path = pathlib.Path(scheduler)
     if path.is_file():
         return read_json(path), os.fspath(path)
-    found, where = _find_scheduler(find_model(scheduler)[0])
+    folder = find_model(scheduler).folder
+    check_digests(folder, ["scheduler"])
+    found, where = _find_scheduler(folder)
     if found is None:
         raise ValueError(f"scheduler {os.fspath(scheduler)} has no scheduler_config.json.")
     return found, where
@@ -447,8 +525,8 @@ def _read_schedule(scheduler: Mapping[str, Any]) -> NoiseSchedule:
     kind = str(scheduler.get("_class_name", "DDPMScheduler"))
     if _OTHER_PROCESSES.search(kind):
         raise ValueError(
-            f"is of class {kind!r}: expected a scheduler of a discrete variance-preserving "
-            "process, such as 'DDPMScheduler'."
+            f"is of class {shown(repr(kind))}: expected a scheduler of a discrete "
+            "variance-preserving process, such as 'DDPMScheduler'."
         )
     return from_diffusers(scheduler)
 
@@ -462,10 +540,10 @@ def _read_labels(
     where = f"id2label in {folder / 'model_index.json'}"
     try:
         labels = {int(label): str(name) for label, name in labels.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} must map integers to names, not {labels!r}.") from error
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where} must map integers to names, not {shown(labels)}.") from error
     if sorted(labels) != list(range(len(labels))):
-        raise ValueError(f"{where} must name the labels 0, 1, 2, ..., not {sorted(labels)}.")
+        raise ValueError(f"{where} must name the labels 0, 1, 2, ..., not {shown(sorted(labels))}.")
     count = network.num_class_embeds
     if network.class_embed_type is None and count not in (len(labels), len(labels) + 1):
         raise ValueError(f"{where} names {len(labels)} labels for {count} class embeddings.")

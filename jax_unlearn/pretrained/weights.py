@@ -5,6 +5,7 @@ a path of parameters maps to a tensor by rule. Every tensor is used and every pa
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -12,21 +13,26 @@ import pathlib
 import re
 import secrets
 import shutil
+import socket
+import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors
 
+from jax_unlearn.models.files import read_json, shown
+from jax_unlearn.models.memory import check_parameters
+from jax_unlearn.models.tensors import StoredTensor, check_float, read_header, read_tensor
+from jax_unlearn.pretrained.digests import write_digests
+from jax_unlearn.pretrained.hub import is_plain_name
 from jax_unlearn.typing import Array, Params
 
 __all__ = [
+    "clean_leftovers",
     "diffusers_key",
     "new_folder",
-    "read_json",
     "read_params",
     "weight_files",
     "write_json",
@@ -34,12 +40,6 @@ __all__ = [
 ]
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_INTEGERS = {
-    f"{kind}{bits}": f"{name}{bits}"
-    for kind, name in (("I", "int"), ("U", "uint"))
-    for bits in (8, 16, 32, 64)
-}
 _LISTS = re.compile(
     r"(down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|transformer_blocks|to_out"
     r"|net|layers)_(\d+)"
@@ -66,19 +66,6 @@ def diffusers_key(path: tuple[str, ...]) -> str:
     return ".".join([*modules, path[-1] if path[-1] in _OWN_NAMES else "weight"])
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a json file; ValueError if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}: is it a diffusers model?") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no readable json: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a json object, not a {type(content).__name__}.")
-    return content
-
-
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     """Writes an object, indented."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -91,36 +78,102 @@ _MODEL_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safeten
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[pathlib.Path]:
     """A folder to fill that takes its place when the block ends without an error.
 
-    It appears complete or not at all. A model that it replaces is deleted only then.
+    It appears complete or not at all, with the digests of its files in `model.sha256`. A model
+    that it replaces is deleted only then.
 
     Raises:
-      ValueError: if `path` exists and is not to be overwritten, or holds something other than a
-        model.
+      ValueError: if `path` exists and is not to be overwritten, holds something other than a
+        model, or cannot be made.
+      OSError: if the disk is full.
     """
     target = pathlib.Path(path).absolute()
     if os.path.lexists(target):
+        if not os.path.exists(target):
+            raise ValueError(f"{path} is a link to nothing: remove it, or choose another folder.")
         if not overwrite:
             raise ValueError(f"{path} exists: choose another folder, or pass overwrite=True.")
-        if not any((target / name).is_file() for name in _MODEL_FILES):
+        if not any(os.path.isfile(target / name) for name in _MODEL_FILES):
             raise ValueError(f"{path} exists and holds no model: it is not overwritten.")
-    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    # The host too, since process numbers say nothing of those on other machines.
+    mark = f"{os.getpid()}-{_host()}-{secrets.token_hex(4)}"
     new, old = (target.with_name(f".{target.name}.{state}-{mark}") for state in ("new", "old"))
     try:
-        new.mkdir(parents=True)
+        with _explained(path):
+            new.mkdir(parents=True)
         yield new
-        if os.path.lexists(target):
-            target.rename(old)
-            try:
-                new.rename(target)
-            except OSError:
-                old.rename(target)
-                raise
-        else:
-            new.rename(target)
+        write_digests(new)
+        with _explained(path):
+            _replace(new, target, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     if os.path.lexists(old):
         shutil.rmtree(old)
+
+
+def _replace(new: pathlib.Path, target: pathlib.Path, old: pathlib.Path) -> None:
+    """Renames `new` to `target`, and what is there to `old`."""
+    if not os.path.lexists(target):
+        new.rename(target)
+        return
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+
+
+@contextlib.contextmanager
+def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes one line of what the system says against a folder; a full disk is no wrong input."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"the folder {path} cannot be made: {error.strerror}.") from error
+
+
+def clean_leftovers(target: str | os.PathLike[str]) -> None:
+    """Removes what killed processes left of `new_folder` beside a folder.
+
+    If one was killed between its two renames, the folder is missing: the model that was to be
+    replaced then returns to its place. What a process that still lives, or one on another host,
+    has there stays.
+
+    Args:
+      target: the folder that was to be made.
+    """
+    target = pathlib.Path(target).absolute()
+    if os.name == "nt" or not target.parent.is_dir():  # Windows cannot ask without ending it.
+        return
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(new|old)-(\d+)-(?:([0-9a-f]{{8}})-)?\w+")
+    left = {path: pattern.fullmatch(path.name) for path in target.parent.iterdir()}
+    left = {
+        path: match[1]
+        for path, match in left.items()
+        if match and match[3] in (None, _host()) and not _lives(int(match[2]))
+    }
+    before = [path for path, state in left.items() if state == "old"]
+    if before and not os.path.lexists(target):
+        max(before, key=lambda path: path.stat().st_mtime_ns).rename(target)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _host() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _lives(process: int) -> bool:
+    """Whether there is such a process here."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # It is another user's.
+        return True
+    return True
 
 
 def weight_files(
@@ -172,8 +225,8 @@ def weight_files(
         raise ValueError(f"{path} has no weight_map from names to files.")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if pathlib.PurePath(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{path} lists {name!r}, which is not a file beside it.")
+        if not is_plain_name(name) or not (folder / name).is_file():
+            raise ValueError(f"{path} lists {shown(repr(name))}, which is not a file beside it.")
     return [folder / name for name in names]
 
 
@@ -194,25 +247,26 @@ def read_params(shapes: Params, files: list[pathlib.Path]) -> Params:
       ValueError: if a file is damaged, or a tensor is missing, misshapen, given twice, of no
         parameter, not of floats or not finite.
     """
+    check_parameters(shapes, f"the configuration of {files[0].parent}")
     leaves = _leaves(shapes)
     renamed = {other: key for key in leaves for other in _other_names(key)}
-    found: dict[str, tuple[str, _Stored]] = {}
+    found: dict[str, tuple[str, StoredTensor]] = {}
     extra, misshapen, doubled = [], [], []
-    for name, stored in ((n, t) for file in files for n, t in _read_header(file).items()):
+    for name, stored in ((n, t) for file in files for n, t in read_header(file).items()):
         key = renamed.get(name, name)
         if key not in leaves:
             if not _NO_PARAMETER.fullmatch(name):
-                extra.append(name)
+                extra.append(shown(name))
             continue
         if key in found:
-            doubled.append(name)
+            doubled.append(shown(name))
             continue
-        if stored.dtype not in _FLOATS:
-            dtype = _INTEGERS.get(stored.dtype, stored.dtype)
-            raise ValueError(f"tensor {name} is of dtype {dtype}: expected a float.")
+        check_float(name, stored)
         wanted = _torch_shape(*leaves[key])
         if stored.shape != wanted:
-            misshapen.append(f"{name} {list(stored.shape)} instead of {list(wanted)}")
+            misshapen.append(
+                f"{shown(name)} {shown(repr(list(stored.shape)))} instead of {list(wanted)}"
+            )
         found[key] = name, stored
     problems = {
         "missing": [key for key in leaves if key not in found],
@@ -226,10 +280,7 @@ def read_params(shapes: Params, files: list[pathlib.Path]) -> Params:
         )
     params: dict[str, Array] = {}
     for key, (name, stored) in found.items():
-        values = _read(stored).astype(np.float32, copy=False)
-        if not np.isfinite(values).all():
-            raise ValueError(f"tensor {name} holds values that are not finite.")
-        values = np.asarray(_from_torch(leaves[key][0], values), order="C")
+        values = np.asarray(_from_torch(leaves[key][0], read_tensor(name, stored)), order="C")
         # Otherwise copies to the device wait in a queue, each with its array here.
         params[key] = jax.block_until_ready(jnp.asarray(values))
     return jax.tree.unflatten(jax.tree.structure(shapes), [params[key] for key in leaves])
@@ -237,7 +288,7 @@ def read_params(shapes: Params, files: list[pathlib.Path]) -> Params:
 
 def stored_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a file's tensors, as in torch, by name; ValueError for a damaged file."""
-    return {name: stored.shape for name, stored in _read_header(path).items()}
+    return {name: stored.shape for name, stored in read_header(path).items()}
 
 
 def write_params(path: pathlib.Path, shapes: Params, params: Params) -> None:
@@ -302,7 +353,10 @@ def _to_torch(path: tuple[str, ...], values: np.ndarray) -> np.ndarray:
 
 
 def _torch_shape(path: tuple[str, ...], leaf: Any) -> tuple[int, ...]:
-    return _to_torch(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
+    shape = leaf.shape
+    if path[-1] != "kernel":
+        return shape
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
 
 
 def _from_torch(path: tuple[str, ...], values: np.ndarray) -> np.ndarray:
@@ -331,39 +385,6 @@ def _describe(problems: Mapping[str, list[str]]) -> str:
         for kind, names in problems.items()
         if names
     )
-
-
-class _Stored(NamedTuple):
-    """Where a tensor lies: its bytes in the file, and what they are."""
-
-    path: pathlib.Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
-def _read_header(path: pathlib.Path) -> dict[str, _Stored]:
-    """The tensors of a file, by name."""
-    try:
-        # This checks that the header is sound and that its tensors fill the file.
-        with safetensors.safe_open(path, framework="numpy"), path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (safetensors.SafetensorError, OSError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    return {
-        name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
-        for name, entry in header.items()
-        for start, end in [entry["data_offsets"]]
-    }
-
-
-def _read(stored: _Stored) -> np.ndarray:
-    """The tensor; read and not mapped, since pages of a mapping stay until the last is read."""
-    values = np.fromfile(stored.path, np.uint8, stored.size, offset=stored.offset)
-    return values.view(_FLOATS[stored.dtype]).reshape(stored.shape)
 
 
 def _on_host(leaf: Any) -> np.ndarray:

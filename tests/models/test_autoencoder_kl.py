@@ -93,7 +93,7 @@ FULL = {
         ({"block_out_channels": [128]}, "one length, not 1, 4 and 4"),
         ({"norm_num_groups": 48}, "does not divide the 128"),
         ({"shift_factor": 0.1}, "shift_factor 0.1 is not supported"),
-        ({"latents_mean": [0.0]}, "latents_mean 0.0 is not supported"),
+        ({"latents_mean": [0.0]}, r"latents_mean \(0.0,\) is not supported"),
         ({"scaling_factor": 0}, "scaling_factor is malformed"),
         ({"use_quant_conv": None}, "use_quant_conv is malformed"),
         ({"act_fn": "tanh"}, "act_fn 'tanh'"),

@@ -58,13 +58,17 @@ def test_long_prompts_are_reported_and_not_cut(tmp_path):
     with pytest.raises(ValueError, match="78 tokens with start and end, .* takes 77: shorten 'cat"):
         tokenizer(["", "cat " * 76])
     assert load_tokenizer(write_tokenizer(tmp_path, model_max_length=9))("").shape == (1, 9)
+    # What transformers writes for a tokenizer without a length of its own.
+    none = load_tokenizer(write_tokenizer(tmp_path, model_max_length=int(1e30)))
+    assert none("").shape == (1, 77)
 
 
 def test_malformed_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"neither vocab.json and merges.txt nor tokenizer.json"):
         load_tokenizer(tmp_path)
     for options, message in [
-        ({"model_max_length": 1e30}, "malformed model_max_length: 1e"),
+        ({"model_max_length": 10**9}, "malformed model_max_length: 1000000000. Expected 2 to"),
+        ({"model_max_length": 1}, "malformed model_max_length: 1"),
         ({"pad": "<pad>"}, "names a token '<pad>' beside its vocabulary"),
         ({"pad": None}, "the pad_token of .* is malformed: None"),
         ({"additional_special_tokens": ["<holiday>"]}, "token '<holiday>' beside"),

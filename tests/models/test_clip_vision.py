@@ -96,6 +96,7 @@ def test_published_names(network, tmp_path):
     params = {"vision_model": network.params["vision_model"]}
     config = network.config | {"architectures": ["CLIPVisionModel"]}
     save_network(tmp_path / "saved", plain._replace(params=params, config=config))
+    (tmp_path / "saved" / "model.sha256").unlink()
     path = tmp_path / "saved" / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     ids = {"vision_model.embeddings.position_ids": np.arange(5)[None]}

@@ -103,5 +103,5 @@ def test_refuses_files_that_are_no_judge(tmp_path, small):
     with pytest.raises(ValueError, match="write judges with save_judge"):
         load_judge(path)
     path.with_suffix(".json").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"has no judge\.json"):
         load_judge(path)

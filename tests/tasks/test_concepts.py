@@ -137,7 +137,6 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, monke
         return minibatched(*given, parts=parts, **named)
 
     monkeypatch.setattr(running, "minibatched", recorded)
-    running.prepare_folder(options)
     with pytest.raises(KeyboardInterrupt):
         running.run(request, options, command="concept", progress=False, after_step=stop)
     assert dealt == ([3] if name == "minibatches" else [])
@@ -341,7 +340,6 @@ def test_fresh_samples_of_the_model_move_the_multipliers(tiny_model, tmp_path, m
     share = float(stored.values.mean())
     task = concepts.concept_task(request, options, None)
     assert task.dual_steps == (1, 2, 3)
-    running.prepare_folder(options)
     found = running.run(request, options, command="concept", progress=False).report
 
     def multiplier(left):
@@ -601,6 +599,7 @@ def test_the_demo_goes_on_with_what_is_left(finished, tmp_path, monkeypatch, cap
     shutil.copytree(finished, out)
     (out / "report.html").unlink(missing_ok=True)
     (out / "likelihood" / "report.json").unlink()
+    (out / "likelihood" / "SHA256SUMS").unlink()
     save_run(out / "run.json", "demo", DemoOptions(out=out))
     untouched = (out / "reverse-kl" / "report.json").stat().st_mtime_ns
 

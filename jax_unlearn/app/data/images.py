@@ -12,6 +12,7 @@ from jax_unlearn.typing import Array, ArrayLike
 
 __all__ = [
     "Images",
+    "NotNumbers",
     "concatenate",
     "content_hashes",
     "find_overlap",
@@ -149,9 +150,13 @@ def to_x_0(stored: ArrayLike) -> Array:
     return to_unit_range(stored) if stored.dtype == jnp.uint8 else stored
 
 
+class NotNumbers(ValueError):
+    """Images that hold nan."""
+
+
 def to_pixels(images: ArrayLike) -> np.ndarray:
-    """The inverse of `to_unit_range` on the host: clips, rounds to uint8, and refuses nan."""
+    """The inverse of `to_unit_range` on the host: clips, rounds to uint8; NotNumbers for nan."""
     values = np.asarray(images).astype(np.float32)
     if np.isnan(values).any():
-        raise ValueError("images hold values that are not numbers (nan): they have no pixels.")
+        raise NotNumbers("images hold values that are not numbers (nan): they have no pixels.")
     return np.round((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -1,6 +1,7 @@
 """The files of a report: reads the rows of a run, writes the report of it."""
 
 import base64
+import hashlib
 import json
 import math
 import os
@@ -31,7 +32,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             break
         try:
             row = json.loads(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError too
             if last and line.startswith(b"{"):
                 break
             raise ValueError(
@@ -86,8 +87,8 @@ def write_report(
         "floor" and "gap" (value, stderr, unit, effective), "constraints" (a list of
         name, value, stderr, unit, threshold, reference_value, slack, multiplier, satisfied),
         "feasible", "complementary_slackness", "steps", "seconds", "timing", "seed", "device",
-        "versions", and optionally "metrics". Numbers that are not finite become null, and their
-        paths are listed under "non_finite".
+        "versions", and optionally "metrics", "identity", "legs" and "files". Numbers that are not
+        finite become null, and their paths are listed under "non_finite".
       rows: what `metrics.jsonl` holds: "step", "objective", and "values", "violations",
         "multipliers", "thresholds" of [m] each; see `read_rows`. May be empty.
       grids: samples before and after, from the same noise. May be empty.
@@ -108,8 +109,8 @@ def write_report(
         check_grid(grid)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
-    replace_file(folder / "report.json", f"{text}\n".encode())
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    replace_file(folder / "report.json", text)
     figures = {f"grid_{i}.png": draw_grid(grid) for i, grid in enumerate(grids, start=1)}
     curves = draw_curves(plain, rows)
     if curves is not None:
@@ -117,7 +118,8 @@ def write_report(
     for name, content in figures.items():
         replace_file(folder / name, content)
     encoded = {name: base64.b64encode(content).decode() for name, content in figures.items()}
-    page = render(plain, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS)
+    digest = hashlib.sha256(text).hexdigest()
+    page = render(plain, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS, digest=digest)
     replace_file(folder / "report.html", page.encode())
     return folder / "report.html"
 

@@ -289,6 +289,7 @@ def render(
     figures: Mapping[str, str],
     *,
     smoothed: bool = False,
+    digest: str = "",
 ) -> str:
     """The page as one HTML document.
 
@@ -297,6 +298,7 @@ def render(
       grids: the title, caption and images of `grid_1.png`, `grid_2.png`, …
       figures: PNG files in base64, by file name.
       smoothed: whether the curves show running means.
+      digest: SHA-256 of report.json.
     """
     return (
         _environment()
@@ -312,6 +314,7 @@ def render(
             grids=grids,
             figures=figures,
             smoothed=smoothed,
+            digest=digest,
             max_listed=_MAX_LISTED,
         )
     )

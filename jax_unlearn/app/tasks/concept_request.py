@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_unlearn import divergences, likelihoods, schedules
+from jax_unlearn.app import data
 from jax_unlearn.app.options import ConceptOptions
 from jax_unlearn.app.tasks.conditions import NamedConditions, of_labels, of_prompts
 from jax_unlearn.likelihoods import posteriors
@@ -18,6 +19,9 @@ from jax_unlearn.pretrained.text_to_image import TextToImage
 from jax_unlearn.typing import Params
 
 __all__ = ["ConceptRequest", "Separation", "make_request", "make_prompt_request"]
+
+# Of a file with a prompt a line, in bytes.
+_MAX_PROMPTS = 2**24
 
 
 class Separation(NamedTuple):
@@ -279,13 +283,10 @@ def _template(text: str) -> _Template:
 def _lines(text: str) -> list[str]:
     """A prompt, or those of @FILE, one a line."""
     if not text.startswith("@"):
-        return [" ".join(text.split())]
+        return [data.fold(text, f"the prompt {text!r}")]
     path = pathlib.Path(text[1:])
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompts of {path}: {error}.") from error
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
+    lines = data.read_text(path, _MAX_PROMPTS).splitlines()
+    prompts = [data.fold(line, f"a prompt of {path}") for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} has no prompts.")
     return prompts

@@ -48,10 +48,12 @@ class Captions(NamedTuple):
     Attributes:
       table: what the denoiser is conditioned on under each, the last being no prompt; a tree of
         arrays [captions + 1, ...].
+      texts: the captions themselves, in the order of the table; the last is None.
       sampled: the model with a denoiser that takes the numbers of the drawn conditions.
     """
 
     table: Any
+    texts: tuple[str | None, ...]
     sampled: Pretrained
 
 
@@ -257,7 +259,7 @@ def from_captioned(model: TextToImage, options: DataOptions) -> ImageRequest:
         held_out=encoded(request.held_out, 2),
         conditions=conditions,
         lost=tuple(number for number, caption in enumerate(drawn) if caption not in kept),
-        captions=Captions(table, sampled),
+        captions=Captions(table, (*captions, None), sampled),
     )
 
 

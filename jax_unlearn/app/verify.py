@@ -1,0 +1,126 @@
+"""Whether a finished folder is still what the run left: files, digests, identity, report, page."""
+
+import html
+import pathlib
+import re
+from collections.abc import Iterator
+
+from jax_unlearn.app.files import replace_file
+from jax_unlearn.app.identity import digest_of, saved_legs
+from jax_unlearn.app.report import read_rows, verdict
+from jax_unlearn.app.rows import rows_digest
+from jax_unlearn.models.files import read_json
+from jax_unlearn.pretrained.digests import file_digest
+
+__all__ = ["SUMS", "model_digests", "seal", "verify", "write_sums"]
+
+SUMS = "SHA256SUMS"
+"""The last file that a run writes: `sha256sum --check SHA256SUMS` reads it too."""
+
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+# What can be made again, or belongs to a run that goes on, is not summed.
+_PASSED = ("checkpoints", "damaged_checkpoints")
+
+
+def model_digests(out: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of each file of OUT/model, by its path in OUT."""
+    return {name: file_digest(out / name) for name in _files(out) if name.startswith("model/")}
+
+
+def _files(out: pathlib.Path) -> Iterator[str]:
+    """Paths of the results in a folder, without runs of their own inside it."""
+    for path in sorted(out.rglob("*")):
+        parts = path.relative_to(out).parts
+        own = any((out / part / "run.json").is_file() for part in parts[:1])
+        hidden = any(part.startswith(".") for part in parts)
+        if path.is_file() and not (own or hidden or parts[0] in (*_PASSED, SUMS)):
+            yield path.relative_to(out).as_posix()
+
+
+def write_sums(out: pathlib.Path) -> None:
+    """Writes SHA256SUMS of all results in a folder; its digest seals all of them."""
+    lines = [f"{file_digest(out / name)}  {name}\n" for name in _files(out)]
+    replace_file(out / SUMS, "".join(lines).encode())
+
+
+def seal(out: pathlib.Path) -> str:
+    """SHA-256 of SHA256SUMS: kept elsewhere, it proves that no file was replaced together with it.
+
+    Raises:
+      ValueError: if the run has not finished.
+    """
+    if not (out / SUMS).is_file():
+        raise ValueError(f"{out} has no {SUMS}: no run has finished there.")
+    return file_digest(out / SUMS)
+
+
+def verify(out: pathlib.Path) -> tuple[list[str], int]:
+    """Checks a finished folder, and those of the runs in it.
+
+    Returns:
+      What does not match, a line each; and how many files were compared.
+
+    Raises:
+      ValueError: if no run has finished there, or its sums cannot be read.
+    """
+    seal(out)
+    sums = _read_sums(out / SUMS)
+    problems = []
+    for name, digest in sums.items():
+        if not (out / name).is_file():
+            problems.append(f"{name} is missing")
+        elif file_digest(out / name) != digest:
+            problems.append(f"{name} is not the file that the run left")
+    problems += [f"{name} is not of the run" for name in _files(out) if name not in sums]
+    if not problems and (out / "report.json").is_file():
+        try:
+            problems = _contradictions(out)
+        except (KeyError, TypeError, AttributeError):
+            problems = ["report.json lacks what the report of a run has"]
+    count = len(sums)
+    for inner in sorted(out.iterdir()):
+        if (inner / "run.json").is_file():
+            if not (inner / SUMS).is_file():
+                problems.append(f"{inner.name} has not finished")
+                continue
+            found, more = verify(inner)
+            problems += [f"{inner.name}: {problem}" for problem in found]
+            count += more
+    return problems, count
+
+
+def _read_sums(path: pathlib.Path) -> dict[str, str]:
+    sums = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        match = _LINE.fullmatch(line)
+        if match is None or ".." in pathlib.PurePosixPath(match[2]).parts or match[2][0] == "/":
+            raise ValueError(f"{path}, line {number}: expected a digest and a name in the folder.")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def _contradictions(out: pathlib.Path) -> list[str]:
+    """Whether run.json, metrics.jsonl, report.json, report.html and the model agree."""
+    report, run = read_json(out / "report.json"), read_json(out / "run.json")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    identity = {name: part for name, part in report["identity"].items() if name != "digest"}
+    legs = saved_legs(out / "run.json")
+    rows = report["rows"]
+    checks = {
+        "report.json and run.json are of different runs": (
+            report["identity"]["digest"] == digest_of(identity) == legs[-1].digest
+            and identity == run["identity"]
+            and [{**leg, "changed": tuple(leg["changed"])} for leg in report["legs"]]
+            == [leg._asdict() for leg in legs]
+        ),
+        "report.json is of other rows than those of metrics.jsonl": (
+            rows["count"] == len(read_rows(out / "metrics.jsonl")) == report["steps"]
+            and rows["digest"] == rows_digest(out / "metrics.jsonl", rows["count"])
+        ),
+        "report.json lists another model than that in model": report["files"] == model_digests(out),
+        "report.html is the page of another report.json": (
+            f'content="sha256:{file_digest(out / "report.json")}"' in page
+            and verdict(report) in html.unescape(page)
+        ),
+    }
+    return [problem for problem, holds in checks.items() if not holds]
