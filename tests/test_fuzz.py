@@ -21,6 +21,7 @@ import pathlib
 import resource
 import shutil
 import struct
+import sys
 import tempfile
 import warnings
 import zipfile
@@ -67,7 +68,8 @@ def fuzz(examples):
 
 
 def most_held():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def holds(read, *given):

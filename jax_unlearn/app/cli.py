@@ -360,20 +360,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stop_signals("stopped."):
             return _run(command, rest)
     except Interrupted as stop:
-        say(f"jax-unlearn: {stop}")
+        say(f"jax-unlearn: {_one_line(stop)}")
         return 128 + stop.signal
     except (ValueError, OverflowError, RecursionError) as error:
-        say(f"jax-unlearn: {error}")
+        say(f"jax-unlearn: {_one_line(error)}")
         return 2
     except Exception as error:
         from jax_unlearn.app.run import NotFinite
 
         if isinstance(error, DiskFull | NotFinite):
-            say(f"jax-unlearn: {error}")
+            say(f"jax-unlearn: {_one_line(error)}")
         elif is_full(error):
             say("jax-unlearn: the disk is full. No finished file was damaged.")
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            say(f"jax-unlearn: out of memory: {_first_line(error)}")
+            say(f"jax-unlearn: out of memory: {_one_line(error)[:200]}")
         elif isinstance(error, OSError):
             say(f"jax-unlearn: {error.filename or 'a file'}: {error.strerror or error}.")
         else:
@@ -381,8 +381,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _one_line(error: BaseException) -> str:
+    """The message of an error; a path in it may hold line breaks."""
+    return " ".join(str(error).split("\n"))
 
 
 if __name__ == "__main__":

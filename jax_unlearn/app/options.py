@@ -82,7 +82,7 @@ class RunOptions:
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of everything random, 0 to 4294967295."""
 
     @property
     def training(self) -> Training:
@@ -416,8 +416,6 @@ class SampleOptions:
 
     model: str = "embedded"
     """Pipeline folder, model folder or name on the hub; "embedded" is the embedded model."""
-    revision: str = ""
-    """Models on the hub: branch, tag or commit."""
     out: pathlib.Path = pathlib.Path("samples.png")
     """The picture to write; refused if it exists, unless --overwrite."""
     overwrite: bool = False
@@ -437,7 +435,9 @@ class SampleOptions:
     guidance: float = 2.5
     """Classifier-free guidance scale: 1 is none, 0 the null label alone."""
     seed: int = 0
-    """Seed of the noise."""
+    """Seed of the noise, 0 to 4294967295."""
+    revision: str = ""
+    """Models on the hub: branch, tag or commit."""
 
     def validate(self) -> None:
         """Checks every number and text.

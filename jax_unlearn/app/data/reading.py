@@ -465,6 +465,10 @@ def read_images(
     have labels, and labels all images where they have none. For a model without labels, those of
     an .npz or idx file serve to select and are not handed on.
 
+    Sizes are taken from headers before any pixel is decoded. An image file has at most 2²⁶ pixels
+    (8192 x 8192) and 512 MB. A set takes at most half of the machine's memory, and is compressed
+    by at most 500 where it has more than 64 MB. Pipes, sockets and devices are not opened.
+
     Args:
       source: what `parse_source` returns, or its text.
       shape: (height, width, channels) of the model.
@@ -503,7 +507,8 @@ def read_captions(names: Sequence[str]) -> list[str] | None:
       One text an image; None where no image has one, as for images inside an archive.
 
     Raises:
-      ValueError: if some have one and others not, or one is empty or cannot be read.
+      ValueError: if some have one and others not, or one is empty, has more than 64 KB or control
+        characters, or cannot be read.
     """
     paths = [Path(name).with_suffix(".txt") for name in names]
     there = [os.path.lexists(path) for path in paths]
