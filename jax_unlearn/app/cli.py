@@ -1,6 +1,7 @@
 """The command line: jax-unlearn demo | data | concept | sample | verify."""
 
 import dataclasses
+import errno
 import os
 import pathlib
 import sys
@@ -21,6 +22,11 @@ _COMMANDS = {
     "sample": "SampleOptions",
     "verify": "VerifyOptions",
 }
+# What the system says of paths that cannot be used as they were given.
+_OF_INPUT = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
 
   demo     forget a class of the embedded model and data, or with --text an object of the
@@ -376,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"jax-unlearn: out of memory: {_one_line(error)[:200]}")
         elif isinstance(error, OSError):
             say(f"jax-unlearn: {error.filename or 'a file'}: {error.strerror or error}.")
+            return 2 if error.errno in _OF_INPUT else 1
         else:
             raise
         return 1

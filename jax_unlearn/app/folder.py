@@ -48,6 +48,11 @@ def check_folder(options: RunOptions) -> None:
                 f"{out} is in use: choose another --out, or --resume, or --overwrite (which moves "
                 "it aside)."
             )
+        place = next(one for one in (out, *out.absolute().parents) if os.path.lexists(one))
+        if place != out and not place.is_dir():
+            raise ValueError(f"cannot make the folder {out}: {place} is not a folder.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"cannot write into the folder {place}: Permission denied.")
         if (out / _LOCK).is_file():
             with (out / _LOCK).open("r+") as file:
                 _lock(file, out)
