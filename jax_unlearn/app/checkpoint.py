@@ -1,9 +1,13 @@
 """Checkpoints of a whole run with Orbax: what is needed to go on bit for bit."""
 
 import contextlib
+import functools
+import logging
+import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,14 +38,15 @@ class Checkpoints:
           ValueError: if it is no folder, or cannot be opened.
         """
         self._folder = folder.absolute()
-        self._stack = contextlib.ExitStack()
         self.passed_over: list[str] = []
+        self._moved: dict[pathlib.Path, pathlib.Path] = {}
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"{folder} is not a folder of checkpoints.")
         if self._folder.is_dir():
             for path in self._folder.iterdir():
                 if path.name.isdigit() and not path.is_dir():
                     self._set_aside(path, "it is not a folder")
+        _quiet()
         try:
             self._manager = ocp.CheckpointManager(
                 self._folder,
@@ -92,7 +97,6 @@ class Checkpoints:
         Raises:
           ValueError: if none is whole, or if it is of another network or problem.
         """
-        self._stack.enter_context(_closed_loops_ignored())
         tree = like._asdict()
         passed: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -106,6 +110,10 @@ class Checkpoints:
             self._manager.reload()
             return PrimalDualState(**state), record
         if passed or self.passed_over:
+            for place, path in self._moved.items():  # A refusal changes nothing.
+                place.rename(path)
+                with contextlib.suppress(OSError):  # Others may lie there.
+                    place.parent.rmdir()
             reasons = [*self.passed_over, *(f"step {n}: {why}" for n, why in passed.items())]
             raise ValueError(
                 f"no checkpoint in {self._folder} is whole ({'; '.join(reasons)}). --overwrite "
@@ -165,6 +173,7 @@ class Checkpoints:
         while (place := aside / f"{path.name}.{number}").exists():
             number += 1
         path.rename(place)
+        self._moved[place] = path
 
     def drop_from(self, step: int) -> None:
         """Deletes the checkpoints of `step` and later: their states are ruined."""
@@ -179,27 +188,29 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, and frees the manager's threads."""
-        with self._stack:
-            self._manager.close()
+        self._manager.close()
 
 
-@contextlib.contextmanager
-def _closed_loops_ignored() -> Iterator[None]:
-    """Keeps the terminal free of reads that end after another one of their checkpoint has failed.
+@functools.cache
+def _quiet() -> None:
+    """Keeps off the terminal, from now on, what Orbax's threads print of a failed read or write.
 
-    Orbax has closed their event loop by then, and each would print a traceback.
+    What went wrong is raised here too. The other arrays of the same checkpoint end later, some
+    after their manager was closed, and each would print a traceback or a warning.
     """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        said = str(unraisable.exc_value)
+        code = getattr(unraisable.object, "cr_code", None)  # Of a coroutine.
+        late = "Event loop is closed" in said or "was never awaited" in said
+        if not late and f"{os.sep}orbax{os.sep}" not in getattr(code, "co_filename", ""):
             before(unraisable)
 
     sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
 
 
 class _Damaged(Exception):

@@ -247,6 +247,8 @@ def _run(
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(out / "checkpoints")))
         if options.resume:
             state = _restore(checkpoints, options, state, changed, tell)
+        # What stands here from now on is not what these sums were made of.
+        (out / verify.SUMS).unlink(missing_ok=True)
         legs = _legs(options, command, identity, changed, int(state.step))
         log = stack.enter_context(
             contextlib.closing(RowLog(out / "metrics.jsonl", int(state.step)))
@@ -272,6 +274,7 @@ def _run(
         after = _measure(task, params, options, command, checkpoints)
         floor = None if task.floor is None else task.floor()
         timing["unlearned"] = time.monotonic() - measuring
+        checkpoints.wait()
         _save(options, pretrained._replace(params=params), trained)
         certified = certificate(
             task.problem,
@@ -312,8 +315,6 @@ def _begin(options: RunOptions, command: str, identity: Identity) -> dict[str, s
         changed = {}
         leg = Leg(0, identities.digest_of(identity._asdict()), (), outcome.device())
         save_run(path, command, options, identity=identity._asdict(), legs=[leg._asdict()])
-    # What stands here from now on is not what these sums were made of.
-    (options.out / verify.SUMS).unlink(missing_ok=True)
     return changed
 
 

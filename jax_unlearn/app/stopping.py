@@ -1,10 +1,18 @@
 """SIGINT and SIGTERM as an exception, at once or when a step is done."""
 
+import _thread
+import atexit
 import contextlib
+import functools
 import signal
+import sys
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 __all__ = ["Interrupted", "StopSignals", "stop_signals"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -53,14 +61,46 @@ def stop_signals(message: str) -> Iterator[StopSignals]:
     Args:
       message: of the `Interrupted` that is raised.
     """
-    signals, numbers = StopSignals(message), (signal.SIGINT, signal.SIGTERM)
+    signals = StopSignals(message)
     try:
-        previous = [signal.signal(number, signals) for number in numbers]
+        previous = [signal.signal(number, signals) for number in _SIGNALS]
     except ValueError:  # Not the main thread: signals are somebody else's business.
         yield signals
         return
+    _ignore_at_exit()
+    before, timers = sys.unraisablehook, []
+
+    def hook(unraisable: Any) -> None:
+        # Raised where Python lets nothing through, in a destructor or a callback of the garbage
+        # collector: the signal comes once more.
+        if isinstance(unraisable.exc_value, Interrupted):
+            timer = threading.Timer(0.05, _thread.interrupt_main, (unraisable.exc_value.signal,))
+            timer.daemon = True
+            timers.append(timer)
+            timer.start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
     try:
         yield signals
+        if any(timer.is_alive() for timer in timers):
+            raise Interrupted(message, signals.received[-1])
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
+        for timer in timers:
+            timer.cancel()
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = before
+        for number, handler in zip(_SIGNALS, previous, strict=True):
             signal.signal(number, handler)
+
+
+@functools.cache
+def _ignore_at_exit() -> None:
+    """What a command has done stands: a signal while Python ends changes no exit status."""
+
+    def ignore() -> None:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    atexit.register(ignore)

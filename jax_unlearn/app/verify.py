@@ -29,12 +29,14 @@ def model_digests(out: pathlib.Path) -> dict[str, str]:
 
 def _files(out: pathlib.Path) -> Iterator[str]:
     """Paths of the results in a folder, without runs of their own inside it."""
-    for path in sorted(out.rglob("*")):
-        parts = path.relative_to(out).parts
-        own = any((out / part / "run.json").is_file() for part in parts[:1])
-        hidden = any(part.startswith(".") for part in parts)
-        if path.is_file() and not (own or hidden or parts[0] in (*_PASSED, SUMS)):
-            yield path.relative_to(out).as_posix()
+    for top in sorted(out.iterdir()):
+        # Checkpoints are not looked into: old ones may be being deleted.
+        if top.name in (*_PASSED, SUMS) or (top / "run.json").is_file():
+            continue
+        for path in [top, *sorted(top.rglob("*"))]:
+            name = path.relative_to(out)
+            if path.is_file() and not any(part.startswith(".") for part in name.parts):
+                yield name.as_posix()
 
 
 def write_sums(out: pathlib.Path) -> None:
