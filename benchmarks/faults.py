@@ -51,7 +51,7 @@ from jax_unlearn.pretrained import Pretrained, PretrainedConfig, UNet2DDenoiser,
 from jax_unlearn.schedules import from_diffusers
 
 LIMIT = 120  # seconds, after which a command hangs
-CLOSE = 2.0  # times the distance of undisturbed runs on different numbers of devices
+CLOSE = 1e-6  # between parameters of runs on different numbers of devices
 GOOD = ("same", "passed_over", "refused", "found", "whole")
 BAD = ("different_state", "traceback", "hang", "false_report", "lines", "exit", "changed")
 PARTS = ("loading", "reference", "training", "measuring", "saving")
@@ -90,7 +90,7 @@ class Recipe(NamedTuple):
       whole: its folder.
       trained: the folder after the last step, before anything was measured or saved.
       spans: seconds of each of PARTS.
-      apart: how far undisturbed runs on 2 and 4 devices are from it, where that was asked for.
+      on: folders of undisturbed runs by their number of devices, where that was asked for.
     """
 
     start: list[str]
@@ -98,7 +98,7 @@ class Recipe(NamedTuple):
     whole: pathlib.Path
     trained: pathlib.Path
     spans: list[float]
-    apart: float = 0.0
+    on: dict[int, pathlib.Path]
 
     @property
     def resume(self) -> list[str]:
@@ -196,8 +196,8 @@ def run(place: pathlib.Path, given: list[str], devices: int = 1) -> Ended:
 
 def serve(connection: Any) -> None:
     """Runs commands in this process, one after another: imports and programs are there already."""
-    while True:
-        place, given, said = connection.recv()
+    while (job := connection.recv()) is not None:
+        place, given, said = job
         os.chdir(place)
         for stream, target in ((1, os.devnull), (2, said)):
             file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -246,6 +246,9 @@ class Server:
 
     def close(self) -> None:
         if self._process is not None:
+            with contextlib.suppress(OSError):  # It may have died.
+                self._connection.send(None)
+            self._process.join(5)
             self._process.kill()
             self._process.join()
             self._connection.close()
@@ -594,24 +597,29 @@ def change_option(case: Case) -> list[str]:
 
 
 def edit_run(case: Case) -> list[str]:
-    """An option, the identity, both with a digest that fits, or what a leg says of itself."""
-    rng = case.rng
+    """An option, the identity, or both with a digest that fits."""
+    which = case.rng.integers(3)
 
     def change(run: dict[str, Any]) -> None:
-        which = rng.integers(4)
-        if which in (0, 2):
+        if which != 1:
             run["options"]["learning_rate"] = 1e-3
-        if which in (1, 2):
+        if which != 0:
             run["identity"]["options"]["learning_rate"] = 1e-3
         if which == 2:
             text = json.dumps(run["identity"], sort_keys=True, separators=(",", ":"))
             run["legs"][0]["digest"] = hashlib.sha256(text.encode()).hexdigest()
-        if which == 3:
-            change = {"device": "8 × tpu", "after": 3, "changed": ["--threshold: 1x, now 2x"]}
-            name = rng.choice(sorted(change))
-            run["legs"][0][name] = change[name]
 
     change_json(case.out / "run.json", change)
+    return []
+
+
+LEGS = ({"device": "8 × tpu"}, {"after": 3}, {"changed": ["--threshold: 1x, now 2x"]})
+
+
+def edit_leg(case: Case) -> list[str]:
+    """What the report says of the run's legs."""
+    change = LEGS[case.index // len(CHANGES) % len(LEGS)]
+    change_json(case.out / "run.json", lambda run: run["legs"][0].update(change))
     return []
 
 
@@ -645,11 +653,11 @@ def edit_rows(case: Case) -> list[str]:
     return []
 
 
-# Those of images are `data`'s alone. After the last three the run may go on, in the same state.
+# Those of images are `data`'s alone. After those of the run it may go on, in the same state.
 IMAGE_CHANGES = (
     change_pixel, delete_image, add_image, replace_image, other_label, change_retained,
 )  # fmt: skip
-RUN_CHANGES = (edit_run, damage_run, damage_rows, edit_rows)
+RUN_CHANGES = (edit_run, edit_leg, damage_run, damage_rows, edit_rows)
 CHANGES = (*IMAGE_CHANGES, change_weights, change_model, change_option, change_option, *RUN_CHANGES)
 
 
@@ -737,9 +745,14 @@ COUNTS = [*itertools.permutations((1, 2, 4))]
 
 
 def change_devices(case: Case) -> Outcome:
-    """A run that is stopped twice and goes on with other numbers of devices."""
+    """A run that is stopped twice and goes on with other numbers of devices.
+
+    It is compared with one that was not stopped, on as many devices as it began with: sums over
+    devices round otherwise, and Adam makes steps of gradients that are rounding alone.
+    """
     counts, rows = COUNTS[case.index % len(COUNTS)], 0
     given, what = case.recipe.start, f"{counts} devices, stopped"
+    whole = case.recipe.on[counts[0]]
     for devices in counts[:-1]:
         process = launch(case.place, given, devices)
         when(process, lambda rows=rows: rows_in(case.out) > rows)
@@ -751,20 +764,16 @@ def change_devices(case: Case) -> Outcome:
         what += f" after {rows}"
     ended = run(case.place, given, counts[-1])
     if ended.code != 0 or failed(ended) or messages(ended.text):
-        return outcome(finished(ended, case.out, case.recipe.whole), what)
-    far, apart = distance(case.out, case.recipe.whole), case.recipe.apart
+        return outcome(finished(ended, case.out, whole), what)
+    far, apart = distance(case.out, whole), distance(case.recipe.whole, whole)
     problems, _ = verify.verify(case.out)
-    name = "false_report" if problems else "same" if far <= CLOSE * apart else "different_state"
-    what = f"{what}: parameters differ by {far:.2g}, those of undisturbed runs by {apart:.2g}"
+    name = "false_report" if problems else "same" if far <= CLOSE else "different_state"
+    what += f": parameters differ by {far:.2g}; undisturbed, on {counts[0]} and 1, by {apart:.2g}"
     return Outcome(name, what, far)
 
 
 def distance(out: pathlib.Path, other: pathlib.Path) -> float:
-    """The largest difference of a parameter.
-
-    Sums over devices round otherwise. Adam makes a step of the learning rate of any gradient, and
-    biases before a normalisation have one of rounding errors alone.
-    """
+    """The largest difference of a parameter."""
     name = "model/unet/diffusion_pytorch_model.safetensors"
     ours, theirs = (safetensors.numpy.load_file(folder / name) for folder in (out, other))
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs)
@@ -838,7 +847,8 @@ def undisturbed(place: pathlib.Path, inputs: pathlib.Path, name: str, devices: b
     """
     start = shlex.split(COMMANDS[name])
     steps = int(start[start.index("--steps") + 1])
-    recipe = Recipe(start, steps, place / f"{name}-1" / "out", place / f"{name}-trained", [])
+    whole = place / f"{name}-1" / "out"
+    recipe = Recipe(start, steps, whole, place / f"{name}-trained", [], {1: whole})
     for number in (1, 2):
         folder = place / f"{name}-{number}"
         shutil.copytree(inputs, folder)
@@ -862,7 +872,7 @@ def undisturbed(place: pathlib.Path, inputs: pathlib.Path, name: str, devices: b
         shutil.copytree(inputs, folder)
         if (ended := run(folder, start, count)).code != 0:
             raise SystemExit(f"{name}: on {count} devices: {brief(ended)}")
-        recipe = recipe._replace(apart=max(recipe.apart, distance(folder / "out", recipe.whole)))
+        recipe.on[count] = folder / "out"
     return recipe
 
 
@@ -942,6 +952,7 @@ def main() -> int:
             not_run["disks"] = {"cases": 0, "not_run": "no tmpfs can be mounted here"}
             print("disks: not run, no tmpfs can be mounted here", file=sys.stderr)
         names = {KINDS[kind].recipe(index) for kind, indices in jobs.items() for index in indices}
+        apart = {KINDS["devices"].recipe(index) for index in jobs.get("devices", ())}
         total = 2 * len(names) + sum(map(len, jobs.values()))
         bar = stack.enter_context(tqdm(total=total, unit="case", dynamic_ncols=True))
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(arguments.workers))
@@ -949,7 +960,7 @@ def main() -> int:
         recipes = {}
         for name, recipe in zip(
             names,
-            pool.map(lambda name: undisturbed(place, inputs, name, "devices" in jobs), names),
+            pool.map(lambda name: undisturbed(place, inputs, name, name in apart), names),
             strict=True,
         ):
             recipes[name] = recipe
