@@ -214,9 +214,22 @@ def test_a_run_json_that_was_changed_is_refused(stopped, capsys):
     assert resume(stopped) == 2
     assert "was changed" in capsys.readouterr().err
     run["legs"][0]["digest"] = identity.digest_of(run["identity"])
+    run["digest"] = identity.digest_of([run["identity"], run["legs"]])
     path.write_text(json.dumps(run))
     assert resume(stopped) == 2
     assert "not of the run in its run.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [{"device": "8 × tpu"}, {"after": 3}, {"changed": ["--threshold: 1x, now 2x"]}]
+)
+def test_legs_that_were_changed_are_refused(stopped, capsys, change):
+    path = stopped / "run.json"
+    run = json.loads(path.read_text())
+    run["legs"][0].update(change)
+    path.write_text(json.dumps(run))
+    assert resume(stopped) == 2
+    assert "was changed" in capsys.readouterr().err
 
 
 def test_continuing_is_a_new_leg_that_the_report_shows(stopped, whole, capsys):

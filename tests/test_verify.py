@@ -114,7 +114,7 @@ def edit_model(out):
     [
         (edit_report, "report.json is of other rows"),
         (edit_options, "report.json and run.json are of different runs"),
-        (edit_run, "report.json and run.json are of different runs"),
+        (edit_run, "run.json was changed"),
         (edit_page, "report.html is the page of another report.json"),
         (edit_rows, "report.json is of other rows"),
         (edit_model, "report.json lists another model"),
@@ -125,7 +125,7 @@ def test_files_that_contradict_each_other_are_found_even_with_new_sums(out, edit
     edit(out)
     write_sums(out)
     assert seal(out) != before
-    assert any(found.startswith(problem) for found in verify(out)[0])
+    assert any(problem in found for found in verify(out)[0])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ __all__ = [
     "identify",
     "leaf_digests",
     "leaf_kinds",
+    "plain",
     "saved_legs",
     "versions",
 ]
@@ -105,6 +106,12 @@ def digest_of(content: Any) -> str:
     """SHA-256 of plain values, as json with sorted keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain(identity: Identity, legs: Sequence[Leg]) -> dict[str, Any]:
+    """What stands in run.json, with a digest of all of it."""
+    content = json.loads(json.dumps([identity._asdict(), [leg._asdict() for leg in legs]]))
+    return {"identity": content[0], "legs": content[1], "digest": digest_of(content)}
 
 
 def versions() -> dict[str, str]:
@@ -236,7 +243,8 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     run = read_json(path)
     try:
         identity, legs = run["identity"], run["legs"]
-        same = digest_of(identity) == legs[-1]["digest"]
+        same = run["digest"] == digest_of([identity, legs])
+        same = same and digest_of(identity) == legs[-1]["digest"]
         _differences(identity, identity)
         [Leg(**leg) for leg in legs]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -244,7 +252,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
             f"{path} does not say which run it is of, as those of version 0.2 did not: start anew."
         ) from error
     if not same:
-        raise ValueError(f"{path} was changed: its identity is not the one it was saved with.")
+        raise ValueError(f"{path} was changed: its identity or legs are not those that were saved.")
     return run
 
 

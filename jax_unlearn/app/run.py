@@ -314,7 +314,7 @@ def _begin(options: RunOptions, command: str, identity: Identity) -> dict[str, s
     else:
         changed = {}
         leg = Leg(0, identities.digest_of(identity._asdict()), (), outcome.device())
-        save_run(path, command, options, identity=identity._asdict(), legs=[leg._asdict()])
+        save_run(path, command, options, **identities.plain(identity, [leg]))
     return changed
 
 
@@ -334,8 +334,7 @@ def _legs(
         current = current._replace(changed=())
     found = [*kept, current]
     if found != list(legs):
-        dumped = [leg._asdict() for leg in found]
-        save_run(path, command, options, identity=identity._asdict(), legs=dumped)
+        save_run(path, command, options, **identities.plain(identity, found))
     return found
 
 

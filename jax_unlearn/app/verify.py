@@ -79,6 +79,8 @@ def verify(out: pathlib.Path) -> tuple[list[str], int]:
             problems = _contradictions(out)
         except (KeyError, TypeError, AttributeError):
             problems = ["report.json lacks what the report of a run has"]
+        except ValueError as error:
+            problems = [str(error)]
     count = len(sums)
     for inner in sorted(out.iterdir()):
         if (inner / "run.json").is_file():
