@@ -12,6 +12,11 @@ gives the forgetting of single images something real to remove.
 The learning rate follows the clock (`--minutes`): linear warm-up, then cosine to zero.
 
     python examples/train_embedded_model.py --data FOLDER_OF_IDX_FILES --out /tmp/embedded
+
+An oracle, which never saw one label, is trained by steps instead:
+
+    python examples/train_embedded_model.py --data FOLDER_OF_IDX_FILES --out /tmp/oracle \
+        --without Trouser --steps 5000
 """
 
 import argparse
@@ -85,6 +90,8 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--minutes", type=float, default=80.0)
+    parser.add_argument("--steps", type=int, help="instead of minutes")
+    parser.add_argument("--without", choices=LABELS, help="a label of which no image is shown")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.9995)
@@ -103,6 +110,11 @@ def main() -> None:
     train, held_out, repeated = split(classes)
     extra = np.concatenate([np.repeat(repeated[:8], 63), np.repeat(repeated[8:], 255)])
     pool = np.concatenate([train, extra])
+    if arguments.without is not None:  # Nor are the numbers in the log of it.
+        lost = LABELS.index(arguments.without)
+        pool, train, held_out, repeated = (
+            part[classes[part] != lost] for part in (pool, train, held_out, repeated)
+        )
 
     model = UNet2DModel(
         sample_size=28,
@@ -148,6 +160,8 @@ def main() -> None:
         order = rng.permutation(pool)
         for begin in range(0, len(order) - arguments.batch_size, arguments.batch_size):
             done = (time.time() - start) / (60 * arguments.minutes)
+            if arguments.steps is not None:
+                done = step / arguments.steps
             if done >= 1.0:
                 break
             part = order[begin : begin + arguments.batch_size]

@@ -9,7 +9,14 @@ latents, with a CLIP whose text tower is the pipeline's text encoder.
     python examples/train_text_model.py clip --data FOLDER_OF_IDX_FILES --out WORK
     python examples/train_text_model.py denoiser --data FOLDER_OF_IDX_FILES --out WORK
 
-The last stage writes WORK/text_model. Learning rates follow the clock (`--minutes`). In the log the
+The last stage writes WORK/text_model. Learning rates follow the clock (`--minutes`), or the steps
+where `--steps` is given. `--without` trains an oracle of that stage: a denoiser that never saw one
+object or style, on the encoders of a finished pipeline:
+
+    python examples/train_text_model.py denoiser --data FOLDER_OF_IDX_FILES --out WORK \
+        --without sneaker --encoders jax_unlearn/app/embedded/text_model --steps 6000
+
+In the log the
 first runs of the VAE and of CLIP computed in bfloat16, which proved slower on a CPU; the VAE's
 decoder and CLIP's vision tower were then trained further (`--decoder`, `--vision`), and the
 denoiser went on from its first weights (`--start`).
@@ -62,12 +69,17 @@ class Images:
         return torch.from_numpy(drawn.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
 
 
-def train(minutes, model, average, optimizer, step, report, every, decay, warmup=200):
-    """Calls step() until the time is up; the rate is warmed up, then falls as a cosine."""
+def train(minutes, model, average, optimizer, step, report, every, decay, warmup=200, steps=None):
+    """Calls step() until the time or the steps are up; the rate is warmed up, then a cosine."""
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start, number, running = time.time(), 0, 0.0
-    while (done := (time.time() - start) / (60 * minutes)) < 1:
+
+
+    def gone():
+        return (time.time() - start) / (60 * minutes) if steps is None else number / steps
+
+    while (done := gone()) < 1:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = (
                 rate * min(1, (number + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
@@ -246,9 +258,17 @@ def train_clip(options, rng) -> None:
 
 def train_denoiser(options, rng) -> None:
     images, held_out = Images(options.data), Images(options.data, held_out=True)
-    vae = AutoencoderKL.from_pretrained(options.out / "vae").eval().requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(options.out / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(options.out / "clip", dtype=torch.float32).eval()
+    parts, clip = (options.out, "clip")
+    if options.encoders:
+        parts, clip = options.encoders, "text_encoder"
+    vae = AutoencoderKL.from_pretrained(parts / "vae", torch_dtype=torch.float32)
+    vae = vae.eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(parts / clip, dtype=torch.float32).eval()
+    for source in (images, held_out):  # An oracle of an object has seen no image of it.
+        seen = source.labels != (OBJECTS.index(options.without) if options.without in OBJECTS else -1)
+        source.pixels, source.labels = source.pixels[seen], source.labels[seen]
+    shown_styles = [s for s, style in enumerate(STYLES) if style != options.without]
 
     def latents_of(images):
         parts = []
@@ -310,7 +330,7 @@ def train_denoiser(options, rng) -> None:
         return rng.choice(pool)
 
     def loss_of(model, source, labels, size, rng):
-        indices, chosen = rng.integers(len(labels), size=size), rng.integers(len(STYLES), size=size)
+        indices, chosen = rng.integers(len(labels), size=size), rng.choice(shown_styles, size)
         rows = [choose(labels[i], s, rng) for i, s in zip(indices, chosen, strict=True)]
         x = source[chosen, indices]
         noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32))
@@ -350,6 +370,7 @@ def train_denoiser(options, rng) -> None:
         500,
         decay=0.999,
         warmup=300,
+        steps=options.steps,
     )
 
 
@@ -359,6 +380,9 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--steps", type=int, help="of the denoiser, whatever the time")
+    parser.add_argument("--without", choices=(*OBJECTS, *STYLES), help="what no image may show")
+    parser.add_argument("--encoders", type=pathlib.Path, help="a pipeline, for its other parts")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_unlearn import (
+    attacks,
     baselines,
     divergences,
     duality,

@@ -1,7 +1,8 @@
-"""The command line: jax-unlearn demo | data | concept | sample | verify."""
+"""The command line: jax-unlearn demo | data | concept | audit | sample | verify."""
 
 import dataclasses
 import errno
+import importlib
 import os
 import pathlib
 import sys
@@ -11,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 # What loads networks is imported once a command is known: --help answers at once.
 if TYPE_CHECKING:
+    from jax_unlearn.app.audit.options import AuditOptions
     from jax_unlearn.app.options import ModelOptions, RunOptions, SampleOptions, VerifyOptions
 
 __all__ = ["main"]
 
 _COMMANDS = {
-    "demo": "DemoOptions",
-    "data": "DataOptions",
-    "concept": "ConceptOptions",
-    "sample": "SampleOptions",
-    "verify": "VerifyOptions",
+    "demo": "options.DemoOptions",
+    "data": "options.DataOptions",
+    "concept": "options.ConceptOptions",
+    "audit": "audit.options.AuditOptions",
+    "sample": "options.SampleOptions",
+    "verify": "options.VerifyOptions",
 }
 # What the system says of paths that cannot be used as they were given.
 _OF_INPUT = (
@@ -33,6 +36,7 @@ _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
            embedded model from text to image; needs no network
   data     forget images that a diffusers checkpoint of yours was trained on
   concept  forget labels or prompts that a diffusers checkpoint is conditioned on; needs no images
+  audit    measure what a model that was made to forget still shows, and what brings it back
   sample   draw a grid of samples from a checkpoint
   verify   check that a finished folder is what its run left
 
@@ -59,10 +63,10 @@ def _take(arguments: list[str], flag: str) -> str | None:
 def _parse(command: str, arguments: list[str]) -> Any:
     import tyro
 
-    from jax_unlearn.app import options as kinds
     from jax_unlearn.app.options import RunOptions, load_run
 
-    kind = getattr(kinds, _COMMANDS[command])
+    module, name = _COMMANDS[command].rsplit(".", 1)
+    kind = getattr(importlib.import_module(f"jax_unlearn.app.{module}"), name)
     config = _take(arguments, "--config") if issubclass(kind, RunOptions) else None
     default = None if config is None else load_run(pathlib.Path(config), command, kind)
     if default is None and {"--resume", "--continue"} & set(arguments):
@@ -324,6 +328,17 @@ def _sample(options: "SampleOptions") -> int:
     return 0
 
 
+def _audit(options: "AuditOptions") -> int:
+    from jax_unlearn.app import verify
+    from jax_unlearn.app.audit.run import audit
+    from jax_unlearn.app.terminal import printable
+
+    print(printable(audit(options)["verdict"]))
+    page = options.out / "report.html"
+    print(printable(f"report: {page}\nseal:   {verify.seal(options.out)}"))
+    return 0
+
+
 def _verify(options: "VerifyOptions") -> int:
     from jax_unlearn.app.terminal import printable, say
     from jax_unlearn.app.verify import seal, verify
@@ -344,7 +359,9 @@ def _run(command: str, arguments: list[str]) -> int:
     if command == "verify":
         return _verify(options)
     _cache_compilations()
-    return _sample(options) if command == "sample" else _unlearn(command, options)
+    if command == "sample":
+        return _sample(options)
+    return _audit(options) if command == "audit" else _unlearn(command, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

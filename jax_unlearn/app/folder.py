@@ -6,9 +6,8 @@ import pathlib
 import re
 import socket
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from jax_unlearn.app.options import RunOptions
 from jax_unlearn.pretrained.weights import clean_leftovers
 
 try:
@@ -19,6 +18,27 @@ except ImportError:  # Windows, where a folder is not locked.
 __all__ = ["check_folder", "claim"]
 
 _LOCK = ".lock"
+
+
+class Claims(Protocol):
+    """What a command's options say of its folder."""
+
+    @property
+    def out(self) -> pathlib.Path:
+        """The folder."""
+        ...
+
+    @property
+    def resume(self) -> bool:
+        """Whether to go on in it."""
+        ...
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether to move what is there aside."""
+        ...
+
+
 _LEFTOVER = re.compile(r"\..+\.(\d+)\.tmp|\.model\.(new|old)-.+|\.lock")
 
 
@@ -31,7 +51,7 @@ def _in_use(out: pathlib.Path) -> bool:
     return os.path.lexists(out) and (not out.is_dir() or bool(_contents(out)))
 
 
-def check_folder(options: RunOptions) -> None:
+def check_folder(options: Claims) -> None:
     """Refuses what `claim` would refuse, and changes nothing.
 
     Raises:
@@ -61,7 +81,7 @@ def check_folder(options: RunOptions) -> None:
 
 
 @contextlib.contextmanager
-def claim(options: RunOptions) -> Iterator[None]:
+def claim(options: Claims) -> Iterator[None]:
     """Makes room for the outputs and keeps every other process out of them inside the block.
 
     The lock is released by the process's death too. Files that a killed process left half written

@@ -26,6 +26,8 @@ __all__ = [
     "Threshold",
     "Training",
     "VerifyOptions",
+    "check_numbers",
+    "check_texts",
     "load_run",
     "parse_threshold",
     "plain_options",
@@ -95,7 +97,7 @@ class RunOptions:
         Raises:
           ValueError: naming the option, what was given and what is allowed.
         """
-        _check_numbers(self)
+        check_numbers(self)
 
 
 _MOST = 2**31 - 1  # What JAX's indices and counters hold.
@@ -105,7 +107,8 @@ _SEEDS = 2**32
 _DOMAINS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ("steps", "batch_size", "forget_batch_size", "evaluation_images", "sampling_steps",
-         "checkpoint_every", "chain_steps", "minibatches", "classifier_draws", "stored_samples"),
+         "checkpoint_every", "chain_steps", "minibatches", "classifier_draws", "stored_samples",
+         "attack_images", "inversion_steps", "relearning_steps"),
         lambda value: 1 <= value <= _MOST,
         f"lie in [1, {_MOST}]",
     ),
@@ -115,7 +118,11 @@ _DOMAINS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         f"lie in [0, {_MOST}]",
     ),
     (("seed",), lambda value: 0 <= value < _SEEDS, f"lie in [0, {_SEEDS - 1}]"),
-    (("learning_rate",), lambda value: 0 < value <= _LARGEST, "be positive and finite"),
+    (
+        ("learning_rate", "inversion_rate", "relearning_rate"),
+        lambda value: 0 < value <= _LARGEST,
+        "be positive and finite",
+    ),
     (
         ("dual_learning_rate", "dual_damping", "guidance"),
         lambda value: 0 <= value <= _LARGEST,
@@ -127,7 +134,12 @@ _DOMAINS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 )  # fmt: skip
 
 
-def _check_numbers(options: Any) -> None:
+def check_numbers(options: Any) -> None:
+    """Checks every number of a command against its domain.
+
+    Raises:
+      ValueError: naming the option, what was given and what is allowed.
+    """
     for names, allowed, must in _DOMAINS:
         for name in names:
             value = getattr(options, name, None)
@@ -139,7 +151,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _check_texts(options: Any, names: Sequence[str]) -> None:
+def check_texts(options: Any, names: Sequence[str]) -> None:
     """Refuses labels and prompts with control characters, which nobody can have meant."""
     for name in names:
         given = getattr(options, name)
@@ -208,7 +220,7 @@ class DemoOptions(ImageOptions):
     def validate(self) -> None:
         """Checks every number, and the thresholds."""
         super().validate()
-        _check_texts(self, ("forget",))
+        check_texts(self, ("forget",))
         _check_thresholds(self.threshold, self.asked)
         if self.text and self.formulation == "forward-kl":
             raise ValueError("--text forgets prompts: that is reverse KL, likelihood, or all.")
@@ -386,7 +398,7 @@ class ConceptOptions(ModelOptions):
         super().validate()
         if not self.forget:
             raise ValueError("--forget is missing: see jax-unlearn concept --help.")
-        _check_texts(self, ("forget", "template", "base", "anchor", "retain", "show"))
+        check_texts(self, ("forget", "template", "base", "anchor", "retain", "show"))
         if repeated := {text for text in self.forget if self.forget.count(text) > 1}:
             raise ValueError(f"--forget {', '.join(sorted(repeated))} is given twice.")
         for name in ("chain_steps", "classifier_draws", "stored_samples"):
@@ -445,8 +457,8 @@ class SampleOptions:
         Raises:
           ValueError: naming the option.
         """
-        _check_numbers(self)
-        _check_texts(self, ("labels", "prompts"))
+        check_numbers(self)
+        check_texts(self, ("labels", "prompts"))
         if self.samples < 1:
             raise ValueError("--samples must be 1 or more, not 0.")
 

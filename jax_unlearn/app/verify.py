@@ -4,6 +4,7 @@ import html
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from jax_unlearn.app.files import replace_file
 from jax_unlearn.app.identity import digest_of, saved_legs
@@ -76,7 +77,7 @@ def verify(out: pathlib.Path) -> tuple[list[str], int]:
     problems += [f"{name} is not of the run" for name in _files(out) if name not in sums]
     if not problems and (out / "report.json").is_file():
         try:
-            problems = _contradictions(out)
+            problems = _contradictions(out, read_json(out / "report.json"))
         except (KeyError, TypeError, AttributeError):
             problems = ["report.json lacks what the report of a run has"]
         except ValueError as error:
@@ -103,14 +104,33 @@ def _read_sums(path: pathlib.Path) -> dict[str, str]:
     return sums
 
 
-def _contradictions(out: pathlib.Path) -> list[str]:
-    """Whether run.json, metrics.jsonl, report.json, report.html and the model agree."""
-    report, run = read_json(out / "report.json"), read_json(out / "run.json")
-    page = (out / "report.html").read_text(encoding="utf-8")
+def _contradictions(out: pathlib.Path, report: dict[str, Any]) -> list[str]:
+    """Whether what a command wrote agrees."""
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+    checks = _of_audit(out, report) if report.get("kind") == "audit" else _of_run(out, report)
+    said = report["verdict"] if report.get("kind") == "audit" else verdict(report)
+    checks["report.html is the page of another report.json"] = (
+        f'content="sha256:{file_digest(out / "report.json")}"' in page and said in page
+    )
+    return [problem for problem, holds in checks.items() if not holds]
+
+
+def _of_audit(out: pathlib.Path, report: dict[str, Any]) -> dict[str, bool]:
+    """Whether run.json and report.json of an audit agree."""
+    run = read_json(out / "run.json")
+    identity = {name: part for name, part in report["identity"].items() if name != "digest"}
+    digests = {report["identity"]["digest"], digest_of(identity), run["digest"]}
+    same = digests == {digest_of(run["identity"])}
+    return {"report.json and run.json are of different audits": same}
+
+
+def _of_run(out: pathlib.Path, report: dict[str, Any]) -> dict[str, bool]:
+    """Whether run.json, metrics.jsonl, report.json and the model of a run agree."""
+    run = read_json(out / "run.json")
     identity = {name: part for name, part in report["identity"].items() if name != "digest"}
     legs = saved_legs(out / "run.json")
     rows = report["rows"]
-    checks = {
+    return {
         "report.json and run.json are of different runs": (
             report["identity"]["digest"] == digest_of(identity) == legs[-1].digest
             and identity == run["identity"]
@@ -122,9 +142,4 @@ def _contradictions(out: pathlib.Path) -> list[str]:
             and rows["digest"] == rows_digest(out / "metrics.jsonl", rows["count"])
         ),
         "report.json lists another model than that in model": report["files"] == model_digests(out),
-        "report.html is the page of another report.json": (
-            f'content="sha256:{file_digest(out / "report.json")}"' in page
-            and verdict(report) in html.unescape(page)
-        ),
     }
-    return [problem for problem, holds in checks.items() if not holds]

@@ -9,6 +9,8 @@
 | `distill_reverse_kl` | no | `Samples` of q | the optimum of `reverse_kl`, by weighted denoising |
 | `distill_likelihood` | no | `Samples` of q | the optimum of `likelihood`, by weighted denoising |
 | `distill_posterior` | no | `NoisyPoints` of samples of q | the same, by regression on its score |
+
+`robust` makes of each the problem whose constraints hold at the worst condition of a ball.
 """
 
 from jax_unlearn.formulations.distill import (
@@ -19,6 +21,7 @@ from jax_unlearn.formulations.distill import (
 )
 from jax_unlearn.formulations.forward_kl import forward_kl
 from jax_unlearn.formulations.on_policy import likelihood, mixed, reverse_kl
+from jax_unlearn.formulations.robust import kept_starts, looked_up, robust, worst_conditions
 from jax_unlearn.formulations.trajectories import sample_trajectories
 
 __all__ = [
@@ -26,9 +29,13 @@ __all__ = [
     "distill_posterior",
     "distill_reverse_kl",
     "forward_kl",
+    "kept_starts",
     "likelihood",
+    "looked_up",
     "mixed",
     "reverse_kl",
+    "robust",
     "sampled",
     "sample_trajectories",
+    "worst_conditions",
 ]

@@ -1,14 +1,25 @@
 """Distances and shares of samples; feature extractors are arguments."""
 
+from jax_unlearn.metrics.coverage import Coverage, coverage
 from jax_unlearn.metrics.fid import frechet_distance
+from jax_unlearn.metrics.intervals import Interval, binomial_interval
 from jax_unlearn.metrics.kid import kernel_distance
+from jax_unlearn.metrics.membership import Membership, membership
 from jax_unlearn.metrics.proportion import proportion
 from jax_unlearn.metrics.similarity import cosine_similarity, nearest_neighbours, reconstruct
+from jax_unlearn.metrics.summaries import harmonic_mean
 
 __all__ = [
+    "Coverage",
+    "Interval",
+    "Membership",
+    "binomial_interval",
     "cosine_similarity",
+    "coverage",
     "frechet_distance",
+    "harmonic_mean",
     "kernel_distance",
+    "membership",
     "nearest_neighbours",
     "proportion",
     "reconstruct",

@@ -13,7 +13,7 @@ from jax_unlearn.app.files import replace_file
 from jax_unlearn.app.report.figures import SMOOTHED_ROWS, Grid, check_grid, draw_curves, draw_grid
 from jax_unlearn.app.report.page import render, render_comparison, verdict
 
-__all__ = ["read_rows", "write_comparison", "write_report"]
+__all__ = ["finite", "read_rows", "write_comparison", "write_report"]
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -69,6 +69,13 @@ def _plain(value: Any, path: str, non_finite: list[str]) -> Any:
     return value
 
 
+def finite(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report of plain JSON types: what is not finite is null, and listed under "non_finite"."""
+    non_finite: list[str] = []
+    content = _plain(report, "", non_finite)
+    return content | {"non_finite": non_finite} if non_finite else content
+
+
 def write_report(
     folder: str | os.PathLike[str],
     report: Mapping[str, Any],
@@ -100,26 +107,23 @@ def write_report(
       ValueError: for a report that contradicts itself, rows of different lengths, or a grid that
         is not uint8 [n, height, width, 1 or 3] of one shape before and after.
     """
-    non_finite: list[str] = []
-    plain = _plain(report, "", non_finite)
-    if non_finite:
-        plain["non_finite"] = non_finite
-    verdict(plain)  # refuses a report that contradicts itself before anything is written
+    content = finite(report)
+    verdict(content)  # refuses a report that contradicts itself before anything is written
     for grid in grids:
         check_grid(grid)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     replace_file(folder / "report.json", text)
     figures = {f"grid_{i}.png": draw_grid(grid) for i, grid in enumerate(grids, start=1)}
-    curves = draw_curves(plain, rows)
+    curves = draw_curves(content, rows)
     if curves is not None:
         figures["curves.png"] = curves
     for name, content in figures.items():
         replace_file(folder / name, content)
     encoded = {name: base64.b64encode(content).decode() for name, content in figures.items()}
     digest = hashlib.sha256(text).hexdigest()
-    page = render(plain, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS, digest=digest)
+    page = render(content, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS, digest=digest)
     replace_file(folder / "report.html", page.encode())
     return folder / "report.html"
 

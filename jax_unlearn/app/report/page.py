@@ -8,7 +8,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
-__all__ = ["render", "render_comparison", "verdict"]
+__all__ = ["environment", "render", "render_comparison", "verdict"]
 
 _MAX_LISTED = 20
 """Above this many constraints the table shows the worst."""
@@ -49,16 +49,17 @@ _STANDINGS = {
 _METRIC_NAMES = {"kid": "KID", "fid": "FID", "nelbo": "NELBO"}
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Where the templates are, with the filters that they share."""
+    found = jinja2.Environment(
         loader=jinja2.PackageLoader("jax_unlearn.app.report", ""),
         autoescape=jinja2.select_autoescape(("html",)),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(data=_data, duration=_duration, standing=_STANDINGS.__getitem__)
-    return environment
+    found.filters.update(data=_data, duration=_duration, standing=_STANDINGS.__getitem__)
+    return found
 
 
 def _digits(value: float, stderr: float | None) -> str:
@@ -301,7 +302,7 @@ def render(
       digest: SHA-256 of report.json.
     """
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             report=report,
@@ -364,7 +365,7 @@ def render_comparison(
         rows.append({"name": f"{_METRIC_NAMES[name]} of what is kept", "cells": pair(read)})
     subject = ", ".join(str(f["name"]) for f in columns[0][1]["asked"]["forget"])
     return (
-        _environment()
+        environment()
         .get_template("comparison.html")
         .render(
             title=f"Unlearning {subject}, side by side",

@@ -1,0 +1,1 @@
+"""An audit of any checkpoint: whether a concept is forgotten, or only hidden."""

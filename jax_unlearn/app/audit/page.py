@@ -1,0 +1,321 @@
+"""The page of an audit: its verdict in sentences with their numbers, curves, tables, pictures."""
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from jax_unlearn.app.files import replace_file
+from jax_unlearn.app.report.folder import finite
+from jax_unlearn.app.report.page import environment
+
+__all__ = ["easier", "verdict", "write_page"]
+
+BUDGETS = {
+    "inversion": "steps",
+    "unlearndiffatk": "steps",
+    "noise": "share of the noise that an image is taken to",
+    "stochasticity": "η",
+    "inpainting": "share of the image that is hidden",
+    "guidance": "scale",
+    "relearning": "steps",
+    "rounding": "bits",
+}
+"""What the budget of each attack is."""
+TITLES = {
+    "inversion": "Concept inversion",
+    "unlearndiffatk": "UnlearnDiffAtk",
+    "noise": "Inverted noise",
+    "stochasticity": "More noise while sampling",
+    "inpainting": "Inpainting",
+    "guidance": "Guidance by the judge",
+    "relearning": "Relearning",
+    "rounding": "Rounded weights",
+}
+TARGETS = ("model", "reference", "oracle")
+_COLOURS = {"model": "#D55E00", "reference": "#777777", "oracle": "#0072B2"}
+_MARKS = {"model": "o", "reference": "s", "oracle": "^"}
+
+
+def _percent(share: Mapping[str, Any]) -> str:
+    """A share with its interval, in per cent."""
+    low, high = 100 * share["low"], 100 * share["high"]
+    return f"{100 * share['value']:.0f} % ({low:.0f} to {high:.0f} %)"
+
+
+def easier(row: Mapping[str, Any]) -> bool:
+    """Whether the model shows a concept more often than the oracle, beyond both intervals."""
+    return row["oracle"] is not None and row["model"]["low"] > row["oracle"]["high"]
+
+
+def _worst(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row in which the model exceeds the oracle most; without one, in which it shows most."""
+
+    def excess(row: Mapping[str, Any]) -> float:
+        return row["model"]["low"] - (row["oracle"]["high"] if row["oracle"] else 0)
+
+    return max(rows, key=excess)
+
+
+def _attacks(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in report["recoverable"]:
+        found.setdefault(row["attack"], []).append(row)
+    return found
+
+
+def state(report: Mapping[str, Any]) -> str:
+    """The class of the verdict in the style sheet.
+
+    It is "violated" where something is shown or brought back more than from the oracle, "close"
+    where there was no oracle to compare with, and "satisfied" otherwise.
+    """
+    rows = [*report["forgotten"], *report["recoverable"]]
+    if any(easier(row) for row in rows):
+        return "violated"
+    return "satisfied" if all(row["oracle"] is not None for row in rows) else "close"
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """A paragraph, each sentence of which has its number on the page."""
+    return " ".join(_sentences(report))
+
+
+def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
+    scale = report["asked"]["options"]["guidance"]
+    oracle = report["asked"]["oracle"] is not None
+    for concept in (one["name"] for one in report["asked"]["concepts"]):
+        own = [row for row in report["forgotten"] if row["concept"] == concept]
+        at = [row for row in own if row["scale"] == scale] or own
+        for row in at:
+            name = "asked for" if row["settings"]["what"] != "paraphrases" else "paraphrased"
+            text = (
+                f"“{concept}”, {name}, is seen in {_percent(row['model'])} of the model's samples "
+                f"and {_percent(row['reference'])} of the reference's"
+            )
+            yield text + (f", {_percent(row['oracle'])} of the oracle's." if oracle else ".")
+    brought, safe = [], []
+    for attack, rows in _attacks(report).items():
+        row = _worst(rows)
+        text = f"{TITLES[attack]} ({_percent(row['model'])}"
+        text += f"; oracle {_percent(row['oracle'])})" if oracle else ")"
+        (brought if easier(row) or (not oracle and row["model"]["low"] > 0.1) else safe).append(
+            text
+        )
+    if brought and oracle:
+        yield f"More comes back than from a model that never knew: {_listed(brought)}."
+    elif brought:
+        yield (
+            f"These bring it back: {_listed(brought)}. Without an oracle nobody knows how much of "
+            "that is memory."
+        )
+    if safe and oracle:
+        yield f"No more than from the oracle comes back by {_listed(safe)}."
+    elif safe:
+        yield f"Little comes back by {_listed(safe)}."
+    for entry in report["too_forgotten"]:
+        told = entry["model"].get("membership")
+        if told is None:
+            continue
+        auc = told["auc"]
+        text = f"AUC {auc['value']:.2f} ({auc['low']:.2f} to {auc['high']:.2f})"
+        if auc["high"] < 0.5:
+            yield (
+                f"The forgotten images of “{entry['concept']}” are less likely than unseen ones, "
+                f"{text}: that gives away that they were deleted."
+            )
+        elif auc["low"] > 0.5:
+            yield (
+                f"The forgotten images of “{entry['concept']}” are still more likely than unseen "
+                f"ones, {text}."
+            )
+        else:
+            yield f"The images of “{entry['concept']}” are not told from unseen ones, {text}."
+    harmed = report["harmed"]
+    yield (
+        f"What is kept is named right in {_percent(harmed['agreement']['model'])} of samples, "
+        f"before in {_percent(harmed['agreement']['reference'])}."
+    )
+    moved = harmed["path_kl"]["kept"]["reference"]["by_condition"]
+    name = max(moved, key=lambda c: moved[c]["value"])
+    yield (
+        f"Of the kept conditions {name} moved most, by {moved[name]['value']:.2g} ± "
+        f"{moved[name]['stderr']:.2g} nats."
+    )
+    yield "This is what these attacks found with these settings; others may find more."
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return ", ".join(texts)
+
+
+def _label(settings: Mapping[str, Any]) -> str:
+    return ", ".join(
+        str(value) if name == "what" else f"{name} {value}" for name, value in settings.items()
+    )
+
+
+def _panels(report: Mapping[str, Any]) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
+    """Rows of one attack, concept and settings each: a curve against the budget."""
+    found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in report["recoverable"]:
+        key = row["attack"], row["concept"], _label(row["settings"])
+        found.setdefault(key, []).append(row)
+    return found
+
+
+def draw_curves(report: Mapping[str, Any]) -> bytes | None:
+    """Success against the attack's budget: model, reference and oracle, with their intervals."""
+    panels = _panels(report)
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 0.5 + 2.5 * lines), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    every = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in every[len(panels) :]:
+        axes.set_visible(False)
+    many = len(report["asked"]["concepts"]) > 1
+    for axes, ((attack, concept, label), rows) in zip(every, panels.items(), strict=False):
+        budgets = np.array([row["budget"] for row in rows], float)
+        # Budgets that double lie evenly; zero stands before them.
+        doubling = budgets.max() >= 16 and budgets.min() == 0
+        for name in TARGETS:
+            if rows[0][name] is None:
+                continue
+            value, low, high = (
+                np.array([100 * row[name][part] for row in rows])
+                for part in ("value", "low", "high")
+            )
+            colour = _COLOURS[name]
+            axes.fill_between(budgets, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(
+                budgets, value, color=colour, marker=_MARKS[name], markersize=3, linewidth=1.4,
+                label=name,
+            )  # fmt: skip
+        if doubling:
+            axes.set_xscale("symlog", linthresh=1, base=2)
+            axes.set_xticks(budgets, [f"{one:g}" for one in budgets])
+        if attack == "rounding":
+            axes.invert_xaxis()
+        title = TITLES[attack] + (f", {concept}" if many else "")
+        axes.set_title(title + (f"\n{label}" if label else ""), fontsize=8, parse_math=False)
+        axes.set_xlabel(BUDGETS[attack], fontsize=7)
+        axes.tick_params(labelsize=6, color="#888888")
+        axes.set_ylim(-3, 103)
+        axes.grid(True, color="#e4e4e4", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0].set_ylabel("samples that show it (%)", fontsize=7)
+    handles, names = every[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw_path_kl(report: Mapping[str, Any]) -> bytes:
+    """Path KL by time step, of kept and of forgotten conditions, to reference and oracle."""
+    figure = Figure(figsize=(7.2, 2.6), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, part in zip(figure.subplots(1, 2), ("kept", "forgotten"), strict=True):
+        found = report["harmed"]["path_kl"][part]
+        for name in ("reference", "oracle"):
+            if name in found:
+                axes.plot(
+                    found["times"], found[name]["by_time"], color=_COLOURS[name],
+                    marker=_MARKS[name], markersize=3, label=f"to the {name}",
+                )  # fmt: skip
+        axes.set_title(f"{part} conditions", fontsize=9)
+        axes.set_xlabel("time step", fontsize=8)
+        axes.set_ylabel("path KL (nats)", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw_strip(rows: Sequence[np.ndarray]) -> bytes:
+    """Rows of small images as one picture, enlarged by a whole factor."""
+    height, width = rows[0].shape[1:3]
+    scale, gap = max(1, 64 // height), 4
+    columns = max(len(row) for row in rows)
+    size = (columns * (width * scale + gap) - gap, len(rows) * (height * scale + gap) - gap)
+    canvas = Image.new("RGB", size, "white")
+    for i, row in enumerate(rows):
+        for j, pixels in enumerate(row):
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            image = image.convert("RGB").resize(
+                (width * scale, height * scale), Image.Resampling.NEAREST
+            )
+            canvas.paste(image, (j * (width * scale + gap), i * (height * scale + gap)))
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def write_page(folder: Path, report: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> Path:
+    """Writes report.json, its figures and, last, report.html.
+
+    Args:
+      folder: where to.
+      report: see `run.audit`.
+      images: of each phase that has any, uint8 [n, height, width, channels].
+    """
+    report = finite(report)
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    replace_file(folder / "report.json", text)
+    figures = {"path_kl.png": draw_path_kl(report)}
+    if (curves := draw_curves(report)) is not None:
+        figures["curves.png"] = curves
+    strips = []
+    targets = [name for name in TARGETS if name == "model" or report["asked"].get(name)]
+    for concept in (one["name"] for one in report["asked"]["concepts"]):
+        for phase in ("forgotten", *TITLES):
+            rows = [images.get(f"{phase}, {concept}, {name}") for name in targets]
+            shown = [row for row in rows if row is not None]
+            if len(shown) == len(targets):
+                name = f"images_{len(strips) + 1}.png"
+                figures[name] = draw_strip(shown)
+                title = "Samples without an attack" if phase == "forgotten" else TITLES[phase]
+                strips.append({"name": name, "title": title, "concept": concept, "phase": phase})
+    if "kept" in images:
+        half = len(images["kept"]) // 2
+        figures["kept.png"] = draw_strip([images["kept"][:half], images["kept"][half:]])
+    for name, content in figures.items():
+        replace_file(folder / name, content)
+    encoded = {name: base64.b64encode(content).decode() for name, content in figures.items()}
+    moved = report["harmed"]["path_kl"]["kept"]["reference"]["by_condition"]
+    page = (
+        environment()
+        .get_template("audit.html")
+        .render(
+            report=report,
+            verdict=report["verdict"],
+            state=state(report),
+            sentences=list(_sentences(report)),
+            panels=_panels(report),
+            titles=TITLES,
+            budgets=BUDGETS,
+            targets=targets,
+            strips=strips,
+            figures=encoded,
+            percent=_percent,
+            easier=easier,
+            label=_label,
+            most_moved=sorted(moved.items(), key=lambda item: -item[1]["value"])[:8],
+            digest=hashlib.sha256(text).hexdigest(),
+        )
+    )
+    replace_file(folder / "report.html", page.encode())
+    return folder / "report.html"
