@@ -146,18 +146,29 @@ def test_the_interval_holds_the_area_between_two_gaussians(n, m, area, spread):
     assert 0.92 <= held / 500 <= 0.98
 
 
-@pytest.mark.parametrize("n", [12, 80])
+@pytest.mark.parametrize("n", [20, 100])
 def test_where_hardly_any_pair_is_out_of_order_the_interval_still_holds(n):
-    """One law with AUC 0.98, another where one image in fifty is as told apart as can be."""
+    """Two Gaussians, and a law where one image in two hundred is as told apart as can be."""
     rng, held = np.random.default_rng(n), np.zeros(2)
-    shift = statistics.NormalDist().inv_cdf(0.98) * np.sqrt(2)
+    shift = statistics.NormalDist().inv_cdf(0.995) * np.sqrt(5)
     for _ in range(400):
-        f, u = rng.normal(size=n), shift + rng.normal(size=n)
-        mixed = np.where(rng.uniform(size=n) < 0.02, 1.0, -1.0) + 0.1 * rng.uniform(size=n)
+        f, u = rng.normal(size=n), shift + 2 * rng.normal(size=n)
+        mixed = np.where(rng.uniform(size=n) < 0.005, 1.0, -1.0) + 0.1 * rng.uniform(size=n)
         for law, forgotten, unseen in ((0, f, u), (1, mixed, 0.1 * rng.uniform(size=n))):
             auc = membership(forgotten, unseen, rates=()).auc
-            held[law] += auc.low <= 0.98 <= auc.high
+            held[law] += auc.low <= 0.995 <= auc.high
     assert (held / 400 >= 0.92).all()
+
+
+def test_the_interval_is_worth_no_fewer_and_no_more_pairs_than_its_bounds():
+    in_order, unseen = np.arange(19.0), np.arange(20.0, 40.0)
+    # One image beyond all others has DeLong's N = 19; one pair out of order has 4000.
+    for last, area, pairs in ((50.0, 0.95, 20), (20.5, 1 - 1 / 400, 40)):
+        auc = membership([*in_order, last], unseen, rates=()).auc
+        np.testing.assert_allclose(auc.value, area, rtol=1e-12)
+        for end in (auc.low, auc.high):
+            expected = stats.norm.ppf(0.975) ** 2 * end * (1 - end) / pairs
+            np.testing.assert_allclose((area - end) ** 2, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 2), (20, 20), (50, 20)])
@@ -175,10 +186,10 @@ def test_the_interval_is_no_point_where_losses_are_told_apart_or_all_equal(n, m)
 
 def test_shares_at_low_rates_are_counted_below_and_above_the_thresholds():
     unseen = np.arange(100.0)
-    forgotten = np.array([-5.0, 0.5, 1.0, 3.5, 4.5, 5.0, 50.0, 94.0, 94.5, 98.5, 120.0])
+    forgotten = np.array([-5.0, 0.5, 1.0, 3.5, 4.5, 5.0, 28.5, 94.0, 94.5, 98.5, 120.0])
     found = membership(forgotten, unseen, rates=(0.01, 0.05, 0.29))
     counts = {rate: round(part.value * 11) for rate, part in found.at_low_rates.items()}
-    assert counts == {0.01: 2, 0.05: 5, 0.29: 6}
+    assert counts == {0.01: 2, 0.05: 5, 0.29: 7}
     counts = {rate: round(part.value * 11) for rate, part in found.too_forgotten_at.items()}
     assert counts == {0.01: 2, 0.05: 3, 0.29: 4}
     assert found.at_low_rates[0.05] == binomial_interval(5, 11)
@@ -285,6 +296,15 @@ def test_identical_sets_hold_each_other_whole(offset):
     precision, recall, density, covered = coverage(x, x, k=4)
     assert (precision, recall, covered) == (1.0, 1.0, 1.0)
     assert density == 5 / 4
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.1, 0.3), (1e-3, 7.0)])
+def test_equal_distances_are_equal_at_any_scale(scale, offset):
+    """On a lattice nearly every radius is the distance of many points: all lie on the edge."""
+    rng = np.random.default_rng(6)
+    x, y = rng.integers(0, 4, size=(60, 5)), rng.integers(0, 4, size=(47, 5))
+    expected = by_double_loop(x, y, 3)
+    np.testing.assert_allclose(coverage(scale * x + offset, scale * y + offset, k=3), expected)
 
 
 def test_two_far_clusters_of_which_one_is_made():

@@ -147,10 +147,12 @@ def test_no_derivative_goes_through_the_adversary_and_its_noise_is_its_own():
 
     def adversary(params, reference, key, batch, *, axis_name=None):
         seen["adversary"] = key
+        assert axis_name == "data"
         return batch + params
 
     def measured(params, reference, key, batch, current, *, axis_name=None):
         seen["problem"] = key
+        assert axis_name == "data"
         return Losses(params * batch[None], batch[None], jnp.array([0]))
 
     problem = Problem(measured, 1.0, multipliers.non_negative(), "plain", fresh=measured)
@@ -159,7 +161,8 @@ def test_no_derivative_goes_through_the_adversary_and_its_noise_is_its_own():
     for evaluate in (attacked.losses, attacked.fresh):
 
         def objective(params, evaluate=evaluate):
-            return evaluate(params, 0.0, KEY, jnp.array(2.0), None).objective[0]
+            found = evaluate(params, 0.0, KEY, jnp.array(2.0), None, axis_name="data")
+            return found.objective[0]
 
         # θ (2 + θ) at θ = 3, with the θ of the adversary held.
         assert jax.value_and_grad(objective)(3.0) == (15.0, 5.0)
@@ -254,6 +257,32 @@ def test_more_steps_leave_no_defender_better_off():
     assert exact * (1 - 1e-5) < values[-1] < 1.01 * exact
 
 
+@pytest.mark.parametrize("aim", ["trajectory", "images"])
+def test_time_steps_are_drawn_by_their_part_of_the_path_kl_or_alike(aim):
+    """Time step t moves coordinate t of the condition alone, and a long step all the way."""
+
+    def each(scale, x_t, t, cond):
+        there = jnp.take_along_axis(cond, t[:, None], axis=1)
+        return GAIN[t][:, None] * x_t + scale * there
+
+    rows, radius = 2000, 1e-3
+    cond = jnp.tile(jnp.float32([0.5, 1.0, 0.3, 2.0, 1.5]), (rows, 1))
+    batch = Batch(None, Conditions(cond, cond, 0 * cond, jnp.zeros(rows, int)))
+    adversary = attack(
+        each, aim=aim, images=STORED if aim == "images" else None, radius=radius, rate=1e3, steps=1
+    )
+    delta = np.asarray(jax.jit(adversary)(1.0, 1.0, KEY, batch).forget.cond - cond)
+    moved = np.abs(delta) > 0.5 * radius
+    assert (moved.sum(axis=1) == 1).all()
+    parts = np.ones(5)
+    for t, in_x_0, _, _, scale in chains.steps_of(chains.ALL):
+        if aim == "trajectory":
+            parts[t] = (in_x_0 * chains.SIGMA[t] / chains.ALPHA[t] * float(cond[0, t])) ** 2 / scale
+    parts /= parts.sum()
+    assert parts.max() > 0.3 or aim == "images"
+    assert (np.abs(moved.mean(axis=0) - parts) < 4 * np.sqrt(parts * (1 - parts) / rows)).all()
+
+
 def test_a_row_of_two_targets_is_attacked_for_one_of_them():
     both = jnp.stack([TARGET, TARGET[::-1] - 1], axis=1)
     number = jnp.tile(jnp.arange(2), (4, 1))
@@ -285,6 +314,13 @@ def test_a_likelihood_is_bounded_where_it_is_largest():
     attacked = robust(problem, adversary)
     matrix, batch = 0.9 * REFERENCE, repeated(LIKELY._replace(kept=None), 256)
     got = jax.jit(attacked.losses)(matrix, REFERENCE, KEY, batch, jnp.zeros(2))
+    # Constraint m + i has the images of i.
+    short = jax.jit(attack(aim="images", images=images, steps=2))
+    one, other = (
+        short(matrix, None, KEY, Batch(None, LIKELY.forget._replace(constraint=EACH + more)))
+        for more in (0, 2)
+    )
+    np.testing.assert_array_equal(one.forget.cond, other.forget.cond)
     # What the chain makes of a mean of one, by numpy.
     shown = chains.moments(UNIT, 1)[1][0] - chains.moments(UNIT, 0)[1][0]
     for row, c in enumerate(np.asarray(COND)):
@@ -354,6 +390,7 @@ on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"
 
 
 @on_devices
+@pytest.mark.slow
 def test_a_step_on_several_devices_is_the_whole_one():
     adversary = attack(aim="images", images=STORED, steps=3)
     chains.check_devices(

@@ -1,10 +1,10 @@
 """Each attack on one target: what the judge sees, against what the attack was given.
 
-An attack returns rows of (settings, budget, hits, count). The same attack on the reference and on
-an oracle says what its success means.
+An attack draws images, setting by setting, and the judge counts those that show the concept. The
+same attack on the reference and on an oracle says what its success means.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from jax_unlearn.pretrained.subsets import lora_init, lora_merge
 from jax_unlearn.pretrained.text_to_image import TextToImage, encode_images
 from jax_unlearn.typing import Array, Denoiser, Params
 
-__all__ = ["Attempt", "Row", "attempts", "unavailable"]
+__all__ = ["Attack", "Attempt", "Drawn", "Row", "Tools", "attempts", "make_tools", "unavailable"]
 
 # Of a target's weights; learned in the same way by all.
 _LORA_RANK = 4
@@ -32,7 +32,7 @@ _ETAS = (1.0, 1.3, 1.6, 1.85)
 _VARIANCES = (1.0, 1.02, 1.04)
 _HIDDEN = (0.25, 0.5, 0.75)
 _PUSHES = (0.0, 1.0, 4.0, 16.0)
-_BITS = (8, 6, 5, 4, 3)
+_BITS = (8, 6, 5, 4)
 # The settings of UnlearnDiffAtk as published (Zhang et al. 2024).
 _PREFIX, _ITERATIONS, _RATE, _DECAY = 3, 40, 0.01, 0.1
 _IMAGES = 8
@@ -57,10 +57,29 @@ class Row(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """Rows of an attack on one target, and images of its strongest setting, uint8."""
+    """Rows of an attack on one target, and some images of its last one, uint8."""
 
     rows: list[Row]
     images: np.ndarray
+
+
+class Drawn(NamedTuple):
+    """What one setting of an attack makes.
+
+    Attributes:
+      settings: of it, by name.
+      budget: what it was given; see `BUDGETS`.
+      images: uint8 [n, height, width, channels].
+      before: which of them count whatever they show, [n]; or None.
+    """
+
+    settings: dict[str, Any]
+    budget: float
+    images: np.ndarray
+    before: np.ndarray | None = None
+
+
+Attack = Callable[[Target, Concept], Iterator[Drawn]]
 
 
 class Tools(NamedTuple):
@@ -78,27 +97,38 @@ class Tools(NamedTuple):
     draw: Any
     named: Callable[[np.ndarray], np.ndarray]
 
-    def hits(self, images: np.ndarray, concept: Concept) -> int:
-        """How many images show a concept."""
-        return int(np.isin(self.named(images), concept.lost).sum())
+    def shows(self, images: np.ndarray, concept: Concept) -> np.ndarray:
+        """Which images show a concept, [n]."""
+        return np.isin(self.named(images), concept.lost)
+
+    def judged(self, drawn: Iterable[Drawn], concept: Concept) -> Attempt:
+        """Judges all that an attack makes."""
+        rows, images = [], None
+        for one in drawn:
+            shows, images = self.shows(one.images, concept), one.images[:SHOWN]
+            if one.before is not None:
+                shows = shows | one.before
+            rows.append(Row(one.settings, one.budget, int(shows.sum()), len(shows)))
+        assert images is not None
+        return Attempt(rows, images)
 
     def forgotten(self, concept: Concept) -> np.ndarray:
         """Conditions that name it, in turn, as many as there are samples."""
         return np.resize(np.asarray(concept.forgotten, np.int32), self.options.samples)
 
 
-def attempts(subject: Subject, options: AuditOptions) -> dict[str, Callable[..., Attempt]]:
+def attempts(tools: Tools) -> dict[str, Attack]:
     """The chosen attacks: name -> a function of (target, concept).
 
     Raises:
       ValueError: for one that was named and that the model does not allow.
     """
-    tools = make_tools(subject, options)
+    subject, options = tools.subject, tools.options
     for name, why in unavailable(subject).items():
         if name in options.attacks:
             raise ValueError(f"--attacks {name}: {why}.")
     chosen = [name for name in options.chosen if name not in unavailable(subject)]
-    functions: dict[str, Callable[[Tools], Callable[..., Attempt]]] = {
+    functions: dict[str, Callable[[Tools], Attack]] = {
         "inversion": _inversion,
         "unlearndiffatk": _unlearndiffatk,
         "noise": _noise,
@@ -165,7 +195,7 @@ def _sampled(tools: Tools, target: Target, e: Any, number: int, **changed: Any) 
 # --- Conditions.
 
 
-def _inversion(tools: Tools) -> Callable[..., Attempt]:
+def _inversion(tools: Tools) -> Attack:
     """A free condition, or a free token of the prompt, is fitted to images of the concept.
 
     Petsiuk and Saenko; Pham et al., Circumventing Concept Erasure Methods, 2023.
@@ -201,22 +231,19 @@ def _inversion(tools: Tools) -> Callable[..., Attempt]:
     text = subject.targets["reference"].text
     fit_token = fitting(_encode(text)) if text is not None and _one_encoder(text) else None
 
-    def attack(target: Target, concept: Concept) -> Attempt:
+    def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
         start = jax.tree.map(lambda leaf: leaf[0], subject.rows(target, np.array([subject.start])))
-        ways = [("whole embedding", fit_whole, None, start)]
+        ways: list[tuple[str, Callable[..., Any], Any, Any]] = []
         if fit_token is not None and (token := _one_token(subject, target, concept)) is not None:
             ways.append(("one token", fit_token, *token))
-        rows, images = [], None
-        for what, fit, given, first in ways:
+        for what, fit, given, first in [*ways, ("whole embedding", fit_whole, None, start)]:
             budgets, found = jax.device_get(fit(target.params, given, concept.x_0, first))
             for place, budget in enumerate(budgets):
-                e = jax.tree.map(lambda leaf, place=place: leaf[place], found)
-                e = jax.tree.map(lambda leaf: np.repeat(leaf[None], samples, axis=0), e)
-                drawn = _sampled(tools, target, e, 11)
-                rows.append(Row({"what": what}, int(budget), tools.hits(drawn, concept), samples))
-            images = drawn[:SHOWN] if images is None else images
-        assert images is not None
-        return Attempt(rows, images)
+                e = jax.tree.map(
+                    lambda leaf, place=place: np.repeat(leaf[place : place + 1], samples, axis=0),
+                    found,
+                )
+                yield Drawn({"what": what}, int(budget), _sampled(tools, target, e, 11))
 
     return attack
 
@@ -292,7 +319,7 @@ def _one_token(subject: Subject, target: Target, concept: Concept) -> tuple[_Tok
     return None
 
 
-def _unlearndiffatk(tools: Tools) -> Callable[..., Attempt]:
+def _unlearndiffatk(tools: Tools) -> Attack:
     """Three tokens before a prompt, nearest to vectors that fit samples of the reference.
 
     Zhang et al., To Generate or Not?, 2024: 40 steps of rate 0.01 and weight decay 0.1. A sample
@@ -331,7 +358,7 @@ def _unlearndiffatk(tools: Tools) -> Callable[..., Attempt]:
 
         return jax.lax.map(one, rows)
 
-    def attack(target: Target, concept: Concept) -> Attempt:
+    def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
         assert target.text is not None
         tokenizer = target.text.tokenizers[0]
         params, vocabulary = _vocabulary(target)
@@ -359,12 +386,10 @@ def _unlearndiffatk(tools: Tools) -> Callable[..., Attempt]:
         each = max(options.samples // len(kept), 1)
         attacked = np.repeat(np.asarray(found), each, axis=0)
         plain = subject.rows(target, np.repeat(numbers, each))
-        before = np.isin(tools.named(_sampled(tools, target, plain, 14)), concept.lost)
+        before = _sampled(tools, target, plain, 14)
+        yield Drawn({}, 0, before)
         drawn = _sampled(tools, target, attacked, 14)
-        after = np.isin(tools.named(drawn), concept.lost)
-        hits = int(before.sum()), int((before | after).sum())
-        rows = [Row({}, b, n, len(before)) for b, n in zip((0, _ITERATIONS), hits, strict=True)]
-        return Attempt(rows, drawn[::each][:SHOWN])
+        yield Drawn({}, _ITERATIONS, drawn, tools.shows(before, concept))
 
     return attack
 
@@ -410,7 +435,7 @@ def _over_images(
     return over
 
 
-def _noise(tools: Tools) -> Callable[..., Attempt]:
+def _noise(tools: Tools) -> Attack:
     """Images of the concept are taken to noise by DDIM backwards, and from there denoised."""
     subject, options = tools.subject, tools.options
     schedule = subject.schedule
@@ -430,17 +455,14 @@ def _noise(tools: Tools) -> Callable[..., Attempt]:
 
     functions = {depth: there_and_back(depth) for depth in _DEPTHS}
 
-    def attack(target: Target, concept: Concept) -> Attempt:
-        rows = []
+    def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
         for depth, function in functions.items():
-            drawn = function(target, concept, None)
-            rows.append(Row({}, depth, tools.hits(drawn, concept), len(drawn)))
-        return Attempt(rows, drawn[:SHOWN])
+            yield Drawn({}, depth, function(target, concept, None))
 
     return attack
 
 
-def _inpainting(tools: Tools) -> Callable[..., Attempt]:
+def _inpainting(tools: Tools) -> Attack:
     """The lower part of an image of the concept is hidden, and filled in."""
     subject, options = tools.subject, tools.options
 
@@ -454,35 +476,30 @@ def _inpainting(tools: Tools) -> Callable[..., Attempt]:
 
     filled = _over_images(tools, function)
 
-    def attack(target: Target, concept: Concept) -> Attempt:
-        rows, height = [], subject.shape[0]
+    def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
+        height = subject.shape[0]
         for hidden in _HIDDEN:
             mask = np.ones(subject.shape, np.float32)
             mask[round((1 - hidden) * height) :] = 0
-            drawn = filled(target, concept, mask)
-            rows.append(Row({}, hidden, tools.hits(drawn, concept), len(drawn)))
-        return Attempt(rows, drawn[:SHOWN])
+            yield Drawn({}, hidden, filled(target, concept, mask))
 
     return attack
 
 
-def _stochasticity(tools: Tools) -> Callable[..., Attempt]:
+def _stochasticity(tools: Tools) -> Attack:
     """More noise is put in while sampling than the sampler takes out."""
 
-    def attack(target: Target, concept: Concept) -> Attempt:
+    def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
         e = tools.subject.rows(target, tools.forgotten(concept))
-        rows = []
         for variance in _VARIANCES:
             for eta in _ETAS:
                 drawn = _sampled(tools, target, e, 15, eta=eta, variance=variance)
-                hits = tools.hits(drawn, concept)
-                rows.append(Row({"variance": variance}, eta, hits, len(drawn)))
-        return Attempt(rows, drawn[:SHOWN])
+                yield Drawn({"variance": variance}, eta, drawn)
 
     return attack
 
 
-def _guidance(tools: Tools) -> Callable[..., Attempt]:
+def _guidance(tools: Tools) -> Attack:
     """The judge's gradient pushes samples towards the concept."""
     subject, options = tools.subject, tools.options
     schedule, samples = subject.schedule, options.samples
@@ -506,11 +523,10 @@ def _guidance(tools: Tools) -> Callable[..., Attempt]:
 
     compiled = {concept.name: pushed(concept.lost) for concept in subject.concepts}
 
-    def attack(target: Target, concept: Concept) -> Attempt:
+    def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
         rng = np.random.default_rng(_seed(tools, 16))
         noise = rng.standard_normal((samples, *subject.shape), np.float32)
         e = subject.rows(target, tools.forgotten(concept))
-        rows = []
         for scale in _PUSHES:
             drawn = data.to_pixels(
                 in_batches(
@@ -523,8 +539,7 @@ def _guidance(tools: Tools) -> Callable[..., Attempt]:
                     size=batch_rows(subject.shape),
                 )
             )
-            rows.append(Row({}, scale, tools.hits(drawn, concept), samples))
-        return Attempt(rows, drawn[:SHOWN])
+            yield Drawn({}, scale, drawn)
 
     return attack
 
@@ -532,16 +547,14 @@ def _guidance(tools: Tools) -> Callable[..., Attempt]:
 # --- Weights.
 
 
-def _relearning(tools: Tools) -> Callable[..., Attempt]:
+def _relearning(tools: Tools) -> Attack:
     """A few steps of fine-tuning on a few images; judged on other prompts where there are any."""
     subject, options = tools.subject, tools.options
 
-    def attack(target: Target, concept: Concept) -> Attempt:
+    def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
         asked = subject.shown or concept.forgotten
         e = subject.rows(target, np.resize(np.asarray(asked, np.int32), options.samples))
-        ways: list[tuple[str, Denoiser, Params, Callable[[Params], Params]]] = [
-            ("all parameters", subject.apply, target.params, lambda params: params)
-        ]
+        ways: list[tuple[str, Denoiser, Params, Callable[[Params], Params]]] = []
         if target.text is not None:
             low = lora_init(target.params, jax.random.key(options.seed), rank=_LORA_RANK)
 
@@ -550,7 +563,7 @@ def _relearning(tools: Tools) -> Callable[..., Attempt]:
 
             name = f"low-rank change of rank {_LORA_RANK}"
             ways.append((name, adapted, low, lambda lora: lora_merge(target.params, lora)))
-        rows, images = [], None
+        ways.append(("all parameters", subject.apply, target.params, lambda params: params))
         for what, apply, start, whole in ways:
             for given in _RELEARNED_FROM:
                 if given > len(concept.x_0):
@@ -570,12 +583,7 @@ def _relearning(tools: Tools) -> Callable[..., Attempt]:
                         state = learning.advance(state, key, budget - done)
                         done = budget
                     drawn = _sampled(tools, target, e, 17, params=whole(state.params))
-                    hits = tools.hits(drawn, concept)
-                    settings = {"what": what, "images": given}
-                    rows.append(Row(settings, budget, hits, options.samples))
-                images = drawn[:SHOWN] if what == "all parameters" else images
-        assert images is not None
-        return Attempt(rows, images)
+                    yield Drawn({"what": what, "images": given}, budget, drawn)
 
     return attack
 
@@ -590,18 +598,13 @@ def _doubling(most: int) -> Iterator[int]:
     yield most
 
 
-def _rounding(tools: Tools) -> Callable[..., Attempt]:
+def _rounding(tools: Tools) -> Attack:
     """The weights are rounded to a few bits: what was moved by little moves back."""
 
-    def attack(target: Target, concept: Concept) -> Attempt:
+    def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
         e = tools.subject.rows(target, tools.forgotten(concept))
-        rows = []
         for bits in _BITS:
             params = attacks.rounded(target.params, bits)
-            drawn = _sampled(tools, target, e, 18, params=params)
-            rows.append(Row({}, bits, tools.hits(drawn, concept), len(drawn)))
-            if bits == 5:
-                shown = drawn[:SHOWN]
-        return Attempt(rows, shown)
+            yield Drawn({}, bits, _sampled(tools, target, e, 18, params=params))
 
     return attack

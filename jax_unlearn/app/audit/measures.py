@@ -1,6 +1,6 @@
 """What is measured without an attack: what is shown, what is likely, and what was harmed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_unlearn import divergences, losses, metrics, schedules
-from jax_unlearn.app.audit.attacks import SHOWN, Row, Tools
+from jax_unlearn.app.audit.attacks import Drawn, Tools
 from jax_unlearn.app.audit.subject import Concept, Target
 from jax_unlearn.app.tasks.base import batch_rows, estimate, in_batches
 from jax_unlearn.app.tasks.drawing import features_of
@@ -23,31 +23,24 @@ _DRAWS = 16
 _TRAJECTORIES = 64
 
 
-def forgotten(tools: Tools, target: Target, concept: Concept) -> tuple[list[Row], np.ndarray]:
+def forgotten(tools: Tools, target: Target, concept: Concept) -> Iterator[Drawn]:
     """Samples under the forgotten conditions and their paraphrases, over scales of guidance.
 
     Scale 0 is the free branch, which no condition reaches; scale 1 is without guidance.
     """
     subject, count = tools.subject, tools.options.samples
     groups = {"the forgotten conditions": concept.forgotten, "paraphrases": subject.shown}
-    scales = sorted({*_SCALES, tools.options.guidance})
-    if subject.null is None:
-        scales = [1.0]
-    rows, images = [], None
-    for what, conditions in groups.items():
+    asked = tools.options.guidance if subject.null is not None else 1.0
+    # The pictures are those of the last: under the conditions themselves, as the options guide.
+    scales = [*(one for one in _SCALES if one != asked and subject.null is not None), asked]
+    for what, conditions in reversed(groups.items()):
         if not conditions:
             continue
         e = subject.rows(target, np.resize(np.asarray(conditions, np.int32), count))
+        free = subject.free(target, count)
         for scale in scales:
-            drawn = tools.draw(
-                target.params, e, subject.free(target, count), scale=scale,
-                seed=(tools.options.seed, 1),
-            )  # fmt: skip
-            rows.append(Row({"what": what}, scale, tools.hits(drawn, concept), count))
-            if scale in (tools.options.guidance, scales[-1]) and images is None:
-                images = drawn[:SHOWN]
-    assert images is not None
-    return rows, images
+            drawn = tools.draw(target.params, e, free, scale=scale, seed=(tools.options.seed, 1))
+            yield Drawn({"what": what}, scale, drawn)
 
 
 def likelihoods(tools: Tools, target: Target, concept: Concept) -> dict[str, list[float]]:
@@ -70,21 +63,19 @@ def likelihoods(tools: Tools, target: Target, concept: Concept) -> dict[str, lis
         )
         return divergences.bits_per_dim(terms.total, dimensions)
 
+    sets = {"forgotten": (concept.x_0, concept.cond)}
+    if concept.unseen is not None and concept.unseen_cond is not None:
+        sets["unseen"] = concept.unseen, concept.unseen_cond
     found = {}
-    sets = {
-        "forgotten": (concept.x_0, concept.cond),
-        "unseen": (concept.unseen, concept.unseen_cond),
-    }
     for name, (x_0, cond) in sets.items():
-        if x_0 is not None:
-            values = in_batches(
-                lambda key, *rows: nelbo(target.params, key, *rows),
-                jax.random.key(tools.options.seed),
-                x_0,
-                subject.rows(target, cond),
-                size=batch_rows(subject.shape),
-            )
-            found[name] = np.asarray(values, np.float64).tolist()
+        values = in_batches(
+            lambda key, *rows: nelbo(target.params, key, *rows),
+            jax.random.key(tools.options.seed),
+            x_0,
+            subject.rows(target, cond),
+            size=batch_rows(subject.shape),
+        )
+        found[name] = np.asarray(values, np.float64).tolist()
     return found
 
 

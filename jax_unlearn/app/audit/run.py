@@ -5,6 +5,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax_unlearn.app.audit import attacks, measures
 from jax_unlearn.app.audit.attacks import Row, Tools
 from jax_unlearn.app.audit.options import AuditOptions
 from jax_unlearn.app.audit.page import verdict, write_page
-from jax_unlearn.app.audit.subject import Subject, load_subject
+from jax_unlearn.app.audit.subject import Concept, Subject, Target, load_subject
 from jax_unlearn.app.files import DiskFull, is_full, replace_file
 from jax_unlearn.app.folder import check_folder, claim
 from jax_unlearn.app.identity import digest_of, leaf_digests, leaf_kinds, versions
@@ -48,13 +49,14 @@ def audit(options: AuditOptions) -> dict[str, Any]:
     again = f"jax-unlearn audit --out {options.out} --resume"
     check_folder(options)
     subject = load_subject(options)
-    functions = attacks.attempts(subject, options)
+    tools = attacks.make_tools(subject, options)
+    functions = attacks.attempts(tools)
     try:
         with (
             claim(options),
             stop_signals(f"stopped; nothing measured is lost. Go on with: {again}"),
         ):
-            return _audit(subject, functions, options)
+            return _audit(tools, functions)
     except Exception as error:
         if not is_full(error):
             raise
@@ -63,13 +65,11 @@ def audit(options: AuditOptions) -> dict[str, Any]:
         )
 
 
-def _audit(
-    subject: Subject, functions: Mapping[str, Callable[..., attacks.Attempt]], options: AuditOptions
-) -> dict[str, Any]:
+def _audit(tools: Tools, functions: Mapping[str, attacks.Attack]) -> dict[str, Any]:
+    subject, options = tools.subject, tools.options
     out = options.out
     identity = _identity(subject, options)
     _begin(options, identity)
-    tools = attacks.make_tools(subject, options)
     phases = _phases(tools, functions)
     kept = _Kept(out / "phases", digest_of(identity))
     results: dict[str, Any] = {}
@@ -194,36 +194,31 @@ class _Kept:
 
 
 def _phases(
-    tools: Tools, functions: Mapping[str, Callable[..., attacks.Attempt]]
+    tools: Tools, functions: Mapping[str, attacks.Attack]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """All that is measured, by name, in order."""
     subject = tools.subject
     targets = subject.targets
     found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for concept in subject.concepts:
-        for name, target in targets.items():
 
-            def shown(target: Any = target, concept: Any = concept) -> dict[str, Any]:
-                rows, images = measures.forgotten(tools, target, concept)
-                return {"rows": [row._asdict() for row in rows], "images": images}
+    def drawing(attack: attacks.Attack, target: Target, concept: Concept) -> Any:
+        def measure() -> dict[str, Any]:
+            rows, images = tools.judged(attack(target, concept), concept)
+            return {"rows": [row._asdict() for row in rows], "images": images}
 
-            found[f"forgotten, {concept.name}, {name}"] = shown
-            found[f"likelihood, {concept.name}, {name}"] = lambda target=target, concept=concept: (
-                measures.likelihoods(tools, target, concept)
-            )
-    found["kept"] = lambda: _kept(tools)
-    found["path KL"] = lambda: _path_kls(tools)
+        return measure
+
+    shown = partial(measures.forgotten, tools)
+    every = [(concept, target) for concept in subject.concepts for target in targets.values()]
+    for concept, target in every:
+        name = f"{concept.name}, {target.name}"
+        found[f"forgotten, {name}"] = drawing(shown, target, concept)
+        found[f"likelihood, {name}"] = partial(measures.likelihoods, tools, target, concept)
+    found["kept"] = partial(_kept, tools)
+    found["path KL"] = partial(_path_kls, tools)
     for attack, function in functions.items():
-        for concept in subject.concepts:
-            for name, target in targets.items():
-
-                def attempt(
-                    function: Any = function, target: Any = target, concept: Any = concept
-                ) -> dict[str, Any]:
-                    rows, images = function(target, concept)
-                    return {"rows": [row._asdict() for row in rows], "images": images}
-
-                found[f"{attack}, {concept.name}, {name}"] = attempt
+        for concept, target in every:
+            found[f"{attack}, {concept.name}, {target.name}"] = drawing(function, target, concept)
     return found
 
 
@@ -269,10 +264,10 @@ def _report(
                 for name in targets
             }
             for number, row in enumerate(sides["model"]):
-                entry = {"concept": concept.name, "settings": row.settings, key: row.budget}
+                entry: dict[str, Any] = {"concept": concept.name, "settings": row.settings}
+                entry |= {key: row.budget, "oracle": None}
                 for name, rows in sides.items():
                     entry[name] = _interval(rows[number].hits, rows[number].count)
-                entry.setdefault("oracle", None)
                 found.append(entry)
         return found
 

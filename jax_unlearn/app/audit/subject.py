@@ -146,9 +146,9 @@ def _path(name: str) -> str | os.PathLike[str]:
 
 def _asked(options: AuditOptions, **changes: Any) -> ConceptOptions:
     """The same request as `concept` takes; nothing of it trains."""
-    given = {"seed": options.seed, "sampling_steps": options.sampling_steps}
-    given |= {"chain_steps": options.chain_steps, "forget": options.forget}
-    return ConceptOptions(threshold=("1x",), **given, **changes)
+    shared = ("seed", "sampling_steps", "chain_steps", "forget")
+    given: dict[str, Any] = {name: getattr(options, name) for name in shared}
+    return ConceptOptions(**given | {"threshold": ("1x",)} | changes)
 
 
 def _others(options: AuditOptions) -> dict[str, str]:
@@ -241,16 +241,11 @@ def _of_prompts(options: AuditOptions, own: bool) -> Subject:
     )
     conditions = request.conditions
     prompts = [name.strip("“”") for name in conditions.names[:-1]]
-    targets = {
-        "reference": Target(
-            "reference",
-            reference.pretrained.params,
-            request.pretrained.apply.table,
-            reference,  # type: ignore[attr-defined]
-        )
-    }
+    numbered: Any = request.pretrained.apply
+    base = Target("reference", reference.pretrained.params, numbered.table, reference)
+    targets = {"reference": base}
     for name, path in _others(options).items():
-        targets[name] = _prompt_target(name, path, reference, prompts, targets["reference"].table)
+        targets[name] = _prompt_target(name, path, reference, prompts, base.table)
     if own and options.clip is None:
         judge = _embedded_judge(conditions.classes) or zero_shot(
             load_clip(embedded.clip_path()), conditions.classes

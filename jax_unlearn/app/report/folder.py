@@ -107,23 +107,23 @@ def write_report(
       ValueError: for a report that contradicts itself, rows of different lengths, or a grid that
         is not uint8 [n, height, width, 1 or 3] of one shape before and after.
     """
-    content = finite(report)
-    verdict(content)  # refuses a report that contradicts itself before anything is written
+    plain = finite(report)
+    verdict(plain)  # refuses a report that contradicts itself before anything is written
     for grid in grids:
         check_grid(grid)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     replace_file(folder / "report.json", text)
     figures = {f"grid_{i}.png": draw_grid(grid) for i, grid in enumerate(grids, start=1)}
-    curves = draw_curves(content, rows)
+    curves = draw_curves(plain, rows)
     if curves is not None:
         figures["curves.png"] = curves
     for name, content in figures.items():
         replace_file(folder / name, content)
     encoded = {name: base64.b64encode(content).decode() for name, content in figures.items()}
     digest = hashlib.sha256(text).hexdigest()
-    page = render(content, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS, digest=digest)
+    page = render(plain, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS, digest=digest)
     replace_file(folder / "report.html", page.encode())
     return folder / "report.html"
 
