@@ -14,6 +14,13 @@ MEAN, DEVIATION = 0.6, 0.35  # of the Gaussian data
 TYPES = ("epsilon", "sample", "v_prediction")
 SCHEDULE = schedules.noise_schedule(num_steps=10, beta_end=0.3)
 
+# Compiled as a whole: an operation at a time they take twice as long.
+invert = jax.jit(
+    attacks.invert,
+    static_argnames=("predict", "steps", "batch", "learning_rate", "every", "project"),
+)
+inpaint = jax.jit(attacks.inpaint, static_argnames=("predict", "steps", "repeats"))
+
 
 def gaussian_law(mean=MEAN, deviation=DEVIATION):
     return mixtures.gaussian_mixture(jnp.reshape(mean, (1, -1)), deviation**2)
@@ -52,7 +59,7 @@ def test_inversion_finds_the_mean_of_the_images(prediction_type):
         num_steps=100, beta_end=0.2, prediction_type=prediction_type
     )
     x_0 = jnp.array([[0.9, -0.2], [1.1, -0.6], [0.4, -0.4], [1.6, 0.0]])
-    found = attacks.invert(
+    found = invert(
         mean_network(schedule),
         schedule,
         jax.random.key(0),
@@ -71,7 +78,7 @@ def test_inversion_in_a_ball_finds_the_projected_mean():
     """The loss is the same in every direction: in a ball it is least at the nearest point."""
     schedule = schedules.noise_schedule(num_steps=100, beta_end=0.2)
     mean, centre, radius = jnp.array([1.0, -0.3]), jnp.array([-1.0, 0.5]), 0.8
-    found = attacks.invert(
+    found = invert(
         mean_network(schedule),
         schedule,
         jax.random.key(0),
@@ -106,10 +113,10 @@ def test_inversion_is_adamw():
     schedule = schedules.noise_schedule(trained_betas=[0.3, 0.4, 0.5])
     target, start = np.array([1.0, -2.0, 0.5]), np.array([0.5, 0.0, 3.0])
 
-    @jax.jit
-    def run(decay):
-        return attacks.invert(
-            offset_network(schedule, jnp.asarray(target)),
+    predict = offset_network(schedule, jnp.asarray(target))
+    for decay in (0.0, 0.1):
+        found = invert(
+            predict,
             schedule,
             jax.random.key(0),
             x_0=jnp.zeros((5, 3)),
@@ -120,9 +127,6 @@ def test_inversion_is_adamw():
             learning_rate=0.1,
             weight_decay=decay,
         )
-
-    for decay in (0.0, 0.1):
-        found = run(decay)
         path = adamw_by_hand(start, lambda x: 2 * (x - target) / 3, 12, 0.1, decay)
         np.testing.assert_allclose(found.found, path[::3], rtol=1e-4, atol=1e-5)
         losses = ((path[:12] - target) ** 2).mean(axis=1)
@@ -134,7 +138,7 @@ def test_the_straight_through_gradient_is_that_at_the_projection():
     """By hand: the network sees the rounded variable, and the variable itself moves."""
     schedule = schedules.noise_schedule(trained_betas=[0.3, 0.4, 0.5])
     target, start = np.array([2.3, -1.6]), np.array([0.1, 0.2])
-    found = attacks.invert(
+    found = invert(
         offset_network(schedule, jnp.asarray(target)),
         schedule,
         jax.random.key(0),
@@ -151,8 +155,11 @@ def test_the_straight_through_gradient_is_that_at_the_projection():
     assert len(np.unique(found.found, axis=0)) > 3
 
 
+BALL = attacks.in_ball({"slope": jnp.ones(2), "offset": jnp.zeros(())}, 0.5)
+
+
 def inversion_of_the_linear_network(key, start, steps, every):
-    return attacks.invert(
+    return invert(
         linear_network,
         SCHEDULE,
         key,
@@ -161,7 +168,7 @@ def inversion_of_the_linear_network(key, start, steps, every):
         steps=steps,
         batch=2,
         every=every,
-        project=attacks.in_ball({"slope": jnp.ones(2), "offset": jnp.zeros(())}, 0.5),
+        project=BALL,
     )
 
 
@@ -181,7 +188,7 @@ def test_vmapped_restarts_equal_a_loop():
     keys = jax.random.split(jax.random.key(0), 3)
     starts = {"slope": jnp.ones((3, 2)), "offset": jnp.array([-0.1, 0.0, 3.0])}
     run = partial(inversion_of_the_linear_network, steps=6, every=3)
-    together, alone = jax.jit(jax.vmap(run))(keys, starts), jax.jit(run)
+    together, alone = jax.jit(jax.vmap(run))(keys, starts), run
     assert together.found["slope"].shape == (3, 3, 2)
     for k in range(3):
         one = alone(keys[k], jax.tree.map(lambda leaf, k=k: leaf[k], starts))
@@ -231,7 +238,7 @@ def test_projected_inversion_finds_the_right_tokens():
     scales = jnp.array([1.0, 3.0])  # a sum of two directions then tells which is which
     chosen = [7, 2]
     mean = scales @ vocabulary[jnp.array(chosen)]
-    found = attacks.invert(
+    found = invert(
         lambda tokens, x_t, t: mean_network(schedule)(scales @ tokens, x_t, t),
         schedule,
         jax.random.key(0),
@@ -364,7 +371,7 @@ def test_inpainting_of_correlated_gaussians(repeats, least):
     schedule = schedules.noise_schedule(trained_betas=betas)
     count, known = 20_000, 1.5
     x_0 = jnp.stack([jnp.full(count, known), jnp.full(count, jnp.nan)], axis=1)
-    found = attacks.inpaint(
+    found = inpaint(
         correlated_network(schedule, CORRELATION),
         schedule,
         jax.random.key(0),
@@ -388,8 +395,8 @@ def test_inpainting_of_independent_parts_is_sampling():
     key, shape = jax.random.key(0), (6, 2)
     mask = np.array([[1, 0], [0, 1], [0, 0], [1, 1], [0, 1], [1, 0]])
     x_0 = jnp.full(shape, 5.0)
-    found = attacks.inpaint(predict, schedule, key, x_0=x_0, mask=mask, steps=20)
-    free = attacks.inpaint(predict, schedule, key, x_0=x_0, mask=0 * mask, steps=20)
+    found = inpaint(predict, schedule, key, x_0=x_0, mask=mask, steps=20)
+    free = inpaint(predict, schedule, key, x_0=x_0, mask=0 * mask, steps=20)
     np.testing.assert_array_equal(found[mask == 1], 5.0)
     np.testing.assert_allclose(found[mask == 0], free[mask == 0], rtol=1e-5, atol=1e-6)
     noise = jax.random.normal(jax.random.split(key)[0], shape)

@@ -148,15 +148,15 @@ def test_the_interval_holds_the_area_between_two_gaussians(n, m, area, spread):
 
 @pytest.mark.parametrize("n", [20, 100])
 def test_where_hardly_any_pair_is_out_of_order_the_interval_still_holds(n):
-    """Two Gaussians, and a law where one image in two hundred is as told apart as can be."""
+    """Two Gaussians, and a law where one image in fifty is as told apart as can be."""
     rng, held = np.random.default_rng(n), np.zeros(2)
     shift = statistics.NormalDist().inv_cdf(0.995) * np.sqrt(5)
     for _ in range(400):
         f, u = rng.normal(size=n), shift + 2 * rng.normal(size=n)
-        mixed = np.where(rng.uniform(size=n) < 0.005, 1.0, -1.0) + 0.1 * rng.uniform(size=n)
-        for law, forgotten, unseen in ((0, f, u), (1, mixed, 0.1 * rng.uniform(size=n))):
+        mixed = np.where(rng.uniform(size=n) < 0.02, 1.0, -1.0)
+        for law, (area, forgotten, unseen) in enumerate([(0.995, f, u), (0.98, mixed, 0.0 * u)]):
             auc = membership(forgotten, unseen, rates=()).auc
-            held[law] += auc.low <= 0.995 <= auc.high
+            held[law] += auc.low <= area <= auc.high
     assert (held / 400 >= 0.92).all()
 
 
@@ -212,13 +212,13 @@ def test_a_tenth_of_a_hundredth_of_the_unseen_is_no_threshold():
 def test_the_attacker_is_wrong_no_more_often_than_the_rate(rate):
     """Of new unseen images, a share of about the rate is beyond the threshold on either side."""
     shares = []
-    for seed in range(100):
+    for seed in range(49):
         fresh, unseen = losses(seed, 2000, 100, 0.0)
         found = membership(fresh, unseen, rates=(rate,))
         shares.append((found.at_low_rates[rate].value, found.too_forgotten_at[rate].value))
     # The law of the (k + 1)-th of m uniform values.
     law = stats.beta(100 * rate + 1, 100 - 100 * rate)
-    assert (np.abs(np.mean(shares, axis=0) - law.mean()) < 4 * law.std() / 10).all()
+    assert (np.abs(np.mean(shares, axis=0) - law.mean()) < 4 * law.std() / 7).all()
 
 
 def test_infinite_losses_are_losses():
@@ -298,7 +298,7 @@ def test_identical_sets_hold_each_other_whole(offset):
     assert density == 5 / 4
 
 
-@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.1, 0.3), (1e-3, 7.0)])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.1, 0.3), (1.0, 1e6)])
 def test_equal_distances_are_equal_at_any_scale(scale, offset):
     """On a lattice nearly every radius is the distance of many points: all lie on the edge."""
     rng = np.random.default_rng(6)

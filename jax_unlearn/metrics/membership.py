@@ -36,7 +36,7 @@ def membership(
 ) -> Membership:
     """What an attacker with the losses learns: images still remembered, or too forgotten.
 
-      AUC = Σ_ij [f_i < u_j] + ½ [f_i = u_j] / (nm)
+      AUC = Σ_ij ([f_i < u_j] + ½ [f_i = u_j]) / (nm)
 
     of losses f of n forgotten images and u of m unseen ones. At ½ nobody can tell them apart.
     Above ½ the forgotten are still more likely than images never seen. Below ½ they are less
@@ -52,7 +52,8 @@ def membership(
     No law has fewer than min(n, m); 4nm/(n+m) is about that of exponential losses, n = m, as the
     AUC tends to 1. Where s² is 0 it says nothing about the law, and N is min(n, m). In simulations
     of normal losses of equal and unequal spread, n, m from 10 to 200, AUC from ½ to 0.995, 95 %
-    intervals held the AUC in 92 to 100 % of cases; those of AUC ± z s in as few as 18 %.
+    intervals held the AUC in 92 to 100 % of cases; those of AUC ± z s in as few as 18 %. Where
+    one image in two hundred alone was told apart, it was 90 %.
 
     At a false-positive rate r, the threshold is the loss that r·m of the unseen lie below. The
     share of forgotten below it has an exact binomial interval *given* the threshold: how the
