@@ -24,7 +24,7 @@ BLOCKED = (
     "scipy", "tokenizers", "torch", "tqdm", "tyro",
 )  # fmt: skip
 BOUND = (
-    "baselines", "divergences", "duality", "formulations", "likelihoods", "losses", "metrics",
+    "attacks", "baselines", "divergences", "duality", "formulations", "likelihoods", "losses", "metrics",
     "mixtures", "multipliers", "problem", "quantification", "samplers", "schedules", "sharding",
 )  # fmt: skip
 

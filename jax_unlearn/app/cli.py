@@ -286,6 +286,9 @@ _DEMO_TEXT: dict[str, dict[str, Any]] = {
     },
 }
 
+# Of `demo --text --robust`.
+_ROBUST: dict[str, Any] = {"robust": 1.0, "steps": 40, "threshold": ("calibrated",)}
+
 
 def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]:
     """The runs that a command makes: its name in run.json, and its options."""
@@ -298,10 +301,11 @@ def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]
     if "repeated" in options.forget and not options.text:
         return [(command, options)]
     settings = _DEMO_TEXT if options.text else _DEMO
-    many = options.formulation == "all"
+    many = options.formulation == "all" and not options.robust
     jobs: list[tuple[str, RunOptions]] = []
     every = [*settings] if options.text else ["forward-kl", *settings]
-    for formulation in every if many else [options.formulation]:
+    one_kind = "reverse-kl" if options.robust else options.formulation
+    for formulation in every if many else [one_kind]:
         out = options.out / formulation if many else options.out
         if formulation == "forward-kl":
             one = dataclasses.replace(options, out=out, formulation=formulation)
@@ -314,7 +318,8 @@ def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]
             given |= captions.forgetting(options.forget)
             given |= {"model": "embedded-text", "samples": 6, "sampling_steps": 15}
             given["evaluation_images"] = 440
-        jobs.append(("concept", ConceptOptions(**given | settings[formulation])))
+        given |= settings[formulation] | (_ROBUST if options.robust else {})
+        jobs.append(("concept", ConceptOptions(**given)))
     return jobs
 
 

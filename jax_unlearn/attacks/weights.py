@@ -1,7 +1,6 @@
 """Attacks on a network's weights: teaching the concept again, and rounding to a few bits."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +29,7 @@ class Relearning(NamedTuple):
 
     Attributes:
       init: (params) -> state.
-      advance: (state, key, steps) -> state, `steps` further ones; `steps` is a Python integer.
+      advance: (state, key, steps) -> state, `steps` further ones, compiled once for any number.
     """
 
     init: Callable[[Params], RelearningState]
@@ -92,20 +91,21 @@ def relearning(
         params = jax.tree.map(jnp.asarray, params)
         return RelearningState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    # The images are an argument: as a constant they would be part of the compiled program.
-    @partial(jax.jit, static_argnames="steps")
-    def run(state: RelearningState, key: Array, images: Images, steps: int) -> RelearningState:
-        def body(state: RelearningState, _: None) -> tuple[RelearningState, None]:
+    # The images are an argument: as a constant they would be part of the compiled program. So is
+    # the number of steps, and one program serves all budgets.
+    @jax.jit
+    def run(state: RelearningState, key: Array, images: Images, steps: ArrayLike) -> Any:
+        def body(_: Array, state: RelearningState) -> RelearningState:
             step_key = jax.random.fold_in(key, state.step)
             params, opt_state, _loss = train(step_key, state.params, state.opt_state, None, images)
-            return RelearningState(params, opt_state, state.step + 1), None
+            return RelearningState(params, opt_state, state.step + 1)
 
-        return jax.lax.scan(body, state, None, length=steps)[0]
+        return jax.lax.fori_loop(0, steps, body, state)
 
     def advance(state: RelearningState, key: Array, steps: int) -> RelearningState:
         if steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}.")
-        return run(state, key, images, steps=steps)
+        return run(state, key, images, steps)
 
     return Relearning(init, advance)
 

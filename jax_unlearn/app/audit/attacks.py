@@ -31,6 +31,8 @@ _DEPTHS = (0.4, 0.6, 0.8, 1.0)
 _ETAS = (1.0, 1.3, 1.6, 1.85)
 _VARIANCES = (1.0, 1.02, 1.04)
 _HIDDEN = (0.25, 0.5, 0.75)
+# Replacement alone hardly tells what is hidden of what is known; see `attacks.inpaint`.
+_REPEATS = 5
 _PUSHES = (0.0, 1.0, 4.0, 16.0)
 _BITS = (8, 6, 5, 4)
 # The settings of UnlearnDiffAtk as published (Zhang et al. 2024).
@@ -471,7 +473,13 @@ def _inpainting(tools: Tools) -> Attack:
             return subject.apply(params, x_t, t, e)
 
         return attacks.inpaint(
-            predict, subject.schedule, key, x_0=x_0, mask=mask, steps=options.sampling_steps
+            predict,
+            subject.schedule,
+            key,
+            x_0=x_0,
+            mask=mask,
+            steps=options.sampling_steps,
+            repeats=_REPEATS,
         )
 
     filled = _over_images(tools, function)
@@ -550,19 +558,26 @@ def _guidance(tools: Tools) -> Attack:
 def _relearning(tools: Tools) -> Attack:
     """A few steps of fine-tuning on a few images; judged on other prompts where there are any."""
     subject, options = tools.subject, tools.options
+    adam = optax.adam(options.relearning_rate)
+    low_alone = optax.multi_transform(
+        {"base": optax.set_to_zero(), "low": adam}, {"base": "base", "low": "low"}
+    )
+
+    def merged(parts: dict[str, Params]) -> Params:
+        return lora_merge(parts["base"], parts["low"])
+
+    def adapted(parts: dict[str, Params], x_t: Array, t: Array, cond: Any) -> Array:
+        return subject.apply(merged(parts), x_t, t, cond)
 
     def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
         asked = subject.shown or concept.forgotten
         e = subject.rows(target, np.resize(np.asarray(asked, np.int32), options.samples))
-        ways: list[tuple[str, Denoiser, Params, Callable[[Params], Params]]] = []
+        # What trains is apart from what does not: no parameters become constants of the program.
+        ways: list[tuple[str, Denoiser, Any, Callable[[Any], Params]]] = []
         if target.text is not None:
             low = lora_init(target.params, jax.random.key(options.seed), rank=_LORA_RANK)
-
-            def adapted(lora: Params, x_t: Array, t: Array, cond: Any) -> Array:
-                return subject.apply(lora_merge(target.params, lora), x_t, t, cond)
-
             name = f"low-rank change of rank {_LORA_RANK}"
-            ways.append((name, adapted, low, lambda lora: lora_merge(target.params, lora)))
+            ways.append((name, adapted, {"base": target.params, "low": low}, merged))
         ways.append(("all parameters", subject.apply, target.params, lambda params: params))
         for what, apply, start, whole in ways:
             for given in _RELEARNED_FROM:
@@ -571,7 +586,7 @@ def _relearning(tools: Tools) -> Attack:
                 learning = attacks.relearning(
                     apply,
                     subject.schedule,
-                    optax.adam(options.relearning_rate),
+                    low_alone if apply is adapted else adam,
                     x_0=concept.x_0[:given],
                     cond=subject.rows(target, concept.cond[:given]),
                     batch=min(given, 16),

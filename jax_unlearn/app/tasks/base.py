@@ -130,7 +130,7 @@ def in_batches(function: Callable[..., Any], key: Array, *arrays: Any, size: int
     Each argument is an array, a tree of arrays, or None. The function returns an array or a tree
     of them, each with a row for each row given.
     """
-    count = len(arrays[0])
+    count = len(jax.tree.leaves(arrays[0])[0])
     size = min(size, count)
     outputs = []
     for number, start in enumerate(range(0, count, size)):
