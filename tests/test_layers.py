@@ -24,8 +24,9 @@ BLOCKED = (
     "scipy", "tokenizers", "torch", "tqdm", "tyro",
 )  # fmt: skip
 BOUND = (
-    "attacks", "baselines", "divergences", "duality", "formulations", "likelihoods", "losses", "metrics",
-    "mixtures", "multipliers", "problem", "quantification", "samplers", "schedules", "sharding",
+    "attacks", "baselines", "divergences", "duality", "formulations", "likelihoods", "losses",
+    "metrics", "mixtures", "multipliers", "problem", "quantification", "samplers", "schedules",
+    "sharding",
 )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def apply(matrix, x_t, t, cond):
 
 
 def attack(denoiser=apply, **options):
-    given = {"radius": RADIUS, "steps": 40, "shape": (2,), "points": 5} | options
+    given = {"radius": RADIUS, "steps": 100, "shape": (2,), "points": 5} | options
     return worst_conditions(denoiser, chains.SCHEDULE, **given)
 
 
@@ -120,7 +120,7 @@ def test_the_value_is_the_least_of_the_ball():
 
 def test_the_gradient_is_that_of_the_least_value():
     """Danskin: what the constraints add to the gradient, against differences of the exact least."""
-    problem, weights = robust(SEPARATION, attack(steps=300)), jnp.array([0.3, 0.5])
+    problem, weights = robust(SEPARATION, attack(steps=400)), jnp.array([0.3, 0.5])
 
     @jax.jit
     @jax.grad
@@ -226,34 +226,34 @@ def norms(one, other):
 
 
 @pytest.mark.parametrize("radius", [1e-3, 30.0])
-def test_an_attack_starts_anywhere_in_the_ball_and_never_leaves_it(radius):
-    rows = 256
-    cond, base = tree(0, rows), tree(1, rows)
-    batch = Batch(None, Conditions(cond, base, tree(2, rows), jnp.zeros(rows, int)))
-    attacks = (
-        jax.jit(attack(curved, radius=radius, steps=steps, rate=rate))
-        for steps, rate in ((1, 0.0), (7, 3.0))
-    )
-    lengths = [norms(go(WORDS, WORDS, KEY, batch).forget.cond, cond) for go in attacks]
-    for length in lengths:
+def test_an_attack_never_leaves_the_ball(radius):
+    """Neither in small steps nor in ones that are longer than it."""
+    rows = 64
+    cond, base, target = (tree(seed, rows) for seed in range(3))
+    batch = Batch(None, Conditions(cond, base, target, jnp.zeros(rows, int)))
+    for rate in (0.25, 3.0):
+        adversary = jax.jit(attack(curved, radius=radius, steps=7, rate=rate))
+        length = norms(adversary(WORDS, WORDS, KEY, batch).forget.cond, cond)
         assert length.max() <= radius * (1 + 1e-4) + 2e-6
-    # Uniform in a ball of 7 dimensions: shares of its volume are uniform, and so are directions.
-    volume = np.sort((lengths[0] / radius) ** 7)
-    assert np.abs(volume - (np.arange(rows) + 0.5) / rows).max() < 1.63 / np.sqrt(rows)
-    assert lengths[1].min() > 0.99 * radius
+        assert length.max() > 0.9 * radius
+
+
+def test_an_attack_starts_at_the_condition():
+    found = jax.jit(attack(rate=0.0, steps=1))(SKEW, REFERENCE, KEY, BATCH)
+    chex.assert_trees_all_equal(found, BATCH)
 
 
 def test_more_steps_leave_no_defender_better_off():
     batch = repeated(BATCH, 16)._replace(kept=None)
     rows = list(zip(*map(np.asarray, (batch.forget.cond, batch.forget.target)), strict=True))
     values = []
-    for steps, rate in ((1, 0.0), (2, 0.3), (6, 0.3), (18, 0.3)):
-        adversary = attack(aim="images", images=STORED, steps=steps, rate=rate)
+    for steps in (1, 2, 4, 20):
+        adversary = attack(aim="images", images=STORED, steps=steps)
         cond = np.asarray(jax.jit(adversary)(SKEW, REFERENCE, KEY, batch).forget.cond)
         values.append(np.mean([nats(SKEW, c, rows[row][1]) for row, c in enumerate(cond)]))
     exact = np.mean([least(SKEW, c, target) for c, target in rows[::16]])
     assert (np.diff(values) < 1e-3 * exact).all()
-    assert values[0] > 1.2 * exact
+    assert values[0] > 1.1 * exact
     assert exact * (1 - 1e-5) < values[-1] < 1.01 * exact
 
 
@@ -464,7 +464,7 @@ POINTS = TrajectoryPoints(BATCH.forget, COND, EACH)
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"radius": -0.1}, "radius and rate must be finite and at least 0, not -0.1 and 0.5"),
+        ({"radius": -0.1}, "radius and rate must be finite and at least 0, not -0.1 and 0.25"),
         ({"radius": np.inf}, "radius and rate must be finite"),
         ({"rate": -1.0}, "not 0.3 and -1.0"),
         ({"steps": 0}, "at least 1 step, not 0"),

@@ -286,9 +286,6 @@ _DEMO_TEXT: dict[str, dict[str, Any]] = {
     },
 }
 
-# Of `demo --text --robust`.
-_ROBUST: dict[str, Any] = {"robust": 1.0, "steps": 40, "threshold": ("calibrated",)}
-
 
 def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]:
     """The runs that a command makes: its name in run.json, and its options."""
@@ -301,11 +298,10 @@ def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]
     if "repeated" in options.forget and not options.text:
         return [(command, options)]
     settings = _DEMO_TEXT if options.text else _DEMO
-    many = options.formulation == "all" and not options.robust
+    many = options.formulation == "all"
     jobs: list[tuple[str, RunOptions]] = []
     every = [*settings] if options.text else ["forward-kl", *settings]
-    one_kind = "reverse-kl" if options.robust else options.formulation
-    for formulation in every if many else [one_kind]:
+    for formulation in every if many else [options.formulation]:
         out = options.out / formulation if many else options.out
         if formulation == "forward-kl":
             one = dataclasses.replace(options, out=out, formulation=formulation)
@@ -318,8 +314,7 @@ def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]
             given |= captions.forgetting(options.forget)
             given |= {"model": "embedded-text", "samples": 6, "sampling_steps": 15}
             given["evaluation_images"] = 440
-        given |= settings[formulation] | (_ROBUST if options.robust else {})
-        jobs.append(("concept", ConceptOptions(**given)))
+        jobs.append(("concept", ConceptOptions(**given | settings[formulation])))
     return jobs
 
 

@@ -124,7 +124,7 @@ _DOMAINS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "be positive and finite",
     ),
     (
-        ("dual_learning_rate", "dual_damping", "guidance", "robust"),
+        ("dual_learning_rate", "dual_damping", "guidance"),
         lambda value: 0 <= value <= _LARGEST,
         "be 0 or more, and finite",
     ),
@@ -200,9 +200,6 @@ class DemoOptions(ImageOptions):
 
     text: bool = False
     """Forget prompts of the embedded model from text to image, by reverse KL and likelihood."""
-    robust: bool = False
-    """With --text: by reverse KL, whose separations hold at the worst encoded prompts of balls
-    around the forgotten ones; see `concept --help`."""
     forget: tuple[str, ...] = ()
     """Labels to forget, by name or number, each one constraint, default Trouser; or "repeated", the
     sixteen images that the embedded model's training set repeats, each of them a constraint. With
@@ -225,8 +222,6 @@ class DemoOptions(ImageOptions):
         super().validate()
         check_texts(self, ("forget",))
         _check_thresholds(self.threshold, self.asked)
-        if self.robust and not (self.text and self.formulation in ("all", "reverse-kl")):
-            raise ValueError("--robust is for --text by reverse KL.")
         if self.text and self.formulation == "forward-kl":
             raise ValueError("--text forgets prompts: that is reverse KL, likelihood, or all.")
         if "repeated" in self.forget and self.formulation not in ("all", "forward-kl"):
@@ -353,10 +348,6 @@ class ConceptOptions(ModelOptions):
     start: Literal["edited", "reference"] | None = None
     """Prompts: start from "edited" keys and values of cross-attention, which see the base in place
     of what is forgotten, or from the "reference". Default: edited, where --train trains them."""
-    robust: float = 0.0
-    """Prompts, "reverse-kl": each separation must hold at the worst encoded prompt of a ball around
-    each forgotten one, which a few steps of concept inversion look for in every step. The radius
-    is in units of the mean distance between the forgotten prompts and their bases."""
     estimator: Literal["bounded", "pathwise", "stop_gradient"] = "bounded"
     """"reverse-kl": how far gradients go through the sampler; see jax_unlearn.reverse_kl."""
     minibatches: int = 1
@@ -415,8 +406,6 @@ class ConceptOptions(ModelOptions):
                 raise ValueError(f"{_flag(name)} must be 2 or more.")
         if self.target_steps == 1:
             raise ValueError("--target-steps must be 0, or 2 or more.")
-        if self.robust and (self.formulation, self.minibatches) != ("reverse-kl", 1):
-            raise ValueError("--robust is for --formulation reverse-kl without --minibatches.")
         if self.chain_steps % self.minibatches:
             raise ValueError(
                 f"--minibatches {self.minibatches} does not divide --chain-steps "

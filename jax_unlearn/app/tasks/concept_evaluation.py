@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,17 @@ from jax_unlearn import likelihoods, samplers
 from jax_unlearn.app.options import ConceptOptions
 from jax_unlearn.app.tasks.base import batch_rows, in_batches
 from jax_unlearn.app.tasks.concept_request import ConceptRequest
-from jax_unlearn.app.tasks.conditions import Numbered
-from jax_unlearn.formulations import looked_up, reverse_kl, robust, sampled, worst_conditions
-from jax_unlearn.problem import Batch, Conditions, Evaluate, Problem
-from jax_unlearn.typing import Array, ArrayLike, Denoiser, Params
+from jax_unlearn.formulations import reverse_kl, sampled
+from jax_unlearn.problem import Batch, Conditions, Evaluate
+from jax_unlearn.typing import Array, ArrayLike, Params
 
 __all__ = [
     "Measurements",
     "Judged",
     "Shows",
-    "attacker",
     "classifier",
     "compared",
     "draw",
-    "embedded",
     "evaluator",
     "fresh_samples",
     "likelihoods_of_samples",
@@ -34,9 +31,6 @@ __all__ = [
 ]
 
 LEAST_ROWS = 8
-# Of --robust: steps of the attack in each step, and images that it is made on.
-ATTACK_STEPS = 4
-ATTACK_IMAGES = 64
 
 
 class Measurements(NamedTuple):
@@ -97,65 +91,8 @@ def likelihoods_of_samples(request: ConceptRequest, options: ConceptOptions, h: 
     return shows
 
 
-def embedded(apply: Denoiser) -> Denoiser:
-    """A denoiser of numbered conditions that takes the conditions themselves too."""
-    if not isinstance(apply, Numbered):
-        return apply
-
-    def predict(params: Params, x_t: Array, t: Array, cond: Any, /) -> Array:
-        return apply.apply(params, x_t, t, looked_up(apply.table, cond))
-
-    return predict
-
-
-def attacker(
-    request: ConceptRequest, options: ConceptOptions
-) -> Callable[[Problem], Problem] | None:
-    """From a problem to that of the worst conditions of --robust; None without it.
-
-    The attack is concept inversion in a ball, on samples of the reference: see
-    `formulations.worst_conditions`.
-    """
-    apply, reference, schedule, config = request.pretrained
-    if not options.robust:
-        return None
-    assert isinstance(apply, Numbered)
-    cond, base, targets = request.rows(np.arange(len(request.separated)))
-    squares = [
-        np.square(leaf[cond] - leaf[base]).reshape(len(cond), -1).sum(axis=1)
-        for leaf in map(np.asarray, jax.tree.leaves(apply.table))
-    ]
-    radius = options.robust * float(np.sqrt(sum(squares)).mean())
-    count, places = targets.shape[1], np.resize(np.arange(len(cond)), ATTACK_IMAGES)
-    wanted = targets[places].T.reshape(-1)
-    key = jax.random.key(options.seed + 5)
-    noise = np.asarray(jax.random.normal(key, (len(wanted), *config.sample_shape)))
-    sample = jax.jit(partial(draw, request, options))
-    images = in_batches(
-        lambda _, *part: sample(reference, *part),
-        key,
-        noise,
-        wanted,
-        size=batch_rows(config.sample_shape),
-    )
-    adversary = worst_conditions(
-        embedded(apply),
-        schedule,
-        radius=radius,
-        steps=ATTACK_STEPS,
-        shape=config.sample_shape,
-        aim="images",
-        images=images.reshape(count, ATTACK_IMAGES, *config.sample_shape),
-        table=apply.table,
-    )
-    return partial(robust, adversary=adversary)
-
-
 def evaluator(
-    request: ConceptRequest,
-    options: ConceptOptions,
-    shows: Shows | None,
-    attacked: Callable[[Problem], Problem] | None = None,
+    request: ConceptRequest, options: ConceptOptions, shows: Shows | None
 ) -> Callable[[Params], Measurements]:
     """Trajectories of every condition, the same noise every time; values are theirs, or of samples.
 
@@ -163,12 +100,11 @@ def evaluator(
       request: whose conditions.
       options: how many.
       shows: `likelihoods_of_samples`, for constraints on these.
-      attacked: see `attacker`; separated conditions are then measured at the worst ones.
     """
     apply, reference, schedule, config = request.pretrained
     count = len(request.concepts)
     along_paths = reverse_kl(
-        embedded(apply),
+        apply,
         schedule,
         estimator="stop_gradient",
         shape=config.sample_shape,
@@ -185,16 +121,6 @@ def evaluator(
         rows = Conditions(cond, base, target if shows is None else None, constraint)
         found = along_paths.losses(params, reference, key, Batch(None, rows), jnp.zeros(count))
         return found.objective, found.values.reshape(shape)
-
-    problem_at_worst = along_paths if attacked is None else attacked(along_paths)
-
-    @jax.jit
-    def at_worst(
-        params: Params, reference: Params, key: Array, one: Conditions
-    ) -> tuple[Array, Array]:
-        current = jnp.zeros(count)
-        found = problem_at_worst.losses(params, reference, key, Batch(None, one), current)
-        return found.objective, found.values
 
     batched = partial(in_batches, size=batch_rows(config.sample_shape))
     rows = compared(request)
@@ -213,18 +139,6 @@ def evaluator(
 
     def evaluate(params: Params) -> Measurements:
         path_kl, values = batched(partial(along, params, reference), key, cond, base, target)
-        if attacked is not None:
-            # Each concept has a worst condition of its own.
-            some = np.isin(cond, [one.cond for one in request.separated])
-            number = np.tile(np.arange(count, dtype=np.int32), some.sum())
-            again, held = (np.repeat(part[some], count) for part in (cond, base))
-            found = batched(
-                partial(at_worst, params, reference),
-                key,
-                Conditions(again, held, target[some].reshape(-1), number),
-            )
-            path_kl[some] = found[0].reshape(-1, count).mean(axis=1)
-            values[some] = found[1].reshape(-1, count)
         if shows is not None:
             values = shows(params, key, valued)
         return Measurements(cond, path_kl, valued, values)

@@ -17,7 +17,6 @@ from jax_unlearn.app.tasks.concept_evaluation import (
     Judged,
     classifier,
     draw,
-    embedded,
     fresh_samples,
     log_posterior,
     rows_of,
@@ -80,25 +79,17 @@ class Setup(NamedTuple):
 
 
 def reverse_kl_setup(
-    request: ConceptRequest,
-    options: ConceptOptions,
-    thresholds: np.ndarray,
-    attacked: Callable[[Problem], Problem],
+    request: ConceptRequest, options: ConceptOptions, thresholds: np.ndarray
 ) -> Setup:
-    """On its own trajectories. All concepts constrain each forgotten condition: Σ λ_i < 1.
-
-    `attacked` makes a problem one of the worst conditions; see `concept_evaluation.attacker`.
-    """
+    """On its own trajectories. All concepts constrain each forgotten condition: Σ λ_i < 1."""
     apply, _, schedule, config = request.pretrained
     chain = {"shape": config.sample_shape, "steps": options.chain_steps}
-    problem = attacked(
-        reverse_kl(
-            embedded(apply),
-            schedule,
-            estimator=options.estimator,
-            project=multipliers.capped_simplex(1 - options.max_multiplier),
-            **chain,
-        )
+    problem = reverse_kl(
+        apply,
+        schedule,
+        estimator=options.estimator,
+        project=multipliers.capped_simplex(1 - options.max_multiplier),
+        **chain,
     )
     visit = sample_trajectories(apply, schedule, **chain) if options.minibatches > 1 else None
     dual = controller(options, thresholds)
@@ -107,11 +98,6 @@ def reverse_kl_setup(
         "minimise KL(p‖q) subject to KL(p‖qᵢ) ≥ bᵢ: path KLs in nats along p's own trajectories, "
         "averaged over conditions"
     )
-    if options.robust:
-        formula += (
-            f"; of forgotten ones at the worst encoded prompt c + δ, ‖δ‖ ≤ {options.robust:g} "
-            "times the mean distance between c and its base"
-        )
     return Setup(problem, dual, 0.0, batch, formula, (), visit)
 
 

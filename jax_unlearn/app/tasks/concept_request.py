@@ -108,7 +108,7 @@ def make_request(pretrained: Pretrained, options: ConceptOptions) -> ConceptRequ
     """
     config, null = pretrained.config, pretrained.config.null_label
     options.refuse(
-        ("template", "retain", "show", "clip", "start", "train", "robust"),
+        ("template", "retain", "show", "clip", "start", "train"),
         "models that are conditioned on prompts",
     )
     forget = tuple(config.find_label(text) for text in options.forget)

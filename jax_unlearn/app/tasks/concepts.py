@@ -24,7 +24,6 @@ from jax_unlearn.app.options import ConceptOptions, parse_threshold
 from jax_unlearn.app.tasks.base import Measured, Task, estimate
 from jax_unlearn.app.tasks.concept_evaluation import (
     Measurements,
-    attacker,
     evaluator,
     likelihoods_of_samples,
 )
@@ -57,8 +56,7 @@ def concept_task(
     shows = None
     if stored is not None:
         shows = likelihoods_of_samples(request, options, bounded(request, options, stored))
-    attacked = attacker(request, options)
-    evaluate = evaluator(request, options, shows, attacked)
+    evaluate = evaluator(request, options, shows)
     at_reference = evaluate(pretrained.params)
     drawn = drawing(pretrained, conditions, options, judge, request.forgotten, request.shown)
     real = request.real
@@ -80,8 +78,7 @@ def concept_task(
     total = options.batch_size + options.forget_batch_size
     share = options.forget_batch_size / total
     if stored is None:
-        unchanged = attacked or (lambda problem: problem)
-        setup = reverse_kl_setup(request, options, thresholds, unchanged)
+        setup = reverse_kl_setup(request, options, thresholds)
     else:
         setup = likelihood_setup(request, options, stored, thresholds)
     problem = setup.problem
@@ -187,7 +184,7 @@ def concept_task(
         ),
         formula=setup.formula,
         floor=(lambda: floor_of(request, options, thresholds, share, stored))
-        if has_floor(stored) and not options.robust
+        if has_floor(stored)
         else None,
         visit=setup.visit,
         dual_batch=setup.dual_batch,
