@@ -75,7 +75,6 @@ def train(minutes, model, average, optimizer, step, report, every, decay, warmup
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start, number, running = time.time(), 0, 0.0
 
-
     def gone():
         return (time.time() - start) / (60 * minutes) if steps is None else number / steps
 
@@ -266,7 +265,8 @@ def train_denoiser(options, rng) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(parts / clip, dtype=torch.float32).eval()
     for source in (images, held_out):  # An oracle of an object has seen no image of it.
-        seen = source.labels != (OBJECTS.index(options.without) if options.without in OBJECTS else -1)
+        lost = OBJECTS.index(options.without) if options.without in OBJECTS else None
+        seen = source.labels != lost
         source.pixels, source.labels = source.pixels[seen], source.labels[seen]
     shown_styles = [s for s, style in enumerate(STYLES) if style != options.without]
 

@@ -8,6 +8,7 @@ from jax_unlearn.attacks.inversion import (
     onto_vocabulary,
     straight_through,
 )
+from jax_unlearn.attacks.pool import RestartedAdamState, pool_of, restarted_adam
 from jax_unlearn.attacks.sampling import guided_by, inpaint, invert_noise, stochastic
 from jax_unlearn.attacks.weights import Relearning, RelearningState, relearning, rounded
 
@@ -15,6 +16,7 @@ __all__ = [
     "Inversion",
     "Relearning",
     "RelearningState",
+    "RestartedAdamState",
     "guided_by",
     "in_ball",
     "inpaint",
@@ -22,7 +24,9 @@ __all__ = [
     "invert_noise",
     "nearest_tokens",
     "onto_vocabulary",
+    "pool_of",
     "relearning",
+    "restarted_adam",
     "rounded",
     "stochastic",
     "straight_through",

@@ -18,10 +18,12 @@ from jax_unlearn.likelihoods.posteriors import (
     path_weighting,
     posterior_path,
 )
+from jax_unlearn.likelihoods.rest import RestPath, rest_path
 
 __all__ = [
     "Likelihood",
     "PosteriorPath",
+    "RestPath",
     "concept_energies",
     "count_concepts",
     "diffusion_classifier",
@@ -35,4 +37,5 @@ __all__ = [
     "path_times",
     "path_weighting",
     "posterior_path",
+    "rest_path",
 ]
