@@ -66,24 +66,22 @@ def of_rest(path, times, law=REST):
 
 def test_the_rest_predicts_what_one_would_that_knew_it_alone():
     errors, apart = [], []
-    for steps in (8, 32, 128):
+    for steps in (8, 64):
         times = times_of(steps)
         path = follow(times)
         expected, posterior = of_rest(path, times)
         assert path.epsilon.shape == path.x_t.shape == (steps, 64, 2)
         assert path.posterior.shape == (steps, 64, 3)
         errors.append(np.sqrt(np.mean((path.epsilon - expected) ** 2)))
-        wrong = np.abs(path.posterior - posterior).mean()
-        apart.append(wrong)
-    assert errors[1] < 0.7 * errors[0]
-    assert errors[2] < 0.7 * errors[1]
-    assert apart[2] < 0.5 * apart[0]
+        apart.append(np.abs(path.posterior - posterior).mean())
+    assert errors[1] < 0.4 * errors[0]
+    assert apart[1] < 0.4 * apart[0]
     # One who knows the forgotten component too, or takes the prior for the posterior, is far off.
     others, _ = of_rest(path, times, LAW)
-    assert np.sqrt(np.mean((others - expected) ** 2)) > 10 * errors[2]
+    assert np.sqrt(np.mean((others - expected) ** 2)) > 10 * errors[1]
     prior = np.exp(REST.log_weights)
     each = np.stack([of_rest(path, times, mixtures.select(LAW, c))[0] for c in range(3)], axis=-1)
-    assert np.sqrt(np.mean((each @ prior - expected) ** 2)) > 10 * errors[2]
+    assert np.sqrt(np.mean((each @ prior - expected) ** 2)) > 10 * errors[1]
 
 
 def test_of_one_concept_the_rest_is_that_one():
@@ -256,7 +254,7 @@ def test_primal_dual_ends_where_the_multiplier_is_known(threshold):
     algorithm = primal_dual(without(gain, SHORT), optax.sgd(0.05), optax.sgd(0.5))
     step = jax.jit(algorithm.step)
     state = algorithm.init(jnp.array(1.0), threshold)
-    for key in jax.random.split(KEY, 600):
+    for key in jax.random.split(KEY, 2000):
         state, info = step(key, state, jnp.array(1.0), batch)
     root = np.sqrt(threshold)
     np.testing.assert_allclose(state.params, root, rtol=1e-3)
@@ -270,13 +268,14 @@ def test_points_are_attacked_by_the_adversary_of_robust_problems():
     def apply(theta, x_t, t, cond):
         return theta * cond + 0 * x_t
 
+    plainly = schedules.noise_schedule(num_steps=20, beta_end=0.3)  # a clip has no slope
     adversary = worst_conditions(
-        apply, SHORT, radius=0.5, steps=8, shape=(3,), aim="images", images=jnp.zeros((2, 4, 3))
+        apply, plainly, radius=0.5, steps=8, shape=(3,), aim="images", images=jnp.zeros((2, 4, 3))
     )
     points = batch_of().forget._replace(cond=jnp.full((6, 3), 2.0), epsilon=jnp.zeros((6, 3)))
     batch = Batch(Images(jnp.zeros((8, 3)), jnp.zeros((8, 3))), points)
     arguments = jnp.array(1.0), jnp.array(1.0), KEY, batch, [1.0, 1.0], [0.1, 0.1]
-    problem = without(apply, SHORT)
+    problem = without(apply, plainly)
     _, plain = lagrangian(problem, *arguments)
     _, moved = lagrangian(robust(problem, adversary), *arguments)
     np.testing.assert_allclose(plain.values, 4.0, rtol=1e-6)
@@ -290,8 +289,8 @@ def test_points_are_attacked_by_the_adversary_of_robust_problems():
         ({"kept": None}, "Images that are kept and NoisyPoints"),
         ({"forget": batch_of().kept}, "got Images and Images"),
         ({"base": batch_of().kept}, "no base"),
-        ({"forget": batch_of().forget._replace(constraint=None)}, "each of 6 points"),
-        ({"forget": batch_of().forget._replace(constraint=jnp.zeros((6, 1), int))}, "6 points"),
+        ({"forget": batch_of().forget._replace(constraint=None)}, "have a constraint each, not"),
+        ({"forget": batch_of().forget._replace(constraint=jnp.zeros((6, 1), int))}, "constraint each"),
         ({"forget": batch_of().forget._replace(cond=jnp.zeros((6, 4)))}, "of one kind"),
         ({"forget": batch_of().forget._replace(cond=jnp.zeros((6, 2), int))}, "of one kind"),
         ({"forget": batch_of().forget._replace(cond=None)}, "of one kind"),
@@ -308,8 +307,7 @@ POOL = jnp.float32(np.random.default_rng(6).normal(size=(6, 2)))
 ATTACK = denoising_attack(linear, SHORT, IMAGES)
 
 
-@pytest.mark.parametrize("base", [False, True])
-def test_a_pool_has_the_gradient_of_its_attack_and_the_model_that_of_the_problem(base):
+def test_a_pool_has_the_gradient_of_its_attack_and_the_model_that_of_the_problem():
     seen = []
 
     def attack_loss(params, reference, key, pool, *, axis_name=None):
@@ -318,9 +316,8 @@ def test_a_pool_has_the_gradient_of_its_attack_and_the_model_that_of_the_problem
         value = ATTACK(params, reference, key, pool, axis_name=axis_name)
         return value * (1 + jnp.square(params["w"]).sum() + jnp.square(reference["w"]).sum())
 
-    plain, batch = without(linear, SHORT), batch_of()
-    if base:  # whose own values have a slope in cond as well, and a fresh measure
-        plain = plain._replace(fresh=plain.losses)
+    batch, plain = batch_of(), without(linear, SHORT)
+    plain = plain._replace(fresh=plain.losses)
     problem = against_pool(plain, attack_loss)
     under = batch._replace(forget=batch.forget._replace(cond=POOL))
     weights, thresholds = [0.7, 1.3], [0.5, 0.2]
@@ -333,24 +330,21 @@ def test_a_pool_has_the_gradient_of_its_attack_and_the_model_that_of_the_problem
     def by_itself(params):
         return lagrangian(plain, params, REFERENCE, KEY, under, weights, thresholds)
 
-    (got, found), slope = jax.value_and_grad(value, has_aux=True)(Pooled(PARAMS, POOL))
-    (want, expected), gradient = jax.value_and_grad(by_itself, has_aux=True)(PARAMS)
-    np.testing.assert_array_equal(got, want)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), slope.params, gradient)
-    key = seen[-1]
-    attacked = jax.grad(lambda pool: attack_loss(PARAMS, REFERENCE, key, pool).sum())(POOL)
-    np.testing.assert_allclose(slope.pool, attacked, rtol=1e-5)
+    def differentiated(function, at):
+        return jax.jit(jax.value_and_grad(function, has_aux=True))(at)
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    (got, found), slope = differentiated(value, Pooled(PARAMS, POOL))
+    (want, expected), gradient = differentiated(by_itself, PARAMS)
+    jax.tree.map(close, (got, found, slope.params), (want, expected, gradient))
+    key = jax.random.fold_in(KEY, seen[0])
+    attacked = jax.jit(jax.grad(lambda pool: attack_loss(PARAMS, REFERENCE, key, pool).sum()))(POOL)
+    np.testing.assert_allclose(slope.pool, attacked, rtol=1e-4)
     assert (np.abs(slope.pool) > 1e-4).all()
-    assert not (jax.random.key_data(key) == jax.random.key_data(KEY)).all()
-    jitted = jax.jit(jax.grad(value, has_aux=True))(Pooled(PARAMS, POOL))[0]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), jitted, slope)
-    if base:
-        fresh = problem.fresh(Pooled(PARAMS, POOL), REFERENCE, KEY, batch, jnp.zeros(2))
-        alone = plain.losses(PARAMS, REFERENCE, KEY, under, jnp.zeros(2))
-        np.testing.assert_array_equal(fresh.values, alone.values)
-    else:
-        assert problem.fresh is None
+    measured = problem.fresh(Pooled(PARAMS, POOL), REFERENCE, KEY, batch, jnp.zeros(2))
+    alone = plain.losses(PARAMS, REFERENCE, KEY, under, jnp.zeros(2))
+    np.testing.assert_array_equal(measured.values, alone.values)
+    assert against_pool(without(linear, SHORT), ATTACK).fresh is None
 
 
 def test_two_devices_have_the_result_of_one():
@@ -376,32 +370,31 @@ def test_two_devices_have_the_result_of_one():
 
 
 def test_an_adversary_and_a_model_that_train_together_meet():
-    """ε = θ + c against a noise of mean 0: the pool tends to −θ, and the model is held there to 1.
+    """ε = θ + c: noise of mean 0 draws c to −θ, where points that ask for ε = 1 have 2 λ of slope.
 
-    Kept rows, c = 0, want θ = 0; the points, c = −θ, have ε = 0 whatever θ is, and ask for 1.
+    Kept rows, c = 0, ask for θ = ½: 2 (θ − ½) = 2 λ, so that λ = 1 ends in θ = 1.5, c = −1.5.
     """
 
     def apply(theta, x_t, t, cond):
         return theta + cond + 0 * x_t
 
     attack = denoising_attack(apply, SHORT, jnp.zeros((4, 3)))
-    points = batch_of().forget._replace(epsilon=jnp.zeros((6, 3)), constraint=jnp.zeros(6, int))
+    points = batch_of().forget._replace(epsilon=jnp.ones((6, 3)), constraint=jnp.zeros(6, int))
     batch = Batch(Images(jnp.zeros((8, 3)), jnp.zeros((8, 1))), points)
     optimizer = optax.partition(
-        {"model": optax.sgd(0.05), "adversary": optax.sgd(0.02)}, Pooled("model", "adversary")
+        {"model": optax.sgd(0.02), "adversary": optax.sgd(0.02)}, Pooled("model", "adversary")
     )
-    algorithm = primal_dual(
-        against_pool(without(apply, SHORT), attack), optimizer, optax.set_to_zero()
-    )
+    problem = against_pool(without(apply, SHORT), attack)
+    algorithm = primal_dual(problem, optimizer, optax.set_to_zero())
     step = jax.jit(algorithm.step)
-    start = Pooled(jnp.array(2.0), jnp.full((6, 1), 3.0))
-    state = algorithm.init(start, 0.1, multipliers=0.0)
-    for key in jax.random.split(KEY, 400):
+    start = Pooled(jnp.array(0.5), jnp.full((6, 1), 3.0))
+    state = algorithm.init(start, 0.1, multipliers=1.0)
+    for key in jax.random.split(KEY, 800):
         state, info = step(key, state, jnp.array(0.5), batch)
-    np.testing.assert_allclose(state.params.params, 0.5, atol=0.01)
-    np.testing.assert_allclose(state.params.pool, -0.5, atol=0.35)  # each row's own noise
-    np.testing.assert_allclose(state.params.pool.mean(), -0.5, atol=0.1)
-    np.testing.assert_allclose(info.objective, 0.0, atol=1e-3)
+    np.testing.assert_allclose(state.params.params, 1.5, atol=0.15)
+    np.testing.assert_allclose(state.params.pool, -1.5, atol=0.4)  # each row has noise of its own
+    np.testing.assert_allclose(state.params.pool.mean(), -1.5, atol=0.15)
+    np.testing.assert_allclose(info.values, 1.0, atol=0.2)
 
 
 def test_the_attack_is_the_denoising_loss_under_the_pool():

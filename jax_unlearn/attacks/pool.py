@@ -107,7 +107,7 @@ def restarted_adam(
         raise ValueError(f"period must be an integer from 1 to 2**31 - 1, not {period}.")
     starts = jax.tree.map(jnp.asarray, starts)
     number = _length(starts, "starts")
-    adam = optax.scale_by_adam(b1, b2, eps)
+    rate, adam = jnp.asarray(learning_rate), optax.scale_by_adam(b1, b2, eps)
 
     def rows_of(pool: Any) -> int:
         given, expected = jax.tree.structure(pool), jax.tree.structure(starts)
@@ -125,8 +125,8 @@ def restarted_adam(
         rows = rows_of(params)
         # By numpy, whose integers are long enough for the products.
         age = jnp.asarray(np.arange(rows, dtype=np.int64) * int(period) // rows, jnp.int32)
-        moments = adam.init(params)
-        return RestartedAdamState(jnp.zeros((), jnp.int32), age, moments.mu, moments.nu)
+        moments: Any = adam.init(params)
+        return RestartedAdamState(moments.count, age, moments.mu, moments.nu)
 
     def update(
         updates: Any, state: RestartedAdamState, params: Any = None
@@ -141,24 +141,25 @@ def restarted_adam(
             anew = age >= period
             # A row's age is its steps, but for the head start until its first restart.
             steps = jnp.minimum(age, state.count)
-            step, moments = adam.update(gradient, optax.ScaleByAdamState(steps, mu, nu))
+            moved: Any = adam.update(gradient, optax.ScaleByAdamState(steps, mu, nu))
+            step, (_, *moments) = moved
             change = jax.tree.map(
                 lambda step, row, start: jnp.where(
-                    anew, start[which].astype(row.dtype) - row, (-learning_rate * step)
+                    anew, start[which].astype(row.dtype) - row, -rate * step
                 ).astype(row.dtype),
                 step,
                 row,
                 starts,
             )
             mu, nu = jax.tree.map(
-                lambda moment: jnp.where(anew, jnp.zeros_like(moment), moment),
-                (moments.mu, moments.nu),
+                lambda moment: jnp.where(anew, jnp.zeros_like(moment), moment), moments
             )
             return change, jnp.where(anew, 0, age + 1), mu, nu
 
         params = jax.tree.map(jnp.asarray, params)
         change, *rest = jax.vmap(one)(state.age, updates, state.mu, state.nu, params, drawn)
-        return change, RestartedAdamState(optax.safe_increment(state.count), *rest)
+        count: Any = optax.safe_increment(state.count)
+        return change, RestartedAdamState(count, *rest)
 
     return optax.GradientTransformation(init, update)  # pyrefly: ignore
 

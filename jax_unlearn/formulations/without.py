@@ -1,9 +1,10 @@
-"""Noised images of what is forgotten are denoised, under any condition, as if it never was known."""
+"""Noised images of what is forgotten, denoised under any condition as if it never was known."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_unlearn import losses, multipliers, schedules
 from jax_unlearn.formulations.trajectories import concatenate
@@ -109,11 +110,9 @@ def _rows(batch: Batch) -> tuple[Images, NoisyPoints]:
             "expected a Batch of Images that are kept and NoisyPoints to forget, and no base; got "
             f"{type(kept).__name__} and {type(forget).__name__}."
         )
-    points = jnp.shape(forget.x_t)[:1]
-    if jnp.shape(forget.constraint) != points:
-        raise ValueError(
-            f"each of {points[0]} points is of one constraint, not {jnp.shape(forget.constraint)}."
-        )
+    points, given = np.shape(forget.x_t)[:1], np.shape(forget.constraint)
+    if given != points:
+        raise ValueError(f"points {list(points)} have a constraint each, not {list(given)}.")
     if _kinds(kept.cond) != _kinds(forget.cond):
         raise ValueError(
             "kept and forgotten conditions must be of one kind: got "
