@@ -36,8 +36,9 @@ from PIL import Image
 
 from jax_unlearn import schedules
 from jax_unlearn.app import data, embedded
-from jax_unlearn.app.options import ConceptOptions, DataOptions, load_run, save_run
+from jax_unlearn.app.options import ConceptOptions, DataOptions
 from jax_unlearn.app.report import read_rows
+from jax_unlearn.app.run_file import load_run, save_run
 from jax_unlearn.app.tasks import concept_request
 from jax_unlearn.models.judge import load_judge
 from jax_unlearn.pretrained import load_clip, load_pretrained

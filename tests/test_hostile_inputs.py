@@ -30,9 +30,8 @@ from jax_unlearn.app.options import (
     DataOptions,
     DemoOptions,
     SampleOptions,
-    load_run,
-    save_run,
 )
+from jax_unlearn.app.run_file import load_run, save_run
 from jax_unlearn.app.tasks import concept_request
 from jax_unlearn.app.terminal import printable, say
 from jax_unlearn.pretrained import Pretrained, load_pretrained

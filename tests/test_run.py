@@ -21,8 +21,9 @@ from PIL import Image
 from jax_unlearn.app import cli, report
 from jax_unlearn.app import run as running
 from jax_unlearn.app.folder import claim
-from jax_unlearn.app.options import ConceptOptions, DataOptions, DemoOptions, load_run
+from jax_unlearn.app.options import ConceptOptions, DataOptions, DemoOptions
 from jax_unlearn.app.run import run
+from jax_unlearn.app.run_file import load_run
 from jax_unlearn.app.tasks import images as requests
 from jax_unlearn.pretrained import load_pretrained
 

@@ -290,7 +290,10 @@ def test_points_are_attacked_by_the_adversary_of_robust_problems():
         ({"forget": batch_of().kept}, "got Images and Images"),
         ({"base": batch_of().kept}, "no base"),
         ({"forget": batch_of().forget._replace(constraint=None)}, "have a constraint each, not"),
-        ({"forget": batch_of().forget._replace(constraint=jnp.zeros((6, 1), int))}, "constraint each"),
+        (
+            {"forget": batch_of().forget._replace(constraint=jnp.zeros((6, 1), int))},
+            "constraint each",
+        ),
         ({"forget": batch_of().forget._replace(cond=jnp.zeros((6, 4)))}, "of one kind"),
         ({"forget": batch_of().forget._replace(cond=jnp.zeros((6, 2), int))}, "of one kind"),
         ({"forget": batch_of().forget._replace(cond=None)}, "of one kind"),

@@ -63,7 +63,8 @@ def _take(arguments: list[str], flag: str) -> str | None:
 def _parse(command: str, arguments: list[str]) -> Any:
     import tyro
 
-    from jax_unlearn.app.options import RunOptions, load_run
+    from jax_unlearn.app.options import RunOptions
+    from jax_unlearn.app.run_file import load_run
 
     module, name = _COMMANDS[command].rsplit(".", 1)
     kind = getattr(importlib.import_module(f"jax_unlearn.app.{module}"), name)
@@ -206,8 +207,8 @@ def _unlearn(command: str, options: "RunOptions") -> int:
     from jax_unlearn.app.folder import check_folder, claim
     from jax_unlearn.app.identity import check_options
     from jax_unlearn.app.memory import check_run
-    from jax_unlearn.app.options import save_run
     from jax_unlearn.app.run import check_batches, run
+    from jax_unlearn.app.run_file import save_run
     from jax_unlearn.app.terminal import printable, say
 
     # Everything is checked before anything is written, and the folder first: images and prompts

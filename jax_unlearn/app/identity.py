@@ -19,7 +19,8 @@ import numpy as np
 
 import jax_unlearn
 from jax_unlearn.app import data
-from jax_unlearn.app.options import DataOptions, RunOptions, plain_options
+from jax_unlearn.app.options import DataOptions, RunOptions
+from jax_unlearn.app.run_file import plain_options
 from jax_unlearn.app.tasks.concept_request import ConceptRequest
 from jax_unlearn.app.tasks.images import ImageRequest
 from jax_unlearn.models.files import read_json

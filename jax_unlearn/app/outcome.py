@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from jax_unlearn.app.identity import versions
-from jax_unlearn.app.options import RunOptions, plain_options
+from jax_unlearn.app.options import RunOptions
+from jax_unlearn.app.run_file import plain_options
 from jax_unlearn.app.tasks.base import Measured, Task, estimate
 from jax_unlearn.duality import Floor
 from jax_unlearn.primal_dual import Certificate

@@ -19,8 +19,9 @@ from jax_unlearn.app.checkpoint import Checkpoints
 from jax_unlearn.app.files import DiskFull, is_full
 from jax_unlearn.app.folder import claim
 from jax_unlearn.app.identity import Identity, Leg
-from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions, save_run
+from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions
 from jax_unlearn.app.rows import RowLog, rows_digest
+from jax_unlearn.app.run_file import save_run
 from jax_unlearn.app.stopping import Interrupted, StopSignals, stop_signals
 from jax_unlearn.app.tasks import concept_request, concepts, image_task, images
 from jax_unlearn.app.tasks.base import Measured, Task

@@ -16,7 +16,8 @@ import pytest
 from jax_unlearn import divergences, likelihoods, losses, quantification, sharding
 from jax_unlearn.app import cli, report
 from jax_unlearn.app import run as running
-from jax_unlearn.app.options import ConceptOptions, DemoOptions, load_run, save_run
+from jax_unlearn.app.options import ConceptOptions, DemoOptions
+from jax_unlearn.app.run_file import load_run, save_run
 from jax_unlearn.app.tasks import (
     concept_evaluation,
     concept_formulations,

@@ -22,7 +22,7 @@ from jax_unlearn.app.audit.subject import Concept, Subject, Target, load_subject
 from jax_unlearn.app.files import DiskFull, is_full, replace_file
 from jax_unlearn.app.folder import check_folder, claim
 from jax_unlearn.app.identity import digest_of, leaf_digests, leaf_kinds, versions
-from jax_unlearn.app.options import plain_options, save_run
+from jax_unlearn.app.run_file import plain_options, save_run
 from jax_unlearn.app.stopping import stop_signals
 from jax_unlearn.app.terminal import say
 from jax_unlearn.models.files import read_json
