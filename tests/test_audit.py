@@ -190,7 +190,8 @@ def test_more_than_an_oracle_is_said(command, other, tmp_path):
     [
         (("--attacks", "unlearndiffatk"), ("unlearndiffatk", "labels")),
         (("--template", "a {}"), ("--template", "prompts")),
-        (("--samples", "2"), ("--samples", "4 or more")),
+        (("--samples", "2"), ("--samples must lie in [4, 4096], not 2",)),
+        (("--attack-images", "1000000000"), ("--attack-images must lie in",)),
         (("--inversion-steps", "9"), ("multiple of 8",)),
         (("--forget", "horse"), ("horse",)),
     ],

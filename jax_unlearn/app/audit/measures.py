@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_unlearn import divergences, losses, metrics, schedules
 from jax_unlearn.app.audit.attacks import Drawn, Tools
+from jax_unlearn.app.audit.options import LEAST
 from jax_unlearn.app.audit.subject import Concept, Target
 from jax_unlearn.app.tasks.base import batch_rows, estimate, in_batches
 from jax_unlearn.app.tasks.drawing import features_of
@@ -81,7 +82,7 @@ def likelihoods(tools: Tools, target: Target, concept: Concept) -> dict[str, lis
 
 def kept_samples(tools: Tools, target: Target, seed: int) -> np.ndarray:
     """Guided samples of every kept condition, uint8 [kept, samples, height, width, channels]."""
-    subject, each = tools.subject, max(tools.options.samples // 4, 4)
+    subject, each = tools.subject, max(tools.options.samples // 4, LEAST)
     cond = np.repeat(np.asarray(subject.kept, np.int32), each)
     drawn = tools.draw(
         target.params,
@@ -132,7 +133,7 @@ def path_kls(
 
         return jnp.moveaxis(jax.lax.map(at, jnp.arange(steps)), -1, 0)
 
-    each = max(_TRAJECTORIES // len(conditions), 4)
+    each = max(_TRAJECTORIES // len(conditions), LEAST)
     cond = np.tile(np.asarray(conditions, np.int32), each)
     values = in_batches(
         lambda key, *rows: along(target.params, [one.params for one in others], key, *rows),

@@ -4,9 +4,9 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from jax_unlearn.app.options import check_numbers, check_texts
+from jax_unlearn.app.options import check_numbers, check_texts, flag
 
-__all__ = ["ATTACKS", "AuditOptions"]
+__all__ = ["ATTACKS", "LEAST", "AuditOptions"]
 
 Attack = Literal[
     "inversion", "unlearndiffatk", "noise", "stochasticity", "inpainting", "guidance", "relearning",
@@ -17,6 +17,9 @@ ATTACKS: tuple[Attack, ...] = (
     "rounding",
 )  # fmt: skip
 """Their names, in the order in which they run."""
+LEAST = 4
+"""Images or samples of which an interval still says something."""
+_MOST = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +107,10 @@ class AuditOptions:
         for name in ("reference", "model", "forget"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing: see jax-unlearn audit --help.")
-        if self.samples < 4:
-            raise ValueError(
-                f"--samples must be 4 or more, not {self.samples}: of fewer an "
-                "interval says nothing."
-            )
+        for name in ("samples", "attack_images"):
+            value = getattr(self, name)
+            if not LEAST <= value <= _MOST:
+                raise ValueError(f"{flag(name)} must lie in [{LEAST}, {_MOST}], not {value}.")
         if self.inversion_steps % 8:
             raise ValueError(
                 f"--inversion-steps must be a multiple of 8, not {self.inversion_steps}."

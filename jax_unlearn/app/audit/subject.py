@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_unlearn.app import data, embedded
 from jax_unlearn.app.audit.drawing import drawer
-from jax_unlearn.app.audit.options import AuditOptions
+from jax_unlearn.app.audit.options import LEAST, AuditOptions
 from jax_unlearn.app.embedded import captions
 from jax_unlearn.app.options import ConceptOptions
 from jax_unlearn.app.tasks.base import batch_rows, in_batches
@@ -429,10 +429,10 @@ def _with_concepts(
         rng = np.random.default_rng([options.seed, number])
         chosen = {}
         for flag, (pixels, cond) in found.items():
-            if len(pixels) < 4:
+            if len(pixels) < LEAST:
                 raise ValueError(
-                    f"--{flag}: {len(pixels)} images of {names[number]!r}: of fewer than 4 an "
-                    "interval says nothing."
+                    f"--{flag}: {len(pixels)} images of {names[number]!r}: of fewer than {LEAST} "
+                    "an interval says nothing."
                 )
             some = rng.permutation(len(pixels))[: options.attack_images]
             chosen[flag] = pixels[some], cond[some]
