@@ -37,7 +37,13 @@ from jax_unlearn.app.audit import attacks as audits
 from jax_unlearn.app.audit import measures, subject
 from jax_unlearn.app.audit.options import AuditOptions
 from jax_unlearn.app.tasks.base import in_batches
-from jax_unlearn.formulations import Pooled, against_pool, denoising_attack, without
+from jax_unlearn.formulations import (
+    Pooled,
+    against_pool,
+    denoising_attack,
+    optimizer_pair,
+    without,
+)
 from jax_unlearn.pretrained import load_pretrained, save_unet
 from jax_unlearn.problem import Batch, Images, NoisyPoints
 
@@ -104,12 +110,9 @@ def train(found, data, threshold, seed, steps, rate):
         without(found.apply, found.schedule),
         denoising_attack(found.apply, found.schedule, data["images"]),
     )
-    optimizer = optax.multi_transform(
-        {
-            "params": optax.adam(optax.warmup_cosine_decay_schedule(0, rate, 20, steps), b2=0.99),
-            "pool": attacks.restarted_adam(data["starts"], period=PERIOD, seed=seed),
-        },
-        Pooled("params", "pool"),
+    optimizer = optimizer_pair(
+        optax.adam(optax.warmup_cosine_decay_schedule(0, rate, steps // 20, steps), b2=0.99),
+        attacks.restarted_adam(data["starts"], period=PERIOD, seed=seed),
     )
     # λ is relative to the kept rows' loss: ascent in units of the threshold.
     dual = multipliers.nu_pi(0.02 / threshold, 0.5 / threshold, nu=0.9)
@@ -196,6 +199,9 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument(
+        "--compared", nargs="*", default=["start", "reference", "oracle"], help="measured beside"
+    )
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--save", type=pathlib.Path, help="write the UNets into this folder")
@@ -209,8 +215,9 @@ def main():
         found = subject.load_subject(options)
         tools = audits.make_tools(found, options)
         invert = inverter(found, options)
-        for name, target in found.targets.items():
-            row = {"seed": seed, "model": "start" if name == "model" else name}
+        for name in given.compared:
+            target = found.targets["model" if name == "start" else name]
+            row = {"seed": seed, "model": name}
             rows.append(row | measure(tools, target, invert))
             print(json.dumps(rows[-1]), flush=True)
         data = stored(found, options, seed)
@@ -234,6 +241,14 @@ def main():
     }
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"robust_{given.forget}.json"
+
+    def which(row):
+        return row["seed"], row["model"], row.get("threshold")
+
+    if path.is_file():  # Rows that were not measured anew stay.
+        before = json.loads(path.read_text())["rows"]
+        new = {which(row) for row in rows}
+        result["rows"] = [row for row in before if which(row) not in new] + rows
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -23,7 +23,13 @@ from jax_unlearn.formulations.distill import (
 )
 from jax_unlearn.formulations.forward_kl import forward_kl
 from jax_unlearn.formulations.on_policy import likelihood, mixed, reverse_kl
-from jax_unlearn.formulations.pooled import AttackLoss, Pooled, against_pool, denoising_attack
+from jax_unlearn.formulations.pooled import (
+    AttackLoss,
+    Pooled,
+    against_pool,
+    denoising_attack,
+    optimizer_pair,
+)
 from jax_unlearn.formulations.robust import kept_starts, looked_up, robust, worst_conditions
 from jax_unlearn.formulations.trajectories import sample_trajectories
 from jax_unlearn.formulations.without import without
@@ -41,6 +47,7 @@ __all__ = [
     "likelihood",
     "looked_up",
     "mixed",
+    "optimizer_pair",
     "reverse_kl",
     "robust",
     "sampled",

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jax_unlearn import losses, schedules
 from jax_unlearn.problem import Batch, Evaluate, Losses, Problem, psum
 from jax_unlearn.typing import Array, ArrayLike, Denoiser, Params
 
-__all__ = ["AttackLoss", "Pooled", "against_pool", "denoising_attack"]
+__all__ = ["AttackLoss", "Pooled", "against_pool", "denoising_attack", "optimizer_pair"]
 
 AttackLoss = Callable[..., Array]
 """(params, reference, key, pool, *, axis_name=None) -> what each row of the pool lowers, [rows]."""
@@ -45,9 +46,8 @@ def against_pool(problem: Problem, attack_loss: AttackLoss) -> Problem:
 
     One descent on both is simultaneous gradient descent on the two players' losses. The value of L
     is that of the problem alone. The attack has noise of its own: it does not fit what it is judged
-    by. Since nothing weighs the attack against the problem, give each an optimizer:
-    `optax.partition({"params": …, "pool": …}, Pooled("params", "pool"))`. An optimizer that couples
-    all leaves, such as a clip of the global norm, belongs inside it.
+    by. Since nothing weighs the attack against the problem, give each an optimizer of its own: see
+    `optimizer_pair`.
 
     Args:
       problem: any whose rows to forget have a `cond`.
@@ -114,6 +114,38 @@ def against_pool(problem: Problem, attack_loss: AttackLoss) -> Problem:
         fresh=None if problem.fresh is None else pooled(problem.fresh),
         name=f"{problem.name} against a pool",
     )
+
+
+def optimizer_pair(
+    params: optax.GradientTransformation, pool: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Two optimizers side by side: of the model's parameters, and of the pool's conditions.
+
+    Args:
+      params: of `Pooled.params`. A clip of the global norm sees these alone.
+      pool: of `Pooled.pool`, such as `attacks.restarted_adam`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from jax_unlearn.formulations import Pooled, optimizer_pair
+      >>> both = optimizer_pair(optax.sgd(0.1), optax.sgd(1.0))
+      >>> at = Pooled(jnp.ones(1), jnp.ones((2, 1)))
+      >>> updates, _ = both.update(at, both.init(at), at)
+      >>> [round(float(leaf.ravel()[0]), 2) for leaf in updates]
+      [-0.1, -1.0]
+    """
+
+    def init(both: Any) -> tuple[Any, Any]:
+        return params.init(both.params), pool.init(both.pool)
+
+    def update(updates: Any, state: Any, both: Any = None) -> tuple[Any, Any]:
+        given = (None, None) if both is None else both
+        first, first_state = params.update(updates.params, state[0], given[0])
+        second, second_state = pool.update(updates.pool, state[1], given[1])
+        return Pooled(first, second), (first_state, second_state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _own_rows(pool: Any, batch: Batch, axis_name: str | None) -> Any:
