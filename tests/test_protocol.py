@@ -96,6 +96,11 @@ def noisy(seed):
     return Batch(images(seed).kept, points)
 
 
+def one_each(seed):
+    batch = noisy(seed)
+    return batch._replace(forget=batch.forget._replace(constraint=EACH))
+
+
 class Case(NamedTuple):
     """A problem, batches for it by a seed, the values of a batch, and what its diagnostics are."""
 
@@ -152,6 +157,7 @@ FORMULATIONS = {
     "distill_posterior": Case(
         build(formulations.distill_posterior, WEIGHTING), noisy, diagnostics=TILT
     ),
+    "without": Case(build(formulations.without), one_each),
     "minibatched": Case(build(RU, estimator="stop_gradient", **CHAIN), conditions, parts=5),
 }
 

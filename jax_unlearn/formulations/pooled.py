@@ -117,12 +117,12 @@ def against_pool(problem: Problem, attack_loss: AttackLoss) -> Problem:
 
 
 def optimizer_pair(
-    params: optax.GradientTransformation, pool: optax.GradientTransformation
+    model: optax.GradientTransformation, pool: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """Two optimizers side by side: of the model's parameters, and of the pool's conditions.
 
     Args:
-      params: of `Pooled.params`. A clip of the global norm sees these alone.
+      model: of `Pooled.params`. A clip of the global norm sees these alone.
       pool: of `Pooled.pool`, such as `attacks.restarted_adam`.
 
     Example:
@@ -136,13 +136,13 @@ def optimizer_pair(
       [-0.1, -1.0]
     """
 
-    def init(both: Any) -> tuple[Any, Any]:
-        return params.init(both.params), pool.init(both.pool)
+    def init(params: Any) -> tuple[Any, Any]:
+        return model.init(params.params), pool.init(params.pool)
 
-    def update(updates: Any, state: Any, both: Any = None) -> tuple[Any, Any]:
-        given = (None, None) if both is None else both
-        first, first_state = params.update(updates.params, state[0], given[0])
-        second, second_state = pool.update(updates.pool, state[1], given[1])
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        at = (None, None) if params is None else params
+        first, first_state = model.update(updates.params, state[0], at[0])
+        second, second_state = pool.update(updates.pool, state[1], at[1])
         return Pooled(first, second), (first_state, second_state)
 
     return optax.GradientTransformation(init, update)
