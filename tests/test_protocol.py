@@ -206,7 +206,8 @@ each_formulation = pytest.mark.parametrize(
 def test_losses_are_one_value_a_row(name):
     case = FORMULATIONS[name]
     batch = case.batch(1)
-    rows = 2 * ROWS  # kept and forgotten; kept and base where forgotten images have no objective
+    # Kept and forgotten; kept and base, or kept alone, where what is forgotten has no objective.
+    rows = ROWS if name == "without" else 2 * ROWS
     got = jax.eval_shape(case.problem.losses, PARAMS, REFERENCE, KEYS[0], batch, MULTIPLIERS)
     assert (got.objective.shape, got.objective.dtype) == ((rows,), jnp.float32)
     assert (got.values.shape, got.values.dtype) == ((case.values,), jnp.float32)
@@ -238,8 +239,9 @@ def test_a_compiled_step_is_the_eager_one_and_compiles_once(name):
             found = case.problem.losses(params, REFERENCE, draw, batch, MULTIPLIERS)
             sign = jnp.broadcast_to(case.problem.sign, (2,))[found.index]
             rows = MULTIPLIERS[found.index] * sign * (THRESHOLDS[found.index] - found.values)
-            # One forward-KL constraint is a mean over its own rows, the others' over all.
-            count = jnp.bincount(found.index) if name.startswith("forward") else None
+            # Where only kept rows have an objective, a constraint is a mean over its own rows.
+            own = name.startswith(("forward", "without"))
+            count = jnp.bincount(found.index) if own else None
             count = found.objective.shape[0] if count is None else count[found.index]
             return found.objective.mean() + (rows / count).sum(), found
 
