@@ -49,7 +49,6 @@ from jax_unlearn.problem import Batch, Images, NoisyPoints
 
 CONCEPT_IMAGES, KEPT_IMAGES, POINTS, NOISE_LEVELS = 256, 1024, 2, 16
 KEPT_ROWS, POOL = 48, 32
-PERIOD = 100
 
 
 def stored(found, options, seed):
@@ -104,7 +103,7 @@ def stored(found, options, seed):
     }  # fmt: skip
 
 
-def train(found, data, threshold, seed, steps, rate):
+def train(found, data, threshold, seed, steps, rate, period):
     """From the model: the parameters, and the last rows of the log."""
     problem = against_pool(
         without(found.apply, found.schedule),
@@ -112,7 +111,7 @@ def train(found, data, threshold, seed, steps, rate):
     )
     optimizer = optimizer_pair(
         optax.adam(optax.warmup_cosine_decay_schedule(0, rate, steps // 20, steps), b2=0.99),
-        attacks.restarted_adam(data["starts"], period=PERIOD, seed=seed),
+        attacks.restarted_adam(data["starts"], period=period, seed=seed),
     )
     # λ is relative to the kept rows' loss: ascent in units of the threshold.
     dual = multipliers.nu_pi(0.02 / threshold, 0.5 / threshold, nu=0.9)
@@ -197,7 +196,10 @@ def main():
     parser.add_argument("--forget", default="sneaker")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.003])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument(
+        "--period", type=int, default=300, help="steps of each attacker of the pool"
+    )
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument(
         "--compared", nargs="*", default=["start", "reference", "oracle"], help="measured beside"
@@ -222,16 +224,20 @@ def main():
             print(json.dumps(rows[-1]), flush=True)
         data = stored(found, options, seed)
         for threshold in given.thresholds:
-            params, log = train(found, data, threshold, seed, given.steps, given.learning_rate)
+            setting = given.steps, given.learning_rate, given.period
+            params, log = train(found, data, threshold, seed, *setting)
             target = found.targets["model"]._replace(params=params)
             row = {"seed": seed, "model": "robust", "threshold": threshold, "training": log}
+            row["period"] = given.period
             rows.append(row | measure(tools, target, invert))
             print(json.dumps(rows[-1]), flush=True)
             if given.save:
                 path = given.save / f"{given.forget}-{threshold:g}-{seed}"
                 save_unet(path, load_pretrained(given.start)._replace(params=params))
     command = f"python benchmarks/robust.py --thresholds {' '.join(map(str, given.thresholds))}"
-    command += f" --seeds {' '.join(map(str, given.seeds))} --steps {given.steps}"
+    command += (
+        f" --seeds {' '.join(map(str, given.seeds))} --steps {given.steps} --period {given.period}"
+    )
     result = {
         "command": command,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -243,7 +249,7 @@ def main():
     path = given.out / f"robust_{given.forget}.json"
 
     def which(row):
-        return row["seed"], row["model"], row.get("threshold")
+        return row["seed"], row["model"], row.get("threshold"), row.get("period")
 
     if path.is_file():  # Rows that were not measured anew stay.
         before = json.loads(path.read_text())["rows"]
