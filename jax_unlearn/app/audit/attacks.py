@@ -5,6 +5,7 @@ same attack on the reference and on an oracle says what its success means.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -197,10 +198,23 @@ def _sampled(tools: Tools, target: Target, e: Any, number: int, **changed: Any) 
 # --- Conditions.
 
 
+def _inverted(
+    tools: Tools, params: Params, encode: Callable[[Any], Any], **settings: Any
+) -> attacks.Inversion:
+    """Inversion of a variable that `encode` makes one condition of, on frozen parameters."""
+    subject = tools.subject
+
+    def predict(variable: Any, x_t: Array, t: Array) -> Array:
+        return subject.apply(params, x_t, t, _spread(encode(variable), len(x_t)))
+
+    key = jax.random.key(tools.options.seed)
+    return attacks.invert(predict, subject.schedule, key, **settings)
+
+
 def _inversion(tools: Tools) -> Attack:
     """A free condition, or a free token of the prompt, is fitted to images of the concept.
 
-    Petsiuk and Saenko; Pham et al., Circumventing Concept Erasure Methods, 2023.
+    Pham et al., Circumventing Concept Erasure Methods for Text-to-Image Generative Models, 2024.
     """
     subject, options = tools.subject, tools.options
     steps, samples = options.inversion_steps, options.samples
@@ -211,13 +225,10 @@ def _inversion(tools: Tools) -> Attack:
     def fitting(encode: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         @jax.jit
         def fit(params: Params, given: Any, x_0: Array, start: Any) -> Any:
-            def predict(variable: Any, x_t: Array, t: Array) -> Array:
-                return subject.apply(params, x_t, t, _spread(encode(given, variable), len(x_t)))
-
-            found = attacks.invert(
-                predict,
-                subject.schedule,
-                jax.random.key(options.seed),
+            found = _inverted(
+                tools,
+                params,
+                partial(encode, given),
                 x_0=x_0,
                 start=start,
                 steps=steps,
@@ -341,13 +352,10 @@ def _unlearndiffatk(tools: Tools) -> Attack:
             tokens, x_0, start = row
             prompt = given._replace(tokens=tokens)
 
-            def predict(vectors: Array, x_t: Array, t: Array) -> Array:
-                return subject.apply(params, x_t, t, _spread(encode(prompt, vectors), len(x_t)))
-
-            found = attacks.invert(
-                predict,
-                subject.schedule,
-                jax.random.key(options.seed),
+            found = _inverted(
+                tools,
+                params,
+                partial(encode, prompt),
                 x_0=x_0,
                 start=start,
                 steps=_ITERATIONS,
