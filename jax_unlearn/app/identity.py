@@ -31,6 +31,7 @@ __all__ = [
     "Leg",
     "check_options",
     "digest_of",
+    "digests_at",
     "changes",
     "identify",
     "leaf_digests",
@@ -144,12 +145,12 @@ def identify(request: ImageRequest | ConceptRequest, options: RunOptions, comman
     inputs = _inputs(request)
     for name in ("judge", "clip"):
         if (path := getattr(options, name, None)) is not None:
-            inputs[name] = digest_of(_digests_at(path))
+            inputs[name] = digest_of(digests_at(path))
     return Identity(command, kept, model, inputs, versions())
 
 
-def _digests_at(path: pathlib.Path) -> dict[str, str]:
-    """Of a folder, or of a judge's file with the json beside it."""
+def digests_at(path: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of the files of a folder, or of a judge's file and the json beside it."""
     if path.is_dir():
         return folder_digests(path)
     files = (path, path.with_suffix(".json"))

@@ -21,7 +21,13 @@ from jax_unlearn.app.audit.page import verdict, write_page
 from jax_unlearn.app.audit.subject import Concept, Subject, Target, load_subject
 from jax_unlearn.app.files import DiskFull, is_full, replace_file
 from jax_unlearn.app.folder import check_folder, claim
-from jax_unlearn.app.identity import digest_of, leaf_digests, leaf_kinds, versions
+from jax_unlearn.app.identity import (
+    digest_of,
+    digests_at,
+    leaf_digests,
+    leaf_kinds,
+    versions,
+)
 from jax_unlearn.app.run_file import plain_options, save_run
 from jax_unlearn.app.stopping import stop_signals
 from jax_unlearn.app.terminal import say
@@ -110,6 +116,9 @@ def _identity(subject: Subject, options: AuditOptions) -> dict[str, Any]:
         "conditions": digest_of([subject.conditions.names, subject.kept, subject.shown]),
         "images": digest_of(leaf_digests(parts)),
     }
+    for name in ("judge", "clip"):
+        if (path := getattr(options, name)) is not None:
+            inputs[name] = digest_of(digests_at(path))
     return json.loads(
         json.dumps(
             {
