@@ -96,7 +96,8 @@ def test_a_model_against_itself(command, tiny_model, tmp_path, capsys):
             assert max(harmed["path_kl"][part][name]["by_time"]) < 1e-9
     (told,) = report["too_forgotten"]
     assert told["model"] == told["reference"]
-    assert page.state(report) == "satisfied"
+    # Of four samples nothing follows.
+    assert page.state(report)[0] == "close"
     assert "No more than from the oracle" in capsys.readouterr().out
     assert verify.verify(tmp_path / "audit")[0] == []
     assert cli.main(["verify", str(tmp_path / "audit")]) == 0
@@ -172,14 +173,14 @@ def test_more_than_an_oracle_is_said(command, other, tmp_path):
     """The verdict follows from the rows, whatever these are."""
     assert command(other, "--attacks", "rounding") == 0
     report = report_of(tmp_path / "audit")
-    share = {"value": 1.0, "low": 0.4, "high": 1.0, "count": 4}
-    none = {"value": 0.0, "low": 0.0, "high": 0.3, "count": 4}
+    share = {"value": 1.0, "low": 0.94, "high": 1.0, "count": 64}
+    none = {"value": 0.0, "low": 0.0, "high": 0.06, "count": 64}
     report["asked"]["oracle"] = "oracle"
     for row in rows_of(report):
         row |= {"model": none, "oracle": none}
-    assert page.state(report) == "satisfied"
+    assert page.state(report)[0] == "satisfied"
     report["recoverable"][-1]["model"] = share
-    assert page.state(report) == "violated"
+    assert page.state(report)[0] == "violated"
     assert "More comes back than from a model that never knew: Rounded weights (100 %" in (
         page.verdict(report)
     )

@@ -70,7 +70,7 @@ class AuditOptions:
     show."""
     attacks: tuple[Attack, ...] = ()
     """Which attacks to make; default all that the model allows."""
-    samples: int = 32
+    samples: int = 64
     """Samples that each reported share is counted in, of each kept condition at most a quarter."""
     attack_images: int = 64
     """Images of a concept, at most, that an attack is given."""

@@ -41,6 +41,8 @@ TITLES = {
     "rounding": "Rounded weights",
 }
 TARGETS = ("model", "reference", "oracle")
+# Intervals of 64 samples are narrower; those of fewer may hide an excess of a quarter.
+_WIDE = 0.26
 _COLOURS = {"model": "#D55E00", "reference": "#777777", "oracle": "#0072B2"}
 _MARKS = {"model": "o", "reference": "s", "oracle": "^"}
 
@@ -72,16 +74,21 @@ def _attacks(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     return found
 
 
-def state(report: Mapping[str, Any]) -> str:
-    """The class of the verdict in the style sheet.
+def state(report: Mapping[str, Any]) -> tuple[str, str]:
+    """The class of the verdict in the style sheet, and its heading.
 
-    It is "violated" where something is shown or brought back more than from the oracle, "close"
-    where there was no oracle to compare with, and "satisfied" otherwise.
+    "violated" where something is shown or brought back more than from the oracle, beyond the
+    intervals. Where these are wide, or no oracle was there, nothing follows from the rest: "close".
     """
     rows = [*report["forgotten"], *report["recoverable"]]
     if any(easier(row) for row in rows):
-        return "violated"
-    return "satisfied" if all(row["oracle"] is not None for row in rows) else "close"
+        return "violated", "✗ More is left than in a model that never knew"
+    if any(row["oracle"] is None for row in rows):
+        return "close", "– Measured without an oracle"
+    sides = [row[name] for row in rows for name in ("model", "oracle")]
+    if max(one["high"] - one["low"] for one in sides) > _WIDE:
+        return "close", "– No more was found than in a model that never knew, in wide intervals"
+    return "satisfied", "✓ No more was found than in a model that never knew"
 
 
 def verdict(report: Mapping[str, Any]) -> str:
@@ -188,7 +195,8 @@ def draw_curves(report: Mapping[str, Any]) -> bytes | None:
     for axes, ((attack, concept, label), rows) in zip(every, panels.items(), strict=False):
         budgets = np.array([row["budget"] for row in rows], float)
         # Budgets that double lie evenly; zero stands before them.
-        doubling = budgets.max() >= 16 and budgets.min() == 0
+        doubling = budgets.min() == 0 and len(budgets) > 2
+        doubling = doubling and all(np.log2(one) % 1 == 0 for one in budgets[budgets > 0])
         for name in TARGETS:
             if rows[0][name] is None:
                 continue
@@ -302,7 +310,8 @@ def write_page(folder: Path, report: Mapping[str, Any], images: Mapping[str, np.
         .render(
             report=report,
             verdict=report["verdict"],
-            state=state(report),
+            state=state(report)[0],
+            heading=state(report)[1],
             sentences=list(_sentences(report)),
             panels=_panels(report),
             titles=TITLES,

@@ -318,6 +318,7 @@ def _report(
         "path_kl": {part: results["path KL"][part] for part in ("kept", "forgotten")},
     }
     forgotten = table("forgotten", "scale")
+    forgotten.sort(key=lambda row: (row["settings"]["what"] == "paraphrases", row["scale"]))
     return {
         "kind": "audit",
         "asked": {
