@@ -239,6 +239,7 @@ def test_too_few_images(command, other, tmp_path, capsys):
     refused(capsys, "--images", "fewer than 4")
 
 
+@pytest.mark.slow
 def test_prompts(tmp_path, capsys):
     """A pipeline against itself; a UNet alone is that pipeline; each attack is made."""
     reference = write_pipeline(tmp_path / "reference")
