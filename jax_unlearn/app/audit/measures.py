@@ -194,17 +194,3 @@ def harmed(
             "value": float(distance.value), "stderr": float(distance.stderr),
         }  # fmt: skip
     return found
-
-
-def nearest(tools: Tools, drawn: np.ndarray, concept: Concept) -> dict[str, Any]:
-    """The cosine similarity of each image of the concept to the generated one nearest to it."""
-    features = features_of(tools.subject.judge)
-    similarity, place = metrics.nearest_neighbours(features(concept.images), features(drawn))
-    values = np.asarray(similarity)[:, 0]
-    return {
-        "mean": float(values.mean()),
-        "largest": float(values.max()),
-        "image": int(values.argmax()),
-        "generated": int(np.asarray(place)[values.argmax(), 0]),
-        "count": len(values),
-    }
