@@ -17,7 +17,7 @@ from jax_unlearn.app.files import replace_file
 from jax_unlearn.app.report.folder import finite
 from jax_unlearn.app.report.page import environment
 
-__all__ = ["easier", "verdict", "write_page"]
+__all__ = ["easier", "state", "verdict", "write_page"]
 
 BUDGETS = {
     "inversion": "steps",
