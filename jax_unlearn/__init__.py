@@ -72,7 +72,7 @@ if TYPE_CHECKING:
         zero_shot,
     )
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _LAZY = (
     "CLIP",

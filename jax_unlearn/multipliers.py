@@ -139,7 +139,7 @@ class NuPIState(NamedTuple):
 def nu_pi(
     integral: ArrayLike, proportional: ArrayLike, nu: ArrayLike = 0.0
 ) -> optax.GradientTransformation:
-    """The νPI controller of dual variables (Sohrabi et al. 2024, alg. 1).
+    """The νPI controller of dual variables (Sohrabi et al. 2024, algorithm 1).
 
     ξ_k = ν ξ_{k−1} + (1−ν) e_k, ξ_0 = e_0;  λ_{k+1} = λ_k + κ_i e_k + κ_p (ξ_k − ξ_{k−1}), where
     e_k is the violation. κ_p = 0 is gradient ascent; κ_p > 0 damps the multiplier's

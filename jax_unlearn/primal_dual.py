@@ -93,7 +93,7 @@ def primal_dual(
     dual_schedule: Callable[[Array], Array] | None = None,
     axis_name: str | None = None,
 ) -> PrimalDual:
-    """Builds the primal-dual algorithm for a problem (arXiv 2605.30825, alg. 1).
+    """Builds the primal-dual algorithm for a problem (arXiv 2605.30825, algorithm 1).
 
     λ_{k+1} = Π[λ_k + dual_optimizer(violations(θ_k))]
     θ_{k+1} = θ_k − optimizer(∇_θ L(θ_k, λ))

@@ -40,11 +40,14 @@ class Images(NamedTuple):
       x_0: in [−1, 1], [n, height, width, channels].
       cond: what each is shown under: labels [n], embeddings [n, ...], or None.
       constraint: of images to forget, the constraint i of each, integer [n]; else None.
+      base: of kept images in `without`, what p(·|cond) is held to q(·|base) by, [n, ...]; None is
+        `cond`.
     """
 
     x_0: Any
     cond: Condition
     constraint: Any = None
+    base: Condition = None
 
 
 class Conditions(NamedTuple):
@@ -104,6 +107,8 @@ class NoisyPoints(NamedTuple):
       push: σ_t ∇u_i, [f, k, ...].
       values: h_i(x_0) of the image that was noised, or 1 for the concept that it shows, [f, k].
       constraint: the constraint i of each, integer [f, k]; see `Samples`.
+      concept: in `without`, the reference's prediction at what is to be forgotten, [f, ...]; or
+        None.
     """
 
     x_t: Any
@@ -114,6 +119,7 @@ class NoisyPoints(NamedTuple):
     push: Any
     values: Any
     constraint: Any
+    concept: Any = None
 
 
 class TrajectoryPoints(NamedTuple):

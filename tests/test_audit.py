@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_unlearn import metrics
 from jax_unlearn.app import cli, embedded, verify
-from jax_unlearn.app.audit import page, run
+from jax_unlearn.app.audit import page, phases
 from jax_unlearn.app.audit.options import ATTACKS, AuditOptions
 from jax_unlearn.models.judge import Judge, save_judge
 
@@ -96,6 +96,7 @@ def test_a_model_against_itself(command, tiny_model, tmp_path, capsys):
             assert max(harmed["path_kl"][part][name]["by_time"]) < 1e-9
     (told,) = report["too_forgotten"]
     assert told["model"] == told["reference"]
+    assert {*told["rise"]["forgotten"]["values"]} == {0.0}
     # Of four samples nothing follows.
     assert page.state(report)[0] == "close"
     assert "No more than from the oracle" in capsys.readouterr().out
@@ -107,7 +108,7 @@ def test_what_was_measured_is_not_measured_again(command, other, tmp_path, capsy
     """Stopped in a phase, an audit goes on with it, and ends in the same report."""
     few = ("--attacks", "rounding", "--attacks", "noise")
     assert command(other, *few, out="whole") == 0
-    done, put = [], run._Kept.put
+    done, put = [], phases.Kept.put
 
     def stop(self, name, measure):
         if len(done) == 3:
@@ -115,12 +116,12 @@ def test_what_was_measured_is_not_measured_again(command, other, tmp_path, capsy
         done.append(name)
         return put(self, name, measure)
 
-    monkeypatch.setattr(run._Kept, "put", stop)
+    monkeypatch.setattr(phases.Kept, "put", stop)
     with pytest.raises(KeyboardInterrupt):
         command(other, *few)
     again = []
     monkeypatch.setattr(
-        run._Kept,
+        phases.Kept,
         "put",
         lambda self, name, measure: (again.append(name), put(self, name, measure))[1],
     )

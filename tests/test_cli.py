@@ -1,5 +1,6 @@
 """What a user may get wrong: each a clear line, exit 2, and nothing touched."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -182,6 +183,32 @@ def test_nothing_given_is_named(capsys):
 def test_an_unknown_command_shows_the_commands(capsys):
     assert cli.main(["forget"]) == 2
     assert "demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [None, "", "--xla_force_host_platform_device_count=2"])
+def test_convolutions_of_commands_leave_ynnpack_out_unless_the_user_has_set_flags(flags):
+    """By what XLA compiles: of the jaxlib that this was measured with, and of no other."""
+    script = (
+        "from jax_unlearn.app import cli\n"
+        "cli._without_ynnpack()\n"
+        "import jax, jax.numpy as jnp\n"
+        "def convolve(x, k):\n"
+        "    return jax.lax.conv_general_dilated(\n"
+        "        x, k, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))\n"
+        "given = jnp.ones((4, 16, 16, 32)), jnp.ones((3, 3, 32, 32))\n"
+        "print('ynn' in jax.jit(convolve).lower(*given).compile().as_text())"
+    )
+    root = str(pathlib.Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS")
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    if flags is not None:
+        environment["XLA_FLAGS"] = flags
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    changed = flags is None and importlib.metadata.version("jaxlib").startswith("0.10.")
+    assert done.stdout.strip() == str(not changed)
 
 
 @pytest.mark.parametrize("given", [["--help"], []])

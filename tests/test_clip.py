@@ -194,9 +194,9 @@ def test_what_is_fetched_from_the_hub(whole, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     load_clip("owner/model", "owner/tokenizer")
     assert [name for name, _ in calls] == ["owner/model"] * 2 + ["owner/tokenizer"] * 2
-    assert calls[0][1] == calls[2][1] == ["*.json"]
-    assert calls[1][1] == ["*.json", "model*.safetensors", "merges.txt"]
-    assert calls[3][1] == ["*.json", "merges.txt"]
+    assert calls[0][1] == calls[2][1] == ["*.json", "README.md"]
+    assert calls[1][1] == ["*.json", "README.md", "model*.safetensors", "merges.txt"]
+    assert calls[3][1] == ["*.json", "README.md", "merges.txt"]
 
 
 def test_padding_is_no_longer_than_the_text_tower_takes(clip, folder):

@@ -355,7 +355,7 @@ def test_texts(folder, content):
     path = folder / "a.txt"
     path.write_bytes(content)
     holds(data.read_captions, [str(path.with_suffix(".png"))])
-    holds(concept_request._lines, f"@{path}")
+    holds(concept_request.prompt_lines, f"@{path}")
 
 
 @fuzz(100)

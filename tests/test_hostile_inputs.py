@@ -288,7 +288,7 @@ def test_captions_prompts_and_configs_that_are_no_files(tmp_path, make, words):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     make(tmp_path / "a.txt")
     assert words in line_of(data.read_captions, [str(tmp_path / "a.png")])
-    assert words in line_of(concept_request._lines, f"@{tmp_path / 'a.txt'}")
+    assert words in line_of(concept_request.prompt_lines, f"@{tmp_path / 'a.txt'}")
     assert words in line_of(load_run, tmp_path / "a.txt", "data", DataOptions)
 
 
@@ -307,7 +307,7 @@ def test_what_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
         assert message == f"{tmp_path / name} cannot be read: Permission denied."
     for read in (
         lambda: data.read_captions([str(tmp_path / "a.png")]),
-        lambda: concept_request._lines(f"@{tmp_path / 'a.txt'}"),
+        lambda: concept_request.prompt_lines(f"@{tmp_path / 'a.txt'}"),
         lambda: load_run(tmp_path / "a.txt", "data", DataOptions),
     ):
         assert line_of(read) == f"{tmp_path / 'a.txt'} cannot be read: Permission denied."
@@ -329,8 +329,8 @@ def test_control_characters_are_refused_in_texts(tmp_path, text):
     (tmp_path / "a.txt").write_bytes(text.encode("utf-8", "surrogatepass"))
     for read in (
         lambda: data.read_captions([str(tmp_path / "a.png")]),
-        lambda: concept_request._lines(f"@{tmp_path / 'a.txt'}"),
-        lambda: concept_request._lines(text),
+        lambda: concept_request.prompt_lines(f"@{tmp_path / 'a.txt'}"),
+        lambda: concept_request.prompt_lines(text),
         lambda: data.parse_source(f"images:{text}"),
         lambda: ConceptOptions(forget=("a", text)).validate(),
         lambda: ConceptOptions(forget=("a",), base=text).validate(),
@@ -346,7 +346,7 @@ def test_other_texts_are_kept(tmp_path):
     text = "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u05d0\u05d1 \xe9"
     (tmp_path / "a.txt").write_text(f"  {text}\t\n b ", encoding="utf-8")
     assert data.read_captions([str(tmp_path / "a.png")]) == [f"{text} b"]
-    assert concept_request._lines(f"@{tmp_path / 'a.txt'}") == [text, "b"]
+    assert concept_request.prompt_lines(f"@{tmp_path / 'a.txt'}") == [text, "b"]
     assert data.parse_source(f"images:{text}").label == text
 
 
@@ -355,7 +355,7 @@ def test_texts_that_are_too_large(tmp_path):
     os.truncate(tmp_path / "a.txt", 10**12)
     tracemalloc.start()
     assert "at most 65536" in line_of(data.read_captions, [str(tmp_path / "a.png")])
-    assert "at most 16777216" in line_of(concept_request._lines, f"@{tmp_path / 'a.txt'}")
+    assert "at most 16777216" in line_of(concept_request.prompt_lines, f"@{tmp_path / 'a.txt'}")
     assert "at most" in line_of(load_run, tmp_path / "a.txt", "data", DataOptions)
     assert tracemalloc.get_traced_memory()[1] < MB
     tracemalloc.stop()

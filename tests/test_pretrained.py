@@ -447,8 +447,8 @@ def test_hub_fetches_json_then_safetensors(monkeypatch, folder):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert load_pretrained("owner/name").config.source == "owner/name"
     assert [name for name, _ in calls] == ["owner/name"] * 2
-    assert calls[0][1] == ["*.json"]
-    assert all(pattern.endswith((".json", ".safetensors")) for pattern in calls[1][1])
+    assert calls[0][1] == ["*.json", "README.md"]
+    assert all(pattern.endswith((".json", ".md", ".safetensors")) for pattern in calls[1][1])
     calls.clear()
     edit_json(folder / "unet" / "config.json", _class_name="UNet2DConditionModel")
     with pytest.raises(ValueError, match="UNet2DConditionModel"):

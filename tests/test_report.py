@@ -116,7 +116,7 @@ def test_page_is_balanced_and_self_contained(tmp_path):
     tags = {tag for tag, _, _ in page.attributes}
     assert not tags & {"script", "link", "iframe", "object"}
     links = [value for _, name, value in page.attributes if name in ("src", "href", "srcset")]
-    assert len(links) == 2
+    assert len(links) == 3  # Samples before, after, and curves.
     assert all(link.startswith("data:image/png;base64,") for link in links)
     source = (tmp_path / "report.html").read_text("utf-8")
     assert "http" not in source
@@ -349,7 +349,7 @@ def test_a_report_does_not_call_missed_thresholds_met(tmp_path, value, satisfied
     assert text.count(row) == (2 if row == "✓ yes" else 1)
     assert ("within errors alone" in text) == (row == "– too close")
     side_by_side = write_comparison(tmp_path, ["one"]).read_text("utf-8")
-    assert f"{heading}.</span>" in side_by_side
+    assert f"<strong>Forward KL: {heading}</strong>" in side_by_side
 
 
 def test_verdict_names_the_worst_violation():

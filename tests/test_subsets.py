@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -291,6 +293,23 @@ def test_saved_lora(params, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, read, lora)
 
 
+@pytest.mark.parametrize("base", ["", "owner/name"])
+def test_the_header_of_a_lora_says_what_peft_reads(params, tmp_path, base):
+    lora = subsets.lora_init(params, jax.random.key(0), rank=2, part="cross-attention-kv")
+    subsets.save_lora(tmp_path / "lora", lora, base_model=base)
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    with safetensors.safe_open(file, "numpy") as opened:
+        metadata = opened.metadata()
+        changed = {name.removeprefix("unet.").split(".lora_")[0] for name in opened.keys()}  # noqa: SIM118
+    assert metadata.keys() == {"format", "lora_adapter_metadata"}
+    assert metadata["format"] == "pt"
+    config = json.loads(metadata["lora_adapter_metadata"])
+    assert config["unet.r"] == config["unet.lora_alpha"] == 2
+    assert set(config["unet.target_modules"]) == changed
+    assert all(name.endswith(("to_k", "to_v")) for name in changed)
+    assert config.get("unet.base_model_name_or_path", "") == base
+
+
 @pytest.mark.parametrize("change", ["absent", "wider", "narrower"])
 def test_a_saved_lora_of_another_base_is_refused(params, tmp_path, change):
     lora = subsets.lora_init(params, jax.random.key(0), rank=2, part="full")
@@ -315,7 +334,7 @@ def test_diffusers_loads_the_lora(tmp_path, part, xl):
     pytest.importorskip("peft")
     pretrained = load_pretrained(write_pipeline(tmp_path / "model", xl=xl))
     lora = changed(subsets.lora_init(pretrained.params, jax.random.key(0), rank=3, part=part))
-    subsets.save_lora(tmp_path / "lora", lora)
+    subsets.save_lora(tmp_path / "lora", lora, base_model="owner/name")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
 
     rng = np.random.default_rng(0)
@@ -339,6 +358,8 @@ def test_diffusers_loads_the_lora(tmp_path, part, xl):
 
     before = theirs()
     pipe.load_lora_weights(tmp_path / "lora")
+    (read,) = pipe.unet.peft_config.values()
+    assert (read.r, read.lora_alpha, read.base_model_name_or_path) == (3, 3, "owner/name")
     cond = {"encoder_hidden_states": hidden} | added if xl else hidden
 
     @jax.jit

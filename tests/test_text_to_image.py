@@ -398,13 +398,14 @@ def test_a_unet_alone_on_the_hub(monkeypatch, alone):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     with pytest.raises(ValueError, match="owner/name is a UNet2DCond.* pass scheduler="):
         load_pretrained("owner/name")
-    assert calls == [("owner/name", ["*.json"])]  # nothing large for a model without its noise
+    # Nothing large for a model without its noise.
+    assert calls == [("owner/name", ["*.json", "README.md"])]
     found = load_pretrained("owner/name", scheduler=SCHEDULER)
     assert found.config.source == "owner/name"
     (alone / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     calls.clear()
     load_pretrained(alone, scheduler="owner/pipeline")
-    assert calls == [("owner/pipeline", ["*.json"])]
+    assert calls == [("owner/pipeline", ["*.json", "README.md"])]
 
 
 @pytest.mark.parametrize(
@@ -439,7 +440,7 @@ def test_hub_fetches_parts_when_they_are_read(monkeypatch, folder, tmp_path):
     assert {"vae/*.safetensors", "tokenizer/*.txt"} <= set(calls[-1])
     calls.clear()
     load_text_to_image("owner/name")
-    assert calls[0] == ["*.json"]
+    assert calls[0] == ["*.json", "README.md"]
     assert {"vae/*.safetensors", "tokenizer/merges.txt"} <= set(calls[-1])
     assert not any(pattern.endswith(".bin") for call in calls for pattern in call)
     with pytest.raises(ValueError, match="no weights of variant 'fp16'"):

@@ -52,7 +52,8 @@ def test_the_sums_are_those_of_sha256sum(out):
 
 NAMES = (
     "report.json", "report.html", "run.json", "metrics.jsonl", "curves.png", "grid_1.png",
-    "model/unet/diffusion_pytorch_model.safetensors", "model/model_index.json",
+    "model/unet/diffusion_pytorch_model.safetensors", "model/model_index.json", "model/README.md",
+    "model/samples_1.png",
 )  # fmt: skip
 
 

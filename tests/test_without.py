@@ -307,7 +307,7 @@ def test_without_refuses_other_rows(change, word):
 
 IMAGES = jnp.float32(np.random.default_rng(5).normal(size=(4, 3)))
 POOL = jnp.float32(np.random.default_rng(6).normal(size=(6, 2)))
-ATTACK = denoising_attack(linear, SHORT, IMAGES)
+ATTACK = denoising_attack(linear, SHORT, IMAGES[None])
 
 
 def test_a_pool_has_the_gradient_of_its_attack_and_the_model_that_of_the_problem():
@@ -382,7 +382,7 @@ def test_an_adversary_and_a_model_that_train_together_meet():
     def apply(theta, x_t, t, cond):
         return theta + cond + 0 * x_t
 
-    attack = denoising_attack(apply, SHORT, jnp.zeros((4, 3)))
+    attack = denoising_attack(apply, SHORT, jnp.zeros((1, 4, 3)))
     points = batch_of().forget._replace(epsilon=jnp.ones((6, 3)), constraint=jnp.zeros(6, int))
     batch = Batch(Images(jnp.zeros((8, 3)), jnp.zeros((8, 1))), points)
     optimizer = optax.partition(
@@ -407,6 +407,14 @@ def test_the_attack_is_the_denoising_loss_under_the_pool():
     pool = jnp.repeat(jnp.array([[0.0, 0.0], [0.5, 1.0]]), 20_000, axis=0)
     found = np.asarray(jax.jit(ATTACK)(theta, None, KEY, pool))
     np.testing.assert_allclose(found.reshape(2, -1).mean(axis=1), [1.0, 3.25], rtol=0.02)
+    # With four images a row the mean stays, and its variance is a quarter.
+    four = jax.jit(denoising_attack(linear, SHORT, IMAGES[None], each=4))
+    fewer = np.asarray(four(theta, None, KEY, pool))
+    np.testing.assert_allclose(fewer.reshape(2, -1).mean(axis=1), [1.0, 3.25], rtol=0.02)
+    variances = [each.reshape(2, -1).var(axis=1) for each in (found, fewer)]
+    np.testing.assert_allclose(variances[0] / variances[1], 4, rtol=0.1)
+    with pytest.raises(ValueError, match="at least 1 image"):
+        denoising_attack(linear, SHORT, IMAGES[None], each=0)
 
 
 def test_the_attack_knows_its_images():
@@ -417,10 +425,43 @@ def test_the_attack_knows_its_images():
         return (x_t - alpha * image) / sigma + 0 * cond
 
     pool = jnp.zeros((32, 1))
-    among = jax.jit(denoising_attack(apply, SHORT, IMAGES))
+    among = jax.jit(denoising_attack(apply, SHORT, IMAGES[None]))
     hit = np.stack([among(image, None, KEY, pool) < 1e-6 for image in IMAGES])
     np.testing.assert_array_equal(hit.sum(axis=0), 1)  # each row has one of them
     assert (hit.sum(axis=1) > 0).all()  # and none is left out
+    # Of as many concepts as images, each row attacks for its own, in turn.
+    own = jax.jit(denoising_attack(apply, SHORT, IMAGES[:, None]))
+    hit = np.stack([own(image, None, KEY, pool) < 1e-6 for image in IMAGES])
+    np.testing.assert_array_equal(hit.argmax(axis=0), np.arange(32) % len(IMAGES))
+
+
+def test_points_count_where_the_concept_is_denoised_better_than_by_the_rest():
+    """ε_θ = c, ε̄ = 0, ε_i = 1: c counts c² between 0 and 2, where it is nearer to 1 than 0 is."""
+    problem = without(lambda theta, x_t, t, cond: theta * cond + 0 * x_t, SHORT)
+    at = jnp.array([0.5, -0.5, 1.9, 2.5, 0.1, 3.0])[:, None]
+    nothing, one = jnp.zeros((6, 3)), jnp.ones((6, 3))
+    points = batch_of().forget._replace(cond=at, epsilon=nothing, concept=one)
+    batch = Batch(Images(jnp.zeros((4, 3)), jnp.zeros((4, 1))), points)
+
+    def values(theta):
+        return problem.losses(theta, jnp.array(1.0), KEY, batch, jnp.zeros(2)).values
+
+    expected = [0.25, 0.0, 3.61, 0.0, 0.01, 0.0]
+    np.testing.assert_allclose(values(jnp.array(1.0)), expected, rtol=1e-5, atol=1e-7)
+    # The gate has no slope: what counts is drawn to the rest, d(θ² c²)/dθ = 2 c².
+    slope = jax.grad(lambda theta: values(theta).sum())(jnp.array(1.0))
+    np.testing.assert_allclose(slope, 2 * sum(expected), rtol=1e-5)
+
+
+def test_kept_rows_are_held_to_their_base():
+    """ε_θ = θ c at c = 2 against ε_q = c' at the base 5: (2θ − 5)²; or at c itself: (2θ − 2)²."""
+    problem = without(lambda theta, x_t, t, cond: theta * cond + 0 * x_t, SHORT)
+    kept, points = Images(jnp.zeros((4, 3)), jnp.full((4, 1), 2.0)), batch_of().forget
+    points = points._replace(cond=jnp.zeros((6, 1)))
+    for base, expected in ((jnp.full((4, 1), 5.0), 16.0), (None, 1.0)):
+        batch = Batch(kept._replace(base=base), points)
+        found = problem.losses(jnp.array(0.5), jnp.array(1.0), KEY, batch, jnp.zeros(2))
+        np.testing.assert_allclose(found.objective, expected, rtol=1e-6)
 
 
 def test_refuses_pools_and_images_that_do_not_fit():
@@ -428,7 +469,7 @@ def test_refuses_pools_and_images_that_do_not_fit():
     for pool in (POOL[:5], jnp.concatenate([POOL, POOL]), None, (POOL, POOL[:5])):
         with pytest.raises(ValueError, match="for each of 6 rows to forget"):
             problem.losses(Pooled(PARAMS, pool), REFERENCE, KEY, batch_of(), jnp.zeros(2))
-    for images in (jnp.zeros((0, 3)), jnp.zeros(3)):
+    for images in (jnp.zeros((1, 0, 3)), jnp.zeros((4, 3))):
         with pytest.raises(ValueError, match="at least one"):
             denoising_attack(linear, SHORT, images)
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import errno
-import importlib
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import sys
@@ -77,9 +78,8 @@ def _parse(command: str, arguments: list[str]) -> Any:
             raise ValueError(f"nothing to resume: {saved} is not there.")
         default = load_run(saved, command, kind)
     if default is None:
-        likely = command == "concept" and _take(list(arguments), "--formulation") == "likelihood"
-        changed: dict[str, Any] = {"steps": _LIKELIHOOD_STEPS} if likely else {}
-        default = kind(**changed)
+        formulation = _take(list(arguments), "--formulation") if command == "concept" else None
+        default = kind(**_DEFAULTS.get(formulation or "", {}))
     # A repeated option starts from nothing, not from its default.
     given: dict[str, Any] = {
         field.name: ()
@@ -101,6 +101,21 @@ def _parse(command: str, arguments: list[str]) -> Any:
         options = dataclasses.replace(options, resume=True)
     options.validate()
     return options
+
+
+def _without_ynnpack() -> None:
+    """Turns YNNPACK off on CPUs, before a backend starts: convolutions take 0.5 to 0.8 of the time.
+
+    Not where the user has set XLA's flags, a plugin for accelerators is installed, or the release
+    of jaxlib is one that this was not measured with.
+    """
+    if "XLA_FLAGS" in os.environ:
+        return
+    found = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+    if os.environ.get("JAX_PLATFORMS", "" if found else "cpu") != "cpu":
+        return
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] = "--xla_cpu_experimental_ynn_fusion_type="
 
 
 def _cache_compilations() -> None:
@@ -207,6 +222,7 @@ def _unlearn(command: str, options: "RunOptions") -> int:
     from jax_unlearn.app.folder import check_folder, claim
     from jax_unlearn.app.identity import check_options
     from jax_unlearn.app.memory import check_run
+    from jax_unlearn.app.push import push
     from jax_unlearn.app.run import check_batches, run
     from jax_unlearn.app.run_file import save_run
     from jax_unlearn.app.terminal import printable, say
@@ -215,7 +231,10 @@ def _unlearn(command: str, options: "RunOptions") -> int:
     # may take minutes to encode.
     check_folder(options)
     check_options(options)
-    jobs = [(name, *_load(one)) for name, one in _jobs(command, options)]
+    asked = _jobs(command, options)
+    if len(asked) > 1 and options.push_to_hub:
+        raise ValueError("--push-to-hub is for one model: choose a --formulation.")
+    jobs = [(name, *_load(one)) for name, one in asked]
     if len(jobs) > 1 and options.go_on:
         raise ValueError(
             "--continue is for one run: give the command of one of those in "
@@ -245,13 +264,26 @@ def _unlearn(command: str, options: "RunOptions") -> int:
             page = report.write_comparison(options.out, [one.out.name for _, _, one, _ in jobs])
             verify.write_sums(options.out)
     print(printable(f"report: {page}\nseal:   {verify.seal(options.out)}"))
+    if options.push_to_hub:
+        print(printable(f"pushed: {push(options.out / 'model', options.push_to_hub)}"))
     if sys.stdout.isatty() and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
         webbrowser.open(page.absolute().as_uri())
     return 0
 
 
-# Of `concept` by likelihoods, whose steps do not sample: each is cheaper than one of reverse KL.
-_LIKELIHOOD_STEPS = 300
+# Of `concept`, where they are not those of reverse KL: steps that do not sample are cheaper.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "likelihood": {"steps": 300},
+    "without": {
+        "steps": 1500,
+        "batch_size": 48,
+        "forget_batch_size": 16,
+        "attack_steps": 200,
+        "learning_rate": 3e-4,
+        "threshold": ("0.3x",),
+        "dual_learning_rate": 0.02,
+    },
+}
 # What the side-by-side demo gives the formulations that `concept` runs: minutes, not hours. In so
 # few steps reverse KL can keep nine tenths of the base's separation, and not reach an anchor's.
 _DEMO: dict[str, dict[str, Any]] = {
@@ -299,23 +331,26 @@ def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]
     if "repeated" in options.forget and not options.text:
         return [(command, options)]
     settings = _DEMO_TEXT if options.text else _DEMO
-    many = options.formulation == "all"
+    many = options.formulation == "all" and not options.robust
     jobs: list[tuple[str, RunOptions]] = []
     every = [*settings] if options.text else ["forward-kl", *settings]
-    for formulation in every if many else [options.formulation]:
+    alone = "without" if options.robust else options.formulation
+    for formulation in every if many else [alone]:
         out = options.out / formulation if many else options.out
         if formulation == "forward-kl":
             one = dataclasses.replace(options, out=out, formulation=formulation)
             jobs.append((command, one))
             continue
-        shared = ("seed", "samples", "sampling_steps", "guidance", "forget", "resume", "overwrite")
+        shared = ("seed", "samples", "sampling_steps", "guidance", "forget", "resume", "overwrite",
+                  "tensorboard")  # fmt: skip
         given: dict[str, Any] = {name: getattr(options, name) for name in shared}
         given |= {"out": out, "formulation": formulation, "evaluation_images": 132}
         if options.text:
             given |= captions.forgetting(options.forget)
             given |= {"model": "embedded-text", "samples": 6, "sampling_steps": 15}
             given["evaluation_images"] = 440
-        jobs.append(("concept", ConceptOptions(**given | settings[formulation])))
+        given |= _DEFAULTS["without"] if options.robust else settings[formulation]
+        jobs.append(("concept", ConceptOptions(**given)))
     return jobs
 
 
@@ -382,6 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         with stop_signals("stopped."):
+            _without_ynnpack()
             return _run(command, rest)
     except Interrupted as stop:
         say(f"jax-unlearn: {_one_line(stop)}")
@@ -390,9 +426,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"jax-unlearn: {_one_line(error)}")
         return 2
     except Exception as error:
+        from jax_unlearn.app.push import NotPushed
         from jax_unlearn.app.run import NotFinite
 
-        if isinstance(error, DiskFull | NotFinite):
+        if isinstance(error, DiskFull | NotFinite | NotPushed):
             say(f"jax-unlearn: {_one_line(error)}")
         elif is_full(error):
             say("jax-unlearn: the disk is full. No finished file was damaged.")

@@ -41,8 +41,8 @@ __all__ = [
     "versions",
 ]
 
-# These change where results lie, or how often a state is saved, and no number.
-_NO_MATTER = ("out", "checkpoint_every", "link")
+# These change where results lie, what is written of them and how often, and no number.
+_NO_MATTER = ("out", "checkpoint_every", "link", "tensorboard")
 # Paths: what they lead to is compared, and may have moved.
 _PATHS = ("model", "revision", "judge", "clip")
 _IMAGES = ("forget", "retain", "held_out")

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from jax_unlearn.app.data import fold
+from jax_unlearn.app.push import check_push
+from jax_unlearn.app.tensorboard import check_tensorboard
 from jax_unlearn.models.files import shown
 from jax_unlearn.pretrained.subsets import parse_subset
 
@@ -79,6 +81,11 @@ class RunOptions:
     """Steps between checkpoints."""
     seed: int = 0
     """Seed of everything random, 0 to 4294967295."""
+    tensorboard: bool = False
+    """Write the metrics to OUT/tensorboard too, as events of TensorBoard; needs tensorboardX."""
+    push_to_hub: str = ""
+    """NAME or OWNER/NAME on the Hugging Face hub that OUT/model is uploaded to once the report is
+    complete. A new repository is private. Not saved: give it again with --resume."""
 
     @property
     def training(self) -> Training:
@@ -86,12 +93,16 @@ class RunOptions:
         return Training()
 
     def validate(self) -> None:
-        """Checks every number against its domain.
+        """Checks every number against its domain, and that what is asked for can be written.
 
         Raises:
           ValueError: naming the option, what was given and what is allowed.
         """
         check_numbers(self)
+        if self.tensorboard:
+            check_tensorboard()
+        if self.push_to_hub:
+            check_push(self.push_to_hub)
 
 
 _MOST = 2**31 - 1  # What JAX's indices and counters hold.
@@ -102,7 +113,7 @@ _DOMAINS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ("steps", "batch_size", "forget_batch_size", "evaluation_images", "sampling_steps",
          "checkpoint_every", "chain_steps", "minibatches", "classifier_draws", "stored_samples",
-         "attack_images", "inversion_steps", "relearning_steps"),
+         "attack_images", "attack_steps", "inversion_steps", "relearning_steps"),
         lambda value: 1 <= value <= _MOST,
         f"lie in [1, {_MOST}]",
     ),
@@ -195,6 +206,9 @@ class DemoOptions(ImageOptions):
 
     text: bool = False
     """Forget prompts of the embedded model from text to image, by reverse KL and likelihood."""
+    robust: bool = False
+    """With --text: forget under any condition, against attackers that train beside the model:
+    `concept --formulation without`."""
     forget: tuple[str, ...] = ()
     """Labels to forget, by name or number, each one constraint, default Trouser; or "repeated", the
     sixteen images that the embedded model's training set repeats, each of them a constraint. With
@@ -217,6 +231,8 @@ class DemoOptions(ImageOptions):
         super().validate()
         check_texts(self, ("forget",))
         _check_thresholds(self.threshold, self.asked)
+        if self.robust and (not self.text or self.formulation != "all"):
+            raise ValueError("--robust is for --text, and a --formulation of its own.")
         if self.text and self.formulation == "forward-kl":
             raise ValueError("--text forgets prompts: that is reverse KL, likelihood, or all.")
         if "repeated" in self.forget and self.formulation not in ("all", "forward-kl"):
@@ -318,12 +334,15 @@ class ConceptOptions(ModelOptions):
     template: tuple[str, ...] = ("{}",)
     """Prompts: what names are put into, in place of {}; each template widens every concept.
     "a photo of a {} => a photo" also says which prompt, without the concept, it is held to."""
-    formulation: Literal["reverse-kl", "likelihood"] = "reverse-kl"
+    formulation: Literal["reverse-kl", "likelihood", "without"] = "reverse-kl"
     """"reverse-kl": min KL(p‖q) subject to KL(p‖q(·|c)) ≥ b, path KLs along the model's own
     trajectories. "likelihood": min KL(p‖q) subject to E_p[h_c] ≤ ε, h = (f − e)(S − e)⁻¹ the
     calibrated posterior: f is that of the reference's own diffusion classifier, S and e what it
     finds on average in stored samples with and without each concept. E_p[h_c] is then the share of
-    samples that show c. With --target-steps 0, h_c is f_c itself, among all labels or prompts."""
+    samples that show c. With --target-steps 0, h_c is f_c itself, among all labels or prompts.
+    "without": min E‖ε_p − ε_q‖²/d over what is kept, subject to E‖ε_p(x_t, e) − ε̄_c(x_t)‖²/d ≤ τ
+    over noised samples of c, under conditions e that attackers find while the model trains. ε̄_c
+    is what the kept conditions alone predict there."""
     base: str | None = None
     """What is held to instead of a concept: a label, or (default) the null label; for prompts a
     name put into the templates, or (default) no prompt. A template's own base goes first."""
@@ -337,7 +356,8 @@ class ConceptOptions(ModelOptions):
     threshold: tuple[str, ...] = ("calibrated",)
     """A number (nats; for likelihoods a share), "1.2x" (that many times the value that --base
     itself has) or "calibrated" (as far from c, or as unlikely to be c, as samples of --anchor; n
-    samples do not show a probability below 1/(n + 2))."""
+    samples do not show a probability below 1/(n + 2)). "without" takes "0.1x" by default, a tenth
+    of the reference's own value under attack, and is never calibrated."""
     separate_null: bool = False
     """Separate the null label, or no prompt, from the concepts too: it also generates them."""
     start: Literal["edited", "reference"] | None = None
@@ -365,8 +385,8 @@ class ConceptOptions(ModelOptions):
     """Steps of the model's own ancestral sampler, along which it is trained ("reverse-kl") and path
     KLs are measured; few steps overstate them, thresholds and values alike."""
     stored_samples: int = 512
-    """"likelihood": samples of the reference that are drawn once and trained on, of --base and
-    of the kept labels each."""
+    """"likelihood", "without": samples of the reference that are drawn once and trained on, of
+    --base (or the concepts) and of what is kept each."""
     target_steps: int = 10
     """"likelihood": noise levels of each stored sample at which the optimum's own score is computed
     beforehand, from the reference's predictions at all concepts, for the training to regress on, 2
@@ -376,6 +396,8 @@ class ConceptOptions(ModelOptions):
     """"likelihood": how often, at equal distances up to the middle of the run, fresh samples of the
     model itself move the multipliers, --stored-samples each time; constraints are then to hold by
     a standard error."""
+    attack_steps: int = 100
+    """"without": steps of each attacker, whose places are taken by new ones then."""
     classifier_draws: int = 8
     """"likelihood": draws of noise for each image that h_c is estimated from, 2 or more."""
     classifier_noise: float = 0.7
@@ -401,6 +423,14 @@ class ConceptOptions(ModelOptions):
                 raise ValueError(f"{flag(name)} must be 2 or more.")
         if self.target_steps == 1:
             raise ValueError("--target-steps must be 0, or 2 or more.")
+        if self.formulation == "without":
+            if not self.target_steps:
+                raise ValueError("--formulation without needs --target-steps of 2 or more.")
+            if "calibrated" in self.threshold:
+                raise ValueError(
+                    '--formulation without needs a --threshold: a number, or "0.1x" for a tenth '
+                    "of the reference's value under attack."
+                )
         if self.chain_steps % self.minibatches:
             raise ValueError(
                 f"--minibatches {self.minibatches} does not divide --chain-steps "

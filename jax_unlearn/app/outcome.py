@@ -1,5 +1,6 @@
 """What a finished run says: the contents of report.json."""
 
+import pathlib
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ from jax_unlearn.app.options import RunOptions
 from jax_unlearn.app.run_file import plain_options
 from jax_unlearn.app.tasks.base import Measured, Task, estimate
 from jax_unlearn.duality import Floor
+from jax_unlearn.pretrained import PretrainedConfig
+from jax_unlearn.pretrained.hub import license_of
 from jax_unlearn.primal_dual import Certificate
 from jax_unlearn.typing import Estimate
 
@@ -39,7 +42,7 @@ def describe(
       timing: seconds by part; "all" of them, those before a resume included.
     """
     before = task.before
-    saved = plain_options(options)
+    saved, folder = plain_options(options), task.pretrained.config.folder
     metrics: dict[str, Any] = {
         name: task.captions.get(name, {})
         | {"before": _plain(before.metrics.get(name)), "after": _plain(value)}
@@ -59,6 +62,8 @@ def describe(
             "command": f"jax-unlearn {command} --config {options.out / 'run.json'} --out NEW",
             "model": task.pretrained.config.name or task.pretrained.config.source,
             "commit": task.pretrained.config.commit,
+            "pipeline_tag": _pipeline_tag(task.pretrained.config),
+            "license": license_of(pathlib.Path(folder)) if folder else {},
             **task.asked,
             "thresholds": ", ".join(saved["threshold"]),
             "options": {
@@ -99,6 +104,13 @@ def describe(
         "device": device(),
         "versions": versions(),
     }
+
+
+def _pipeline_tag(config: PretrainedConfig) -> str | None:
+    """The hub's name for what a model does; None where it has none, as for labels."""
+    if config.text_conditional:
+        return "text-to-image"
+    return None if config.num_labels else "unconditional-image-generation"
 
 
 def device() -> str:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from jax_unlearn import sharding
 from jax_unlearn.app import data, outcome, report, verify
 from jax_unlearn.app import identity as identities
+from jax_unlearn.app.card import write_card
 from jax_unlearn.app.checkpoint import Checkpoints
 from jax_unlearn.app.files import DiskFull, is_full
 from jax_unlearn.app.folder import claim
@@ -25,11 +26,14 @@ from jax_unlearn.app.run_file import save_run
 from jax_unlearn.app.stopping import Interrupted, StopSignals, stop_signals
 from jax_unlearn.app.tasks import concept_request, concepts, image_task, images
 from jax_unlearn.app.tasks.base import Measured, Task
+from jax_unlearn.app.tensorboard import event_log
 from jax_unlearn.app.terminal import say
+from jax_unlearn.formulations import Pooled, against_pool, optimizer_pair
 from jax_unlearn.minibatched import minibatched
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.pretrained import Pretrained, save_pretrained, save_unet
 from jax_unlearn.pretrained.subsets import (
+    lora_attack,
     lora_init,
     lora_merge,
     lora_problem,
@@ -185,6 +189,7 @@ class _Loop(NamedTuple):
     log: RowLog
     digest: str
     stop: StopSignals
+    events: Callable[[Mapping[str, Any]], None] | None = None
 
 
 def _run(
@@ -215,6 +220,11 @@ def _run(
     elif part != "full":
         problem = subset_problem(problem, part)
         optimizer = subset_optimizer(optimizer, part)
+    if task.adversary is not None:
+        attack = task.adversary.loss if rank is None else lora_attack(task.adversary.loss)
+        problem = against_pool(problem, attack)
+        optimizer = optimizer_pair(optimizer, task.adversary.optimizer)
+        start = Pooled(start, task.adversary.pool)
     if task.visit is None:
         algorithm = primal_dual(problem, optimizer, task.dual, dual_schedule=dual_schedule(task))
     else:
@@ -263,7 +273,11 @@ def _run(
             stop,
         )
         elapsed = log.seconds
-        with stop.hold():
+        with stop.hold(), contextlib.ExitStack() as while_training:
+            if options.tensorboard:
+                steps = report.read_rows(out / "metrics.jsonl")
+                events = event_log(out / "tensorboard", task.names, steps)
+                loop = loop._replace(events=while_training.enter_context(events))
             state, timing["first_step"] = _train(
                 loop, task, options, command, state, elapsed, progress, after_step
             )
@@ -271,6 +285,8 @@ def _run(
         tell("measuring the unlearned model ...")
         measuring = time.monotonic()
         trained = jax.device_get(state.params)
+        if task.adversary is not None:
+            trained = trained.params
         params = trained if rank is None else lora_merge(pretrained.params, trained)
         after = _measure(task, params, options, command, checkpoints)
         floor = None if task.floor is None else task.floor()
@@ -296,9 +312,11 @@ def _run(
             "identity": {"digest": legs[-1].digest, **identity._asdict()},
             "legs": [leg._asdict() for leg in legs],
             "rows": {"count": log.count, "digest": log.digest},
-            "files": verify.model_digests(out),
         }
-        page = report.write_report(out, found, rows, task.grids(after))
+        grids = task.grids(after)
+        write_card(out / "model", found, grids)
+        found["files"] = verify.model_digests(out)
+        page = report.write_report(out, found, rows, grids)
         verify.write_sums(out)
     return Result(found, page)
 
@@ -415,7 +433,8 @@ def _save(options: RunOptions, unlearned: Pretrained, trained: Params) -> None:
     """Writes OUT/model as the options ask: the pipeline, its UNet, or a low-rank change."""
     folder, kind = options.out / "model", options.training.save
     if kind == "lora":
-        save_lora(folder, trained, overwrite=True)
+        base = unlearned.config.source if unlearned.config.commit else ""
+        save_lora(folder, trained, base_model=base, overwrite=True)
     elif kind == "unet":
         save_unet(folder, unlearned, overwrite=True)
     else:
@@ -452,7 +471,10 @@ def _train(
                     f"{_advice(options, command)}"
                 )
             seconds = elapsed + time.monotonic() - started
-            log.append(_row(number, info, thresholds, seconds))
+            row = _row(number, info, thresholds, seconds)
+            log.append(row)
+            if loop.events is not None:
+                loop.events(row)
             worst = float(np.max(info.violations))
             many = np.asarray(info.multipliers)
             shown = (

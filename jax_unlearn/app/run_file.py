@@ -21,7 +21,7 @@ def _plain(value: Any) -> Any:
 
 
 # How a command is started, not what it does.
-_STARTING = ("resume", "go_on", "overwrite")
+_STARTING = ("resume", "go_on", "overwrite", "push_to_hub")
 
 
 def plain_options(options: Any) -> dict[str, Any]:
@@ -95,7 +95,8 @@ def load_run(path: pathlib.Path, command: str, kind: type) -> Any:
     if saved != command:
         raise ValueError(f"{path} is of `jax-unlearn {shown(saved)}`, not `jax-unlearn {command}`.")
     kinds = get_type_hints(kind)
-    if unknown := sorted(set(given) - set(kinds)):
+    # Nor may a file that somebody gives start an upload, or move a folder.
+    if unknown := sorted(set(given) - set(kinds) | set(given) & set(_STARTING)):
         raise ValueError(f"{path} has unknown options: {shown(', '.join(unknown))}.")
     fields = {}
     for name, value in given.items():

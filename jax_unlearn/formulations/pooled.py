@@ -165,29 +165,32 @@ def _own_rows(pool: Any, batch: Batch, axis_name: str | None) -> Any:
 
 
 def denoising_attack(
-    apply: Denoiser, schedule: schedules.NoiseSchedule, images: ArrayLike
+    apply: Denoiser, schedule: schedules.NoiseSchedule, images: ArrayLike, *, each: int = 1
 ) -> AttackLoss:
     """The loss of concept inversion (arXiv 2308.01508): ‖ε − ε_θ(x_t, t, pool_r)‖²/d, [rows].
 
-    Each row has an image, a uniform time step and noise of its own. Predictions are not clipped.
+    It is the mean of `each` images a row, which all have a uniform time step and noise of their
+    own: an attacker who sees more of them has less noise in its slope. Predictions are not clipped.
 
     Args:
       apply: the denoiser that is attacked.
       schedule: its noise schedule.
-      images: of what is forgotten, [n, ...].
+      images: of what is forgotten, [m, n, ...]: n of each of m concepts. Row r of the pool attacks
+        for concept r mod m.
+      each: images that a row sees in a step, at least 1.
 
     Returns:
       A loss for `against_pool`, which reads no reference.
 
     Raises:
-      ValueError: for no images.
+      ValueError: for no images, or no image a row.
 
     Example: a network that says its condition misses noise, whose mean square is 1, by c² more.
 
       >>> import jax, jax.numpy as jnp
       >>> from jax_unlearn import formulations, schedules
       >>> attack_loss = formulations.denoising_attack(
-      ...     lambda params, x_t, t, cond: cond, schedules.noise_schedule(), jnp.ones((5, 2))
+      ...     lambda params, x_t, t, cond: cond, schedules.noise_schedule(), jnp.ones((1, 5, 2))
       ... )
       >>> pool = jnp.repeat(jnp.array([0.0, 2.0]), 10_000)[:, None] * jnp.ones(2)
       >>> missed = attack_loss(None, None, jax.random.key(0), pool)
@@ -195,24 +198,33 @@ def denoising_attack(
       [1, 5]
     """
     stored = jnp.asarray(images)
-    if stored.ndim < 2 or not stored.size:
-        raise ValueError(f"images must be [n, ...], at least one, not {list(stored.shape)}.")
+    if stored.ndim < 3 or not stored.size:
+        raise ValueError(f"images must be [m, n, ...], at least one, not {list(stored.shape)}.")
+    if each < 1:
+        raise ValueError(f"each row sees at least 1 image, not {each}.")
 
     def attack_loss(
         params: Params, reference: Params, key: Array, pool: Any, *, axis_name: str | None = None
     ) -> Array:
         del reference
 
-        def one(key: Array) -> tuple[Array, Array, Array]:
+        def one(key: Array, concept: Array) -> tuple[Array, Array, Array]:
             which, time, noise = jax.random.split(key, 3)
-            x_0 = stored[jax.random.randint(which, (), 0, stored.shape[0])]
+            x_0 = stored[concept, jax.random.randint(which, (), 0, stored.shape[1])]
             t = jax.random.randint(time, (), 0, schedule.num_steps)
             return x_0, t, jax.random.normal(noise, x_0.shape, x_0.dtype)
 
         count = jax.tree.leaves(pool)[0].shape[0]
-        x_0, t, noise = jax.vmap(one)(losses.example_keys(key, count, axis_name=axis_name))
+        rows = jnp.arange(count)
+        if axis_name is not None:
+            rows = rows + jax.lax.axis_index(axis_name) * count
+        keys = losses.example_keys(key, count * each, axis_name=axis_name)
+        x_0, t, noise = jax.vmap(one)(keys, jnp.repeat(rows % stored.shape[0], each))
+        pool = jax.tree.map(lambda leaf: jnp.repeat(leaf, each, axis=0), pool)
         x_t = schedules.add_noise(x_0=x_0, noise=noise, log_snr=schedule.log_snr[t])
         ours = losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=pool)
-        return losses.squared_error(ours, noise) / stored[0].size
+        return (
+            losses.squared_error(ours, noise).reshape(count, each).mean(axis=1) / stored[0, 0].size
+        )
 
     return attack_loss

@@ -30,6 +30,14 @@ def without(
     are denoised best. Where the constraint holds at all conditions with τ_i = 0, it finds none that
     makes them more likely than the rest does.
 
+    With `concept` ε_i, the reference's prediction at what is to be forgotten, a point counts only
+    where the model is nearer to ε_i than the rest is, ‖ε_θ − ε_i‖ < ‖ε̄_i − ε_i‖. Elsewhere it
+    denoises the concept no better than the rest. So a kept condition may stay what it is. Without
+    `concept` it would have to predict ε̄_i at much noise, where images of all kinds look alike.
+
+    ε_q is the reference's prediction at the `base` of a kept row, which is its condition where it
+    has none. A forgotten condition is kept too: its base is what stands in its place.
+
     The objective's noise and uniform time steps are drawn with the key; the points are given.
     Kept rows and points are one forward pass of the trained network. Predictions are not clipped.
 
@@ -80,8 +88,9 @@ def without(
         noised = schedules.add_noise(
             x_0=kept.x_0, noise=drawn.noise, log_snr=schedule.log_snr[drawn.t]
         )
+        base = kept.cond if kept.base is None else kept.base
         theirs = losses.predict_epsilon(
-            frozen, reference, schedule, x_t=noised, t=drawn.t, cond=kept.cond
+            frozen, reference, schedule, x_t=noised, t=drawn.t, cond=base
         )
         ours = losses.predict_epsilon(
             apply,
@@ -94,7 +103,13 @@ def without(
         target = jax.lax.stop_gradient(jnp.concatenate([theirs, forget.epsilon]))
         apart = losses.squared_error(ours, target) / noised[0].size
         count = noised.shape[0]
-        return Losses(apart[:count], apart[count:], jnp.asarray(forget.constraint))
+        values = apart[count:]
+        if forget.concept is not None:
+            shown = losses.squared_error(ours[count:], forget.concept)
+            values = jnp.where(
+                shown < losses.squared_error(forget.epsilon, forget.concept), values, 0.0
+            )
+        return Losses(apart[:count], values, jnp.asarray(forget.constraint))
 
     return Problem(evaluate, sign=-1.0, project=multipliers.non_negative(), name="without")
 

@@ -33,12 +33,14 @@ class PosteriorPath(NamedTuple):
       posterior: u_i(x_t), the probability of set i of concepts at x_t, [steps, batch, sets].
       push: σ_t ∇u_i(x_t) = u_i Σ_c p_c ε_c − Σ_{c∈i} p_c ε_c, [steps, batch, sets, ...].
       log_posterior: of each concept at the least noisy point, [batch, concepts].
+      epsilon: Σ_c p_c ε_c(x_t), not clipped, [steps, batch, ...].
     """
 
     x_t: Array
     posterior: Array
     push: Array
     log_posterior: Array
+    epsilon: Array
 
 
 def posterior_path(
@@ -123,28 +125,35 @@ def posterior_path(
         t, at_each = jnp.full((batch,), time), jnp.full((batch,), at)
         variance = samplers.ancestral_variance(at, following, "fixed_geometric")
 
-        def one(concept: Any) -> tuple[Array, Array]:
+        def one(concept: Any) -> tuple[Array, Array, Array]:
             prediction = apply(params, x_t, t, for_rows(concept, batch))
             found = schedules.clipped(prediction, schedule, x_t=x_t, log_snr=at_each)
             mean = samplers.ancestral_mean(found.x_0, x_t=x_t, log_snr_t=at, log_snr_s=following)
-            return found.epsilon, -losses.squared_error(x_s, mean) / (2 * variance)
+            gained = -losses.squared_error(x_s, mean) / (2 * variance)
+            kind = schedule.prediction_type
+            own = schedules.convert(prediction, x_t=x_t, log_snr=at_each, prediction_type=kind)
+            return found.epsilon, gained, own.epsilon
 
-        epsilon, gained = jax.lax.map(one, concepts, batch_size=count)
+        epsilon, gained, unclipped = jax.lax.map(one, concepts, batch_size=count)
         p = jnp.exp(log_posterior)
-        mean = jnp.einsum("bc,cb...->b...", p, epsilon, precision="highest")
+        mean, whole = (
+            jnp.einsum("bc,cb...->b...", p, each, precision="highest")
+            for each in (epsilon, unclipped)
+        )
         posterior = jnp.matmul(p, members.T, precision="highest")
         shown = jnp.einsum("bc,ic,cb...->bi...", p, members, epsilon, precision="highest")
         push = jnp.einsum("bi,b...->bi...", posterior, mean) - shown
-        return jax.nn.log_softmax(log_posterior + gained.T), (posterior, push, log_posterior)
+        found = posterior, push, log_posterior, whole
+        return jax.nn.log_softmax(log_posterior + gained.T), found
 
     start = jnp.broadcast_to(jax.nn.log_softmax(prior), (batch, count))
     following = jnp.concatenate([path[1:], path[-1:]])
     # The last point has no successor: a step of its own length stands in, and is not used.
     after = jnp.append(log_snr[1:], log_snr[-1] + 1.0)
-    _, (posterior, push, log_posteriors) = jax.lax.scan(
+    _, (posterior, push, log_posteriors, whole) = jax.lax.scan(
         step, start, (path, following, times, log_snr, after)
     )
-    return PosteriorPath(path, posterior, push, log_posteriors[-1])
+    return PosteriorPath(path, posterior, push, log_posteriors[-1], whole)
 
 
 def mixture_shares(log_posterior: ArrayLike, *, iterations: int = 100) -> np.ndarray:

@@ -2,10 +2,9 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from jax_unlearn import losses, schedules
+from jax_unlearn import schedules
 from jax_unlearn.likelihoods.classifier import count_concepts
 from jax_unlearn.likelihoods.posteriors import posterior_path
 from jax_unlearn.typing import Array, ArrayLike, Denoiser, Params
@@ -48,7 +47,8 @@ def rest_path(
     path, of whatever image. For exact denoisers and ever finer steps ε̄ is exact.
 
     ε_c is not clipped, unlike the means that the posterior compares: it is a target of training.
-    All concepts go through the network in one pass, [concepts · batch], at one time step each.
+    All concepts go through the network in one pass, [concepts · batch], at one time step each: the
+    pass that moves the posterior on gives ε̄ too.
 
     Args:
       apply: the conditional denoiser.
@@ -89,20 +89,4 @@ def rest_path(
         apply, params, schedule, key,
         x_0=x_0, times=times, concepts=concepts, members=jnp.eye(count), log_prior=log_prior,
     )  # fmt: skip
-    batch = path.x_t.shape[1]
-    cond = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf), batch, axis=0), concepts)
-
-    def mean(inputs: tuple[Array, Array, Array]) -> Array:
-        x_t, time, posterior = inputs
-        each = losses.predict_epsilon(
-            apply,
-            params,
-            schedule,
-            x_t=jnp.tile(x_t, (count, *[1] * (x_t.ndim - 1))),
-            t=jnp.full((count * batch,), time),
-            cond=cond,
-        ).reshape(count, *x_t.shape)
-        return jnp.einsum("bc,cb...->b...", posterior, each, precision="highest")
-
-    epsilon = jax.lax.map(mean, (path.x_t, jnp.asarray(times), path.posterior))
-    return RestPath(path.x_t, epsilon, path.posterior)
+    return RestPath(path.x_t, path.epsilon, path.posterior)

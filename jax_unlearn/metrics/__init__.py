@@ -1,5 +1,6 @@
 """Distances and shares of samples; feature extractors are arguments."""
 
+from jax_unlearn.metrics.copies import CopyThreshold, copy_threshold, nearest_distances
 from jax_unlearn.metrics.coverage import Coverage, coverage
 from jax_unlearn.metrics.fid import frechet_distance
 from jax_unlearn.metrics.intervals import Interval, binomial_interval
@@ -10,16 +11,19 @@ from jax_unlearn.metrics.similarity import cosine_similarity, nearest_neighbours
 from jax_unlearn.metrics.summaries import harmonic_mean
 
 __all__ = [
+    "CopyThreshold",
     "Coverage",
     "Interval",
     "Membership",
     "binomial_interval",
+    "copy_threshold",
     "cosine_similarity",
     "coverage",
     "frechet_distance",
     "harmonic_mean",
     "kernel_distance",
     "membership",
+    "nearest_distances",
     "nearest_neighbours",
     "proportion",
     "reconstruct",

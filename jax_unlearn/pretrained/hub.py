@@ -15,12 +15,19 @@ __all__ = [
     "find_model",
     "is_hub_name",
     "is_plain_name",
+    "license_of",
     "model_files",
 ]
 
 SUFFIXES = (".json", ".txt", ".safetensors")
 """Of what a model is read from; the rest of a folder are pickles and other frameworks' files."""
 
+_CARD = "README.md"
+_CARD_BYTES = 2**16
+_FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
+_LICENSE = re.compile(
+    r"""(license(?:_name|_link)?):[ \t]*(["']?)([\w.+:/-]{1,200})\2[ \t]*""", re.ASCII
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -82,7 +89,7 @@ def find_model(path_or_name: str | os.PathLike[str], revision: str | None = None
         return FoundModel(folder, lambda patterns: None, "")
 
     # The descriptions first, so that a model that is not supported is not downloaded.
-    descriptions = ["*.json"]
+    descriptions = ["*.json", _CARD]
     folder = _fetch(name, revision, descriptions)
     commit = folder.name if folder.parent.name == "snapshots" else ""
 
@@ -104,6 +111,27 @@ def model_files(folder: pathlib.Path, parts: Collection[str] | None = None) -> l
     with _readable():
         paths = [p for p in _entries(folder, parts) if p.suffix in SUFFIXES and p.is_file()]
     return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def license_of(folder: pathlib.Path) -> dict[str, str]:
+    """What a model's own card says of its licence, of the keys that the hub knows.
+
+    Args:
+      folder: of the model; its card is `README.md`.
+
+    Returns:
+      Of "license", "license_name" and "license_link" those that the card's first lines give as one
+      word each; {} without a card.
+    """
+    path = folder / _CARD
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        return {}
+    with path.open("rb") as file:
+        text = file.read(_CARD_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
+    front = _FRONT_MATTER.match(text)
+    lines = front[1].split("\n") if front else []
+    found = [match for line in lines if (match := _LICENSE.fullmatch(line))]
+    return {match[1]: match[3] for match in found}
 
 
 def check_folder(folder: pathlib.Path, parts: Collection[str] | None = None) -> None:

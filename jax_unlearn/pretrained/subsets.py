@@ -5,6 +5,7 @@ al. 2023, 2303.07345) trains it alone (ESD-x), its keys and values alone (ESD-x-
 it (ESD-u). LoRA is Hu et al. 2021 (2106.09685).
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from jax_unlearn.typing import Array, Params
 __all__ = [
     "Subset",
     "load_lora",
+    "lora_attack",
     "lora_problem",
     "lora_init",
     "lora_merge",
@@ -51,6 +53,7 @@ _ESD = {
     "esd-u": "no-cross-attention",
 }
 _LORA_FILE = "pytorch_lora_weights.safetensors"
+_LORA_METADATA = "lora_adapter_metadata"
 
 
 class Subset(NamedTuple):
@@ -236,14 +239,28 @@ def lora_problem(problem: Problem) -> Problem:
     return _over(problem, lambda lora, reference: lora_merge(reference, lora))
 
 
-def save_lora(folder: str | os.PathLike[str], lora: Params, *, overwrite: bool = False) -> None:
+def lora_attack(attack_loss: Callable[..., Array]) -> Callable[..., Array]:
+    """The same attack on a low-rank change of the reference: for `against_pool`."""
+
+    def of(lora: Params, reference: Params, /, *rest: Any, **options: Any) -> Array:
+        return attack_loss(lora_merge(reference, lora), reference, *rest, **options)
+
+    return of
+
+
+def save_lora(
+    folder: str | os.PathLike[str], lora: Params, *, base_model: str = "", overwrite: bool = False
+) -> None:
     """Writes a folder that diffusers' `load_lora_weights` opens.
 
-    The file names no scale, which diffusers then takes to be 1, as `lora_merge` does.
+    The header of its file holds what diffusers writes there: under "lora_adapter_metadata", as
+    json, the arguments of peft's `LoraConfig`. Its `lora_alpha` is the rank, the scale 1 therefore,
+    as in `lora_merge`.
 
     Args:
       folder: to make; it appears complete or not at all.
       lora: a change of a pipeline's UNet.
+      base_model: name on the hub of what it changes; "" says nothing of it.
       overwrite: replace a model that is there.
 
     Raises:
@@ -252,7 +269,27 @@ def save_lora(folder: str | os.PathLike[str], lora: Params, *, overwrite: bool =
     """
     with new_folder(folder, overwrite=overwrite) as new:
         unet = {"unet": lora}
-        write_params(new / _LORA_FILE, unet, unet)
+        write_params(new / _LORA_FILE, unet, unet, _lora_metadata(lora, base_model))
+
+
+def _lora_metadata(lora: Params, base_model: str) -> dict[str, str]:
+    """What the header of the file says, each value a text."""
+    down = {path[:-2]: leaf for path, leaf in _flat(lora).items() if path[-2] == "lora_A"}
+    (rank,) = {leaf.shape[-1] for leaf in down.values()}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(
+            diffusers_key((*path, "kernel")).removesuffix(".weight") for path in down
+        ),
+    }
+    if base_model:
+        config["base_model_name_or_path"] = base_model
+    named = {f"unet.{name}": value for name, value in config.items()}
+    return {_LORA_METADATA: json.dumps(named, sort_keys=True)}
 
 
 def load_lora(path: str | os.PathLike[str], params: Params) -> Params:

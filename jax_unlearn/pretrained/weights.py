@@ -291,7 +291,9 @@ def stored_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     return {name: stored.shape for name, stored in read_header(path).items()}
 
 
-def write_params(path: pathlib.Path, shapes: Params, params: Params) -> None:
+def write_params(
+    path: pathlib.Path, shapes: Params, params: Params, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes float32 safetensors, byte for byte as the library of that name does.
 
     Everything is checked before the file is made, and written one tensor at a time: beside the
@@ -301,6 +303,7 @@ def write_params(path: pathlib.Path, shapes: Params, params: Params) -> None:
       path: the file.
       shapes: what the parameters must be, as from a network's `param_shapes`.
       params: the parameters.
+      metadata: what the header says beside "format".
 
     Raises:
       ValueError: if the parameters have other names or shapes, or are not finite.
@@ -320,7 +323,7 @@ def write_params(path: pathlib.Path, shapes: Params, params: Params) -> None:
     }
     if any(problems.values()):
         raise ValueError(f"these parameters cannot be saved: {_describe(problems)}.")
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for key in sorted(expected):
         shape = _torch_shape(*expected[key])

@@ -269,7 +269,10 @@ def test_a_low_rank_change_is_written_alone(pipeline, tmp_path):
     given += ["--estimator", "stop_gradient", "--minibatches", "2"]
     assert cli.main(arguments(pipeline, tmp_path / "out", *given)) == 0
     files = sorted(path.name for path in (tmp_path / "out" / "model").iterdir())
-    assert files == ["model.sha256", "pytorch_lora_weights.safetensors"]
+    assert [name for name in files if not name.startswith("samples_")] == [
+        "README.md", "model.sha256", "pytorch_lora_weights.safetensors",
+    ]  # fmt: skip
+    assert "- lora\n" in (tmp_path / "out" / "model" / "README.md").read_text()
     drawn = [
         draw_grid(
             SampleOptions(

@@ -13,7 +13,24 @@ from jax_unlearn.app.tasks.base import batch_rows, in_batches
 from jax_unlearn.schedules import NoiseSchedule
 from jax_unlearn.typing import Array, Denoiser, Params
 
-__all__ = ["Draw", "drawer"]
+__all__ = ["NOISE", "Draw", "drawer"]
+
+NOISE = {
+    "forgotten": 1,
+    "kept": 2,
+    "kept again": 4,
+    "images": 9,
+    "inversion": 11,
+    "images of unlearndiffatk": 12,
+    "tokens of unlearndiffatk": 13,
+    "unlearndiffatk": 14,
+    "stochasticity": 15,
+    "guidance": 16,
+    "relearning": 17,
+    "rounding": 18,
+    "starts of inversion": 19,
+}
+"""What has noise of its own, of the seed (--seed, number)."""
 
 
 class Draw(Protocol):

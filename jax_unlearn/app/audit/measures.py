@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_unlearn import divergences, losses, metrics, schedules
-from jax_unlearn.app.audit.attacks import Drawn, Tools
+from jax_unlearn.app.audit.attacks import Drawn, Tools, seed_of
 from jax_unlearn.app.audit.options import LEAST
 from jax_unlearn.app.audit.subject import Concept, Target
 from jax_unlearn.app.tasks.base import batch_rows, estimate, in_batches
@@ -17,11 +17,13 @@ from jax_unlearn.formulations import sample_trajectories
 from jax_unlearn.problem import Batch, Conditions
 from jax_unlearn.typing import Array, Params
 
-__all__ = ["forgotten", "harmed", "kept_samples", "likelihoods", "path_kls"]
+__all__ = ["forgotten", "harmed", "kept_samples", "likelihoods", "named_as", "nearest", "path_kls"]
 
 _SCALES = (0.0, 1.0, 2.5, 5.0, 7.5)
 _DRAWS = 16
 _TRAJECTORIES = 64
+# Samples whose distances are taken at once.
+_AT_ONCE = 64
 
 
 def forgotten(tools: Tools, target: Target, concept: Concept) -> Iterator[Drawn]:
@@ -30,18 +32,51 @@ def forgotten(tools: Tools, target: Target, concept: Concept) -> Iterator[Drawn]
     Scale 0 is the free branch, which no condition reaches; scale 1 is without guidance.
     """
     subject, count = tools.subject, tools.options.samples
-    groups = {"the forgotten conditions": concept.forgotten, "paraphrases": subject.shown}
-    asked = tools.options.guidance if subject.null is not None else 1.0
+    own = "the conditions of the images" if subject.of_images else "the forgotten conditions"
+    groups = {own: concept.forgotten, "paraphrases": subject.shown}
+    free_alone = subject.null is None or subject.uncaptioned
+    asked = 1.0 if free_alone else tools.options.guidance
     # The pictures are those of the last: under the conditions themselves, as the options guide.
-    scales = [*(one for one in _SCALES if one != asked and subject.null is not None), asked]
+    scales = [*(one for one in _SCALES if one != asked and not free_alone), asked]
     for what, conditions in reversed(groups.items()):
         if not conditions:
             continue
         e = subject.rows(target, np.resize(np.asarray(conditions, np.int32), count))
         free = subject.free(target, count)
         for scale in scales:
-            drawn = tools.draw(target.params, e, free, scale=scale, seed=(tools.options.seed, 1))
+            drawn = tools.draw(
+                target.params, e, free, scale=scale, seed=seed_of(tools, "forgotten")
+            )
             yield Drawn({"what": what}, scale, drawn)
+
+
+def nearest(
+    tools: Tools, concept: Concept, images: np.ndarray
+) -> tuple[dict[str, list[float]], np.ndarray]:
+    """How near the nearest of some samples is to each image of a concept.
+
+    Returns:
+      The distances in each space, [n] by its name; and in the first space the nearest samples.
+    """
+    found, pictures = {}, concept.images[:0]
+    for space in tools.subject.spaces:
+        asked = space.features(concept.images)
+        distance, index = np.full(len(asked), np.inf), np.zeros(len(asked), int)
+        for start in range(0, len(images), _AT_ONCE):
+            part = space.features(images[start : start + _AT_ONCE])
+            near, place = metrics.nearest_distances(asked, part)
+            index = np.where(near < distance, start + place, index)
+            distance = np.minimum(near, distance)
+        if not found:
+            pictures = images[index]
+        found[space.name] = distance.tolist()
+    return found, pictures
+
+
+def named_as(tools: Tools, cond: np.ndarray, images: np.ndarray) -> dict[str, list[int]]:
+    """The judge's classes of samples, by the number of the condition that each was asked for."""
+    named = tools.named(images)
+    return {str(c): named[cond == c].tolist() for c in dict.fromkeys(cond.tolist())}
 
 
 def likelihoods(tools: Tools, target: Target, concept: Concept) -> dict[str, list[float]]:
@@ -82,7 +117,8 @@ def likelihoods(tools: Tools, target: Target, concept: Concept) -> dict[str, lis
 
 def kept_samples(tools: Tools, target: Target, seed: int) -> np.ndarray:
     """Guided samples of every kept condition, uint8 [kept, samples, height, width, channels]."""
-    subject, each = tools.subject, max(tools.options.samples // 4, LEAST)
+    subject, count = tools.subject, tools.options.samples
+    each = max(count // 4, LEAST, -(-count // len(subject.kept)))
     cond = np.repeat(np.asarray(subject.kept, np.int32), each)
     drawn = tools.draw(
         target.params,
@@ -172,11 +208,14 @@ def harmed(
     shape = (-1, *subject.conditions.image_shape)
     features_of_images = features_of(subject.judge)
     shown_as = dict(zip(subject.conditions.drawn, subject.conditions.shown_as, strict=True))
-    found: dict[str, Any] = {"agreement": {}, "conditions": {}}
+    found: dict[str, Any] = {"agreement": {}, "conditions": {}, "named": {}}
     features = {name: features_of_images(one.reshape(shape)) for name, one in samples.items()}
     base = features_of_images(again.reshape(shape))
-    for name, drawn in samples.items():
-        named = tools.named(drawn.reshape(shape)).reshape(drawn.shape[:2])
+    judged = samples | ({} if oracle is None else {"oracle": oracle})
+    for name, drawn in judged.items() if subject.judge is not None else ():
+        cond = np.repeat(np.asarray(subject.kept), drawn.shape[1])
+        found["named"][name] = named_as(tools, cond, drawn.reshape(shape))
+        named = np.array([found["named"][name][str(c)] for c in subject.kept])
         right = named == np.array([shown_as[c] for c in subject.kept])[:, None]
         found["agreement"][name] = (int(right.sum()), right.size)
         for c, row in zip(subject.kept, right, strict=True):

@@ -20,6 +20,7 @@ ATTACKS: tuple[Attack, ...] = (
 LEAST = 4
 """Images or samples of which an interval still says something."""
 _MOST = 4096
+_MOST_RESTARTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class AuditOptions:
     """Measures what a model that was made to forget still shows, and what brings it back.
 
     The two models may come from anywhere: diffusers checkpoints of one architecture, conditioned
-    on labels or on prompts.
+    on labels, on prompts or on nothing. What was to be forgotten is what --forget names, or without
+    it the images themselves.
     """
 
     reference: str = ""
@@ -46,21 +48,31 @@ class AuditOptions:
     """Move an existing --out aside (to OUT.previous-N) and start anew."""
     forget: tuple[str, ...] = ()
     """Concepts that were to be forgotten: labels, by name or number; or for prompts a name, or
-    several that mean the same: "sneaker|trainer"."""
+    several that mean the same: "sneaker|trainer". "repeated" names the repeated images of the
+    embedded model. None, where --images are what was to be forgotten."""
     template: tuple[str, ...] = ()
     """Prompts: what names are put into, in place of {}, as those of `concept`. Of the embedded
     model their default are its own captions, as are those of --retain and --show."""
     retain: tuple[str, ...] = ()
     """Prompts to keep, or @FILE with one a line; of labels all others are."""
+    cross: tuple[str, ...] = ()
+    """More prompts to keep, of another domain: of objects where a style is forgotten. Accuracy is
+    then told apart: IRA of --retain, CRA of these."""
     show: tuple[str, ...] = ()
     """Paraphrases of the prompts to forget, or @FILE with one a line: relearning is judged by
     these."""
     images: tuple[str, ...] = ()
     """Images of what was forgotten, which attacks use: a folder, an image, an .npz or an idx file;
     of several concepts PATH:NAME. Default: those of the embedded data, or else samples of the
-    reference."""
+    reference. Without --forget they are what was to be forgotten, given as `data` takes them:
+    with labels, PATH:LABEL, PATH:CAPTION, or captions beside them."""
     unseen: tuple[str, ...] = ()
-    """Images of the same concepts that the reference was not trained on, in the same forms."""
+    """Images of the same kind that the reference was not trained on, in the same forms."""
+    sscd: pathlib.Path | None = None
+    """ONNX file of SSCD, a copy-detection network: copies are told by it, not by pixels. Needs
+    onnxruntime: pip install 'jax-unlearn[sscd]'."""
+    copy_rate: float = 0.01
+    """Images without --forget: the share of --unseen that may be taken for copies, in (0, 1)."""
     resize: bool = False
     """Crop and resize images, and convert their channels, to what the model takes."""
     clip: pathlib.Path | None = None
@@ -71,7 +83,8 @@ class AuditOptions:
     attacks: tuple[Attack, ...] = ()
     """Which attacks to make; default all that the model allows."""
     samples: int = 64
-    """Samples that each reported share is counted in, of each kept condition at most a quarter."""
+    """Samples that each reported share is counted in; of each kept condition a quarter, or more
+    where they are few."""
     attack_images: int = 64
     """Images of a concept, at most, that an attack is given."""
     sampling_steps: int = 25
@@ -84,6 +97,8 @@ class AuditOptions:
     """Steps of concept inversion, a multiple of 8."""
     inversion_rate: float = 3e-2
     """Adam's step size of concept inversion."""
+    restarts: int = 1
+    """Starting points of inversion and of UnlearnDiffAtk, side by side."""
     relearning_steps: int = 64
     """Steps of relearning, at most."""
     relearning_rate: float = 5e-4
@@ -103,10 +118,16 @@ class AuditOptions:
           ValueError: naming the option.
         """
         check_numbers(self)
-        check_texts(self, ("forget", "template", "retain", "show"))
-        for name in ("reference", "model", "forget"):
+        check_texts(self, ("forget", "template", "retain", "cross", "show"))
+        for name in ("reference", "model"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing: see jax-unlearn audit --help.")
+        if not self.forget and not self.images:
+            raise ValueError("--forget is missing, or --images: see jax-unlearn audit --help.")
+        if not 0 < self.copy_rate < 1:
+            raise ValueError(f"--copy-rate must lie in (0, 1), not {self.copy_rate}.")
+        if not 1 <= self.restarts <= _MOST_RESTARTS:
+            raise ValueError(f"--restarts must lie in [1, {_MOST_RESTARTS}], not {self.restarts}.")
         for name in ("samples", "attack_images"):
             value = getattr(self, name)
             if not LEAST <= value <= _MOST:

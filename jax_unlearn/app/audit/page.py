@@ -40,11 +40,17 @@ TITLES = {
     "relearning": "Relearning",
     "rounding": "Rounded weights",
 }
-TARGETS = ("model", "reference", "oracle")
+TARGETS = ("model", "reference", "oracle", "unseen")
+HEADS = {"unseen": "unseen images"}
+"""What a column is called, where not as its model: the model attacked with unseen images."""
 # Intervals of 64 samples are narrower; those of fewer may hide an excess of a quarter.
 _WIDE = 0.26
-_COLOURS = {"model": "#D55E00", "reference": "#777777", "oracle": "#0072B2"}
-_MARKS = {"model": "o", "reference": "s", "oracle": "^"}
+# Images of a concept whose nearest samples are shown, and the side of their pictures at most.
+_NEAREST, _SIDE = 12, 96
+_COLOURS = {
+    "model": "#D55E00", "reference": "#777777", "oracle": "#0072B2", "unseen": "#009E73",
+}  # fmt: skip
+_MARKS = {"model": "o", "reference": "s", "oracle": "^", "unseen": "v"}
 
 
 def _percent(share: Mapping[str, Any]) -> str:
@@ -53,16 +59,23 @@ def _percent(share: Mapping[str, Any]) -> str:
     return f"{100 * share['value']:.0f} % ({low:.0f} to {high:.0f} %)"
 
 
+def _yardstick(row: Mapping[str, Any]) -> str | None:
+    """What success without memory is measured on: the oracle, or unseen images, or nothing."""
+    return next((name for name in ("oracle", "unseen") if row.get(name)), None)
+
+
 def easier(row: Mapping[str, Any]) -> bool:
-    """Whether the model shows a concept more often than the oracle, beyond both intervals."""
-    return row["oracle"] is not None and row["model"]["low"] > row["oracle"]["high"]
+    """Whether the model shows more than what has no memory of it, beyond both intervals."""
+    name = _yardstick(row)
+    return name is not None and row["model"]["low"] > row[name]["high"]
 
 
 def _worst(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The row in which the model exceeds the oracle most; without one, in which it shows most."""
+    """The row in which the model exceeds its yardstick most; without one, shows most."""
 
     def excess(row: Mapping[str, Any]) -> float:
-        return row["model"]["low"] - (row["oracle"]["high"] if row["oracle"] else 0)
+        name = _yardstick(row)
+        return row["model"]["low"] - (row[name]["high"] if name else 0)
 
     return max(rows, key=excess)
 
@@ -77,18 +90,27 @@ def _attacks(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 def state(report: Mapping[str, Any]) -> tuple[str, str]:
     """The class of the verdict in the style sheet, and its heading.
 
-    "violated" where something is shown or brought back more than from the oracle, beyond the
-    intervals. Where these are wide, or no oracle was there, nothing follows from the rest: "close".
+    "violated" where something is shown or brought back more than without memory of it (from the
+    oracle, or of unseen images), beyond the intervals. Where these are wide, or there is neither,
+    nothing follows from the rest: "close". So it is where more of the forgotten images than of the
+    unseen ones have a copy, by however little: one copy is one too many.
     """
     rows = [*report["forgotten"], *report["recoverable"]]
-    if any(easier(row) for row in rows):
-        return "violated", "✗ More is left than in a model that never knew"
-    if any(row["oracle"] is None for row in rows):
-        return "close", "– Measured without an oracle"
-    sides = [row[name] for row in rows for name in ("model", "oracle")]
+    copied = [one["copied"] for one in report["nearest"] if one["copied"]]
+    names = {_yardstick(row) for row in rows}
+    if None in names:
+        return "close", f"– Measured without {'unseen images' if copied else 'an oracle'}"
+    what = "in a model that never knew" if "oracle" in names else "of images that were never seen"
+    if any(easier(row) for row in (*rows, *copied)):
+        return "violated", f"✗ More is left than {what}"
+    for one in copied:
+        name = _yardstick(one)
+        if name is not None and one["model"]["value"] > one[name]["value"]:
+            return "close", "– Copies were found, in intervals too wide to tell from chance"
+    sides = [row[name] for row in rows for name in ("model", *names)]
     if max(one["high"] - one["low"] for one in sides) > _WIDE:
-        return "close", "– No more was found than in a model that never knew, in wide intervals"
-    return "satisfied", "✓ No more was found than in a model that never knew"
+        return "close", f"– No more was found than {what}, in wide intervals"
+    return "satisfied", f"✓ No more was found than {what}"
 
 
 def verdict(report: Mapping[str, Any]) -> str:
@@ -98,34 +120,65 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
     scale = report["asked"]["options"]["guidance"]
-    oracle = report["asked"]["oracle"] is not None
-    for concept in (one["name"] for one in report["asked"]["concepts"]):
-        own = [row for row in report["forgotten"] if row["concept"] == concept]
+    yardstick = _yardstick(report["forgotten"][0])
+    for concept in report["asked"]["concepts"]:
+        own = [row for row in report["forgotten"] if row["concept"] == concept["name"]]
         at = [row for row in own if row["scale"] == scale] or own
+        # Another scale of guidance is named where it alone shows more than the yardstick.
+        if easier(worst := _worst(own)) and not any(easier(row) for row in at):
+            at = [*at, worst]
         for row in at:
-            name = "asked for" if row["settings"]["what"] != "paraphrases" else "paraphrased"
-            text = (
-                f"“{concept}”, {name}, is seen in {_percent(row['model'])} of the model's samples "
-                f"and {_percent(row['reference'])} of the reference's"
+            shares = [_percent(row[name]) for name in ("model", "reference")]
+            if concept["copies"] is not None:
+                text = f"Of the model's samples {shares[0]} are copies of {concept['name']}, of "
+                text += f"the reference's {shares[1]}"
+            else:
+                name = "asked for" if row["settings"]["what"] != "paraphrases" else "paraphrased"
+                text = f"“{concept['name']}”, {name}, is seen in {shares[0]} of the model's samples"
+                text += f" and {shares[1]} of the reference's"
+            if yardstick == "oracle":
+                text += f", {_percent(row['oracle'])} of the oracle's"
+            elif yardstick:
+                text += f"; {_percent(row['unseen'])} are copies of unseen images"
+            elsewhere = row["scale"] != at[0]["scale"]
+            yield (
+                f"At guidance {row['scale']:g}, {text[0].lower()}{text[1:]}."
+                if elsewhere
+                else f"{text}."
             )
-            yield text + (f", {_percent(row['oracle'])} of the oracle's." if oracle else ".")
+    for entry in report["nearest"]:
+        if entry["copied"] is not None:
+            hits = {
+                name: f"{_hits(one)} of {one['count']}" for name, one in entry["copied"].items()
+            }
+            text = (
+                f"Among {entry['samples']} samples are copies of {hits['model']} images, among as "
+                f"many of the reference's of {hits['reference']}"
+            )
+            if "unseen" in hits:
+                text += f"; of unseen images, of {hits['unseen']}"
+            yield text + "."
     brought, safe = [], []
     for attack, rows in _attacks(report).items():
         row = _worst(rows)
         text = f"{TITLES[attack]} ({_percent(row['model'])}"
-        text += f"; oracle {_percent(row['oracle'])})" if oracle else ")"
-        (brought if easier(row) or (not oracle and row["model"]["low"] > 0.1) else safe).append(
-            text
+        text += (
+            f"; {HEADS.get(yardstick, yardstick)} {_percent(row[yardstick])})" if yardstick else ")"
         )
-    if brought and oracle:
-        yield f"More comes back than from a model that never knew: {_listed(brought)}."
+        more = easier(row) or (not yardstick and row["model"]["low"] > 0.1)
+        (brought if more else safe).append(text)
+    unseen = yardstick == "unseen"
+    if brought and yardstick:
+        what = "of images that were never seen" if unseen else "from a model that never knew"
+        yield f"More comes back than {what}: {_listed(brought)}."
     elif brought:
         yield (
             f"These bring it back: {_listed(brought)}. Without an oracle nobody knows how much of "
             "that is memory."
         )
-    if safe and oracle:
-        yield f"No more than from the oracle comes back by {_listed(safe)}."
+    if safe and yardstick:
+        what = "of unseen images" if unseen else "from the oracle"
+        yield f"No more than {what} comes back by {_listed(safe)}."
     elif safe:
         yield f"Little comes back by {_listed(safe)}."
     for entry in report["too_forgotten"]:
@@ -134,23 +187,23 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
             continue
         auc = told["auc"]
         text = f"AUC {auc['value']:.2f} ({auc['low']:.2f} to {auc['high']:.2f})"
+        of_images = any(row.get("unseen") for row in report["forgotten"])
+        of = "forgotten images" if of_images else f"images of “{entry['concept']}”"
         if auc["high"] < 0.5:
             yield (
-                f"The forgotten images of “{entry['concept']}” are less likely than unseen ones, "
+                f"The {of} are less likely than unseen ones, "
                 f"{text}: that gives away that they were deleted."
             )
         elif auc["low"] > 0.5:
-            yield (
-                f"The forgotten images of “{entry['concept']}” are still more likely than unseen "
-                f"ones, {text}."
-            )
+            yield (f"The {of} are still more likely than unseen ones, {text}.")
         else:
-            yield f"The images of “{entry['concept']}” are not told from unseen ones, {text}."
+            yield f"The {of} are not told from unseen ones, {text}."
     harmed = report["harmed"]
-    yield (
-        f"What is kept is named right in {_percent(harmed['agreement']['model'])} of samples, "
-        f"before in {_percent(harmed['agreement']['reference'])}."
-    )
+    if harmed["agreement"]:
+        yield (
+            f"What is kept is named right in {_percent(harmed['agreement']['model'])} of samples, "
+            f"before in {_percent(harmed['agreement']['reference'])}."
+        )
     moved = harmed["path_kl"]["kept"]["reference"]["by_condition"]
     name = max(moved, key=lambda c: moved[c]["value"])
     yield (
@@ -158,6 +211,10 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
         f"{moved[name]['stderr']:.2g} nats."
     )
     yield "This is what these attacks found with these settings; others may find more."
+
+
+def _hits(share: Mapping[str, Any]) -> int:
+    return round(share["value"] * share["count"])
 
 
 def _listed(texts: Sequence[str]) -> str:
@@ -198,7 +255,7 @@ def draw_curves(report: Mapping[str, Any]) -> bytes | None:
         doubling = budgets.min() == 0 and len(budgets) > 2
         doubling = doubling and all(np.log2(one) % 1 == 0 for one in budgets[budgets > 0])
         for name in TARGETS:
-            if rows[0][name] is None:
+            if not rows[0].get(name):
                 continue
             value, low, high = (
                 np.array([100 * row[name][part] for row in rows])
@@ -208,7 +265,7 @@ def draw_curves(report: Mapping[str, Any]) -> bytes | None:
             axes.fill_between(budgets, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.plot(
                 budgets, value, color=colour, marker=_MARKS[name], markersize=3, linewidth=1.4,
-                label=name,
+                label=HEADS.get(name, name),
             )  # fmt: skip
         if doubling:
             axes.set_xscale("symlog", linthresh=1, base=2)
@@ -222,9 +279,11 @@ def draw_curves(report: Mapping[str, Any]) -> bytes | None:
         axes.set_ylim(-3, 103)
         axes.grid(True, color="#e4e4e4", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    every[0].set_ylabel("samples that show it (%)", fontsize=7)
+    of_images = any(one["copies"] for one in report["asked"]["concepts"])
+    shown = "samples that are copies (%)" if of_images else "samples that show it (%)"
+    every[0].set_ylabel(shown, fontsize=7)
     handles, names = every[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -272,13 +331,68 @@ def draw_strip(rows: Sequence[np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def write_page(folder: Path, report: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> Path:
+def _thumbnail(pixels: np.ndarray) -> str:
+    """A small picture as text for a page."""
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
+    if min(image.size) * 2 <= _SIDE:
+        factor = _SIDE // (2 * min(image.size)) + 1
+        image = image.resize(
+            (factor * image.width, factor * image.height), Image.Resampling.NEAREST
+        )
+    image.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _nearest(
+    report: Mapping[str, Any],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    images: Mapping[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    """The images of each concept whose nearest sample of the model is nearest, and these samples.
+
+    Of each concept its name, the space that decides, how many samples were searched, and rows of
+    pictures: a name, and of each image its picture, a number, and whether it is a copy.
+    """
+    found = []
+    for entry in report["nearest"]:
+        space, name = entry["spaces"][0], entry["concept"]
+        (concept,) = (one for one in report["asked"]["concepts"] if one["name"] == name)
+        most = concept["copies"] and concept["copies"]["distance"]
+        order = np.argsort([one["distance"] for one in space["model"]], kind="stable")[:_NEAREST]
+        rows = [("forgotten", [(_thumbnail(images[name][i]), "", False) for i in order])]
+        for side in (one for one in TARGETS[:3] if one in space):
+            near = arrays[f"forgotten, {name}, {side}"]["near"]
+            cells = []
+            for i in order:
+                one = space[side][i]
+                number = one["similarity"] if space["cosine"] else one["distance"]
+                copied = most is not None and one["distance"] < most
+                cells.append((_thumbnail(near[i]), f"{number:.2f}", copied))
+            rows.append((side, cells))
+        found.append({"concept": name, "rows": rows, **entry})
+    return found
+
+
+def _median(sides: Sequence[Mapping[str, Any]], cosine: bool) -> float:
+    return float(np.median([one["similarity" if cosine else "distance"] for one in sides]))
+
+
+def write_page(
+    folder: Path,
+    report: Mapping[str, Any],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    images: Mapping[str, np.ndarray],
+) -> Path:
     """Writes report.json, its figures and, last, report.html.
 
     Args:
       folder: where to.
       report: see `run.audit`.
-      images: of each phase that has any, uint8 [n, height, width, channels].
+      arrays: of each phase by name, uint8 [n, height, width, channels]: "images" that it made, and
+        "near", the sample that is nearest to each image of a concept.
+      images: of each concept.
     """
     report = finite(report)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -287,19 +401,19 @@ def write_page(folder: Path, report: Mapping[str, Any], images: Mapping[str, np.
     if (curves := draw_curves(report)) is not None:
         figures["curves.png"] = curves
     strips = []
-    targets = [name for name in TARGETS if name == "model" or report["asked"].get(name)]
+    targets = [name for name in TARGETS if report["forgotten"][0].get(name)]
     for concept in (one["name"] for one in report["asked"]["concepts"]):
         for phase in ("forgotten", *TITLES):
-            rows = [images.get(f"{phase}, {concept}, {name}") for name in targets]
+            rows = [arrays.get(f"{phase}, {concept}, {name}", {}).get("images") for name in targets]
             shown = [row for row in rows if row is not None]
             if len(shown) == len(targets):
                 name = f"images_{len(strips) + 1}.png"
                 figures[name] = draw_strip(shown)
                 title = "Samples without an attack" if phase == "forgotten" else TITLES[phase]
                 strips.append({"name": name, "title": title, "concept": concept, "phase": phase})
-    if "kept" in images:
-        half = len(images["kept"]) // 2
-        figures["kept.png"] = draw_strip([images["kept"][:half], images["kept"][half:]])
+    if (kept := arrays.get("kept", {}).get("images")) is not None:
+        half = len(kept) // 2
+        figures["kept.png"] = draw_strip([kept[:half], kept[half:]])
     for name, content in figures.items():
         replace_file(folder / name, content)
     encoded = {name: base64.b64encode(content).decode() for name, content in figures.items()}
@@ -316,7 +430,11 @@ def write_page(folder: Path, report: Mapping[str, Any], images: Mapping[str, np.
             panels=_panels(report),
             titles=TITLES,
             budgets=BUDGETS,
+            heads=HEADS,
             targets=targets,
+            yardstick=_yardstick(report["forgotten"][0]),
+            nearest=_nearest(report, arrays, images),
+            median=_median,
             strips=strips,
             figures=encoded,
             percent=_percent,

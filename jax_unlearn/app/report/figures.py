@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["SMOOTHED_ROWS", "Grid", "check_grid", "draw_curves", "draw_grid"]
+__all__ = ["SMOOTHED_ROWS", "Grid", "check_grid", "draw_curves", "draw_grid", "sides"]
 
 _MAX_LINES = 7
 """Above this many constraints the curves are bands."""
@@ -200,7 +200,10 @@ def check_grid(grid: Grid) -> None:
 
 
 def draw_grid(grid: Grid) -> bytes:
-    """Before and after side by side as a PNG; small images enlarged by a whole factor."""
+    """Before and after side by side as a PNG; small images enlarged by a whole factor.
+
+    What is between the images is transparent: the picture stands on light pages and dark ones.
+    """
     number, height, width, channels = np.shape(grid.before)
     columns = min(grid.columns, number)
     lines = -(-number // columns)
@@ -218,7 +221,7 @@ def draw_grid(grid: Grid) -> bytes:
     text_size = max(11, panel[0] // 32)
     middle, top, margin = 2 * text_size, 2 * text_size, gap
     canvas = Image.new(
-        "RGB", (2 * panel[0] + middle + 2 * margin, top + panel[1] + margin), "white"
+        "RGBA", (2 * panel[0] + middle + 2 * margin, top + panel[1] + margin), (255, 255, 255, 0)
     )
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), text_size)
@@ -227,13 +230,33 @@ def draw_grid(grid: Grid) -> bytes:
         ("before", grid.before, margin),
         ("after", grid.after, margin + panel[0] + middle),
     ):
-        draw.text((left, top // 2), label, fill="#222222", font=font, anchor="lm")
+        draw.text((left, top // 2), label, fill="#7b7b7b", font=font, anchor="lm")
         for i, pixels in enumerate(np.asarray(images)):
             image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels).convert("RGB")
             x = left + (i % columns) * (size[0] + gap)
             canvas.paste(
                 image.resize(size, resampling), (x, top + (i // columns) * (size[1] + gap))
             )
+    return _png(canvas)
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    canvas.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def sides(picture: bytes) -> dict[str, bytes]:
+    """The halves "before" and "after" of what `draw_grid` draws, as PNG."""
+    with Image.open(io.BytesIO(picture)) as image:
+        width, height = image.size
+        halves = {"before": (0, width // 2), "after": (width // 2, width)}
+        found = {
+            name: image.crop((left, 0, right, height)) for name, (left, right) in halves.items()
+        }
+    # Without what is empty at their left and right, so that one below the other lines up.
+    boxes = {name: half.getbbox() or (0, 0, *half.size) for name, half in found.items()}
+    return {
+        name: _png(half.crop((boxes[name][0], 0, boxes[name][2], height)))
+        for name, half in found.items()
+    }

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from jax_unlearn.app.files import replace_file
-from jax_unlearn.app.report.figures import SMOOTHED_ROWS, Grid, check_grid, draw_curves, draw_grid
+from jax_unlearn.app.report.figures import (
+    SMOOTHED_ROWS,
+    Grid,
+    check_grid,
+    draw_curves,
+    draw_grid,
+    sides,
+)
 from jax_unlearn.app.report.page import render, render_comparison, verdict
 
 __all__ = ["finite", "read_rows", "write_comparison", "write_report"]
@@ -76,6 +83,14 @@ def finite(report: Mapping[str, Any]) -> dict[str, Any]:
     return content | {"non_finite": non_finite} if non_finite else content
 
 
+def _encoded(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
+
+
+def _sides(picture: bytes) -> dict[str, str]:
+    return {name: _encoded(side) for name, side in sides(picture).items()}
+
+
 def write_report(
     folder: str | os.PathLike[str],
     report: Mapping[str, Any],
@@ -121,7 +136,10 @@ def write_report(
         figures["curves.png"] = curves
     for name, content in figures.items():
         replace_file(folder / name, content)
-    encoded = {name: base64.b64encode(content).decode() for name, content in figures.items()}
+    encoded: dict[str, Any] = {}
+    for name, content in figures.items():
+        stem = name.removesuffix(".png")
+        encoded[stem] = _encoded(content) if stem == "curves" else _sides(content)
     digest = hashlib.sha256(text).hexdigest()
     page = render(plain, grids, encoded, smoothed=len(rows) >= SMOOTHED_ROWS, digest=digest)
     replace_file(folder / "report.html", page.encode())
@@ -147,12 +165,12 @@ def write_comparison(folder: str | os.PathLike[str], names: Sequence[str]) -> Pa
     for number, title in ((1, "What is forgotten"), (2, "What is retained")):
         files = [(name, folder / name / f"grid_{number}.png") for name in names]
         shown = [
-            {"name": name, "data": base64.b64encode(file.read_bytes()).decode()}
+            {"name": name, "sides": _sides(file.read_bytes())}
             for name, file in files
             if file.is_file()
         ]
         if shown:
-            caption = "Before on the left, after on the right, from the same noise."
+            caption = "Before and after, from the same noise."
             pictures.append({"title": title, "caption": caption, "pictures": shown})
     replace_file(folder / "report.html", render_comparison(columns, pictures).encode())
     return folder / "report.html"

@@ -8,7 +8,16 @@ import jinja2
 import markupsafe
 import numpy as np
 
-__all__ = ["environment", "render", "render_comparison", "verdict"]
+__all__ = [
+    "certificate_of",
+    "environment",
+    "formulation_of",
+    "number",
+    "render",
+    "render_comparison",
+    "standing_of",
+    "verdict",
+]
 
 _MAX_LISTED = 20
 """Above this many constraints the table shows the worst."""
@@ -16,6 +25,7 @@ _FORMULATIONS = {
     "reverse_kl": "Reverse KL",
     "forward_kl": "Forward KL",
     "likelihood": "Likelihood",
+    "without": "Under any condition",
 }
 _ENOUGH = 20
 """Fewer effective samples than this under a floor are said to be few."""
@@ -79,7 +89,8 @@ def _digits(value: float, stderr: float | None) -> str:
     return text.replace("-", "−")
 
 
-def _number(value: Any, stderr: float | None = None) -> str:
+def number(value: Any, stderr: float | None = None) -> str:
+    """A number as text: four significant digits, or as many as two of its standard error take."""
     if value is None:
         return "—"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -93,10 +104,10 @@ def _number(value: Any, stderr: float | None = None) -> str:
 def _data(value: Any, stderr: float | None = None) -> markupsafe.Markup:
     """A rounded number, with every digit of it in the attribute."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return markupsafe.escape(_number(value))
+        return markupsafe.escape(number(value))
     exact = repr(value) if stderr is None else f"{value!r} ± {stderr!r}"
     return markupsafe.Markup('<data value="{}" title="{}">{}</data>').format(
-        repr(value), exact, _number(value, stderr)
+        repr(value), exact, number(value, stderr)
     )
 
 
@@ -132,7 +143,7 @@ def _missed(constraint: Mapping[str, Any]) -> bool:
     return bool(constraint["satisfied"]) and slack is not None and slack < 0
 
 
-def _standing(report: Mapping[str, Any]) -> str:
+def standing_of(report: Mapping[str, Any]) -> str:
     """One word for all constraints: the class of the verdict in the style sheet."""
     constraints = _thresholded(report)
     if not constraints:
@@ -142,14 +153,14 @@ def _standing(report: Mapping[str, Any]) -> str:
     return "close" if any(map(_missed, constraints)) else "satisfied"
 
 
-def _formulation(report: Mapping[str, Any]) -> tuple[str, str]:
+def formulation_of(report: Mapping[str, Any]) -> tuple[str, str]:
     """What was solved: its name, and the formula."""
     name = report["formulation"]
     return _FORMULATIONS.get(name, name), report.get("formula", "")
 
 
 def _side(report: Mapping[str, Any]) -> str:
-    return "at most" if report["formulation"] == "likelihood" else "at least"
+    return "at most" if report["formulation"] in ("likelihood", "without") else "at least"
 
 
 def verdict(report: Mapping[str, Any]) -> str:
@@ -174,7 +185,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     if not constraints:
         return "No threshold was set, so there is no constraint to satisfy or to violate."
     worst, total = constraints[0], len(constraints)
-    standing = _standing(report)
+    standing = standing_of(report)
     word = "satisfied within two standard errors" if standing == "close" else standing
     if total == 1:
         head = f"The constraint “{worst['name']}” is {word}"
@@ -187,13 +198,13 @@ def verdict(report: Mapping[str, Any]) -> str:
         head = f"{count} constraints {'is' if len(violated) == 1 else 'are'} {word}"
         subject = f"the {'worst' if violated else 'tightest'} is “{worst['name']}”"
     unit = f" {worst['unit']}" if worst.get("unit") else ""
-    threshold = f"threshold {_side(report)} {_number(worst['threshold'])}"
-    multiplier = f"multiplier {_number(worst['multiplier'])}"
+    threshold = f"threshold {_side(report)} {number(worst['threshold'])}"
+    multiplier = f"multiplier {number(worst['multiplier'])}"
     value, slack = worst["value"], worst["slack"]
     if value is None or slack is None or not (math.isfinite(value) and math.isfinite(slack)):
         return f"{head}; {subject} at no finite value ({threshold}{unit}, {multiplier})."
-    gap = f"{'missed by' if slack < 0 else 'slack'} {_number(abs(slack))}"
-    value = f"{_number(value, worst['stderr'])}{unit}"
+    gap = f"{'missed by' if slack < 0 else 'slack'} {number(abs(slack))}"
+    value = f"{number(value, worst['stderr'])}{unit}"
     sentence = f"{head}; {subject} at {value} ({threshold}, {gap}, {multiplier})."
     if _unresolved(worst):
         sentence += " That is within two standard errors of the threshold, too close to call."
@@ -260,7 +271,7 @@ def _metric_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return tables
 
 
-def _certificate(report: Mapping[str, Any]) -> dict[str, Any]:
+def certificate_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """The certificate's rows, the worst ones where there are many, and what they summarise."""
     constraints = report["constraints"]
     ordered = _thresholded(report)
@@ -287,7 +298,7 @@ def _certificate(report: Mapping[str, Any]) -> dict[str, Any]:
 def render(
     report: Mapping[str, Any],
     grids: Sequence[Any],
-    figures: Mapping[str, str],
+    figures: Mapping[str, Any],
     *,
     smoothed: bool = False,
     digest: str = "",
@@ -297,7 +308,7 @@ def render(
     Args:
       report: the report, of plain JSON types.
       grids: the title, caption and images of `grid_1.png`, `grid_2.png`, …
-      figures: PNG files in base64, by file name.
+      figures: PNG in base64: "curves", and "grid_1", "grid_2", … as "before" and "after".
       smoothed: whether the curves show running means.
       digest: SHA-256 of report.json.
     """
@@ -307,10 +318,10 @@ def render(
         .render(
             report=report,
             verdict=verdict(report),
-            state=_standing(report),
-            formulation=_formulation(report),
+            state=standing_of(report),
+            formulation=formulation_of(report),
             enough=_ENOUGH,
-            certificate=_certificate(report),
+            certificate=certificate_of(report),
             tables=_metric_tables(report),
             grids=grids,
             figures=figures,
@@ -341,7 +352,8 @@ def render_comparison(
 
     Args:
       columns: the folder and the report of each.
-      pictures: "title", "caption", and "pictures": "name" and "data", a PNG in base64.
+      pictures: "title", "caption", and "pictures": "name" and "sides", PNG in base64 as "before"
+        and "after".
     """
 
     def pair(read: Any) -> list[dict[str, Any]]:
@@ -374,8 +386,8 @@ def render_comparison(
                     "folder": folder,
                     "report": report,
                     "verdict": verdict(report),
-                    "state": _standing(report),
-                    "formulation": _formulation(report),
+                    "state": standing_of(report),
+                    "formulation": formulation_of(report),
                 }
                 for folder, report in columns
             ],

@@ -12,12 +12,22 @@ from jax_unlearn import multipliers
 from jax_unlearn.app.options import RunOptions
 from jax_unlearn.app.report import Grid
 from jax_unlearn.duality import Floor
+from jax_unlearn.formulations import AttackLoss
 from jax_unlearn.formulations.trajectories import Visit
 from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.problem import Batch, Problem
 from jax_unlearn.typing import Array, ArrayLike, Estimate, Params
 
-__all__ = ["Measured", "Task", "batch_rows", "controller", "estimate", "in_batches", "spread"]
+__all__ = [
+    "Adversary",
+    "Measured",
+    "Task",
+    "batch_rows",
+    "controller",
+    "estimate",
+    "in_batches",
+    "spread",
+]
 
 BATCH = 64
 # Of what is measured without gradients; sixteen latents of Stable Diffusion 1 at once.
@@ -43,6 +53,20 @@ class Measured(NamedTuple):
     paired: dict[str, dict[str, np.ndarray]]
     samples: np.ndarray | None
     reconstructions: np.ndarray | None
+
+
+class Adversary(NamedTuple):
+    """A pool of attackers that trains beside the model: see `against_pool`.
+
+    Attributes:
+      loss: what each lowers, of the denoiser's parameters.
+      pool: conditions to begin with, a row each.
+      optimizer: of the pool.
+    """
+
+    loss: AttackLoss
+    pool: Any
+    optimizer: optax.GradientTransformation
 
 
 class Task(NamedTuple):
@@ -72,6 +96,7 @@ class Task(NamedTuple):
       visit: of `minibatched`, to take --minibatches primal steps a step.
       dual_batch: rows of fresh samples that move the multipliers; None where batches do.
       dual_steps: numbers of steps done at which they do.
+      adversary: who chooses the conditions of the rows to forget; None where batches name them.
     """
 
     pretrained: Pretrained
@@ -96,6 +121,7 @@ class Task(NamedTuple):
     visit: Visit | None = None
     dual_batch: Batch | None = None
     dual_steps: tuple[int, ...] = ()
+    adversary: Adversary | None = None
 
 
 def controller(options: RunOptions, sizes: np.ndarray) -> optax.GradientTransformation:

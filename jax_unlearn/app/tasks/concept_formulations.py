@@ -12,7 +12,7 @@ import optax
 from jax_unlearn import duality, likelihoods, losses, multipliers, quantification
 from jax_unlearn.app import data
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.tasks.base import batch_rows, controller, in_batches
+from jax_unlearn.app.tasks.base import Adversary, batch_rows, controller, in_batches
 from jax_unlearn.app.tasks.concept_evaluation import (
     Judged,
     classifier,
@@ -65,6 +65,7 @@ class Setup(NamedTuple):
       visit: of `minibatched`, with --minibatches.
       dual_batch: rows of fresh samples that move the multipliers; or None.
       dual_steps: numbers of steps done at which they do.
+      adversary: who chooses the conditions of the rows to forget.
     """
 
     problem: Problem
@@ -76,6 +77,7 @@ class Setup(NamedTuple):
     visit: Visit | None = None
     dual_batch: Batch | None = None
     dual_steps: tuple[int, ...] = ()
+    adversary: Adversary | None = None
 
 
 def reverse_kl_setup(

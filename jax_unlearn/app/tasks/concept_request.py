@@ -18,7 +18,13 @@ from jax_unlearn.pretrained.subsets import parse_subset
 from jax_unlearn.pretrained.text_to_image import TextToImage
 from jax_unlearn.typing import Params
 
-__all__ = ["ConceptRequest", "Separation", "make_request", "make_prompt_request"]
+__all__ = [
+    "ConceptRequest",
+    "Separation",
+    "make_prompt_request",
+    "make_request",
+    "prompt_lines",
+]
 
 # Of a file with a prompt a line, in bytes.
 _MAX_PROMPTS = 2**24
@@ -207,14 +213,14 @@ def make_prompt_request(model: TextToImage, options: ConceptOptions) -> ConceptR
         for template in templates:
             against = tuple(number(template.fill(others[0])) for others in names)
             anchors.append((number(template.fill(options.anchor)), against))
-    asked = [prompt for text in options.retain for prompt in _lines(text)]
+    asked = [prompt for text in options.retain for prompt in prompt_lines(text)]
     bases = {number(base) for _, base, _ in rows if base is not None}
     named = [*(number(prompt) for prompt in asked), *(c for c, _ in anchors)]
     kept = list(dict.fromkeys((*named, *sorted(bases))))
     if both := sorted(forgotten & set(kept)):
         listed = ", ".join(repr(list(numbers)[c]) for c in both)
         raise ValueError(f"both to be forgotten and kept (or a base, or anchor): {listed}.")
-    extra = tuple(number(prompt) for text in options.show for prompt in _lines(text))
+    extra = tuple(number(prompt) for text in options.show for prompt in prompt_lines(text))
     shown = tuple(c for c in extra if c not in forgotten and c not in kept)
     prompts = list(numbers)
     for prompt in prompts:
@@ -280,8 +286,12 @@ def _template(text: str) -> _Template:
     return _Template(text, " ".join(base.split()) if arrow else None)
 
 
-def _lines(text: str) -> list[str]:
-    """A prompt, or those of @FILE, one a line."""
+def prompt_lines(text: str) -> list[str]:
+    """A prompt, or those of @FILE, one a line.
+
+    Raises:
+      ValueError: for a file that cannot be read, that has no prompts, or control characters.
+    """
     if not text.startswith("@"):
         return [data.fold(text, f"the prompt {text!r}")]
     path = pathlib.Path(text[1:])

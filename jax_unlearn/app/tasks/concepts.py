@@ -9,18 +9,26 @@ base_c is c itself for kept conditions. The concept i is a label; or a name, whi
 prompt that has the name in the template of c. All concepts constrain every forgotten condition, so
 that none may show another. Likelihoods come from a classifier, h its posterior; with
 --target-steps it is calibrated on stored samples (`quantification`), so that E[h_i] is the share of
-samples that show i. π(c) is the frequency of c in the batches: the kept conditions have equal
+samples that show i. A third formulation holds predictions instead of laws: see `any_condition`.
+π(c) is the frequency of c in the batches: the kept conditions have equal
 shares of `batch_size` of all rows, the forgotten ones of `forget_batch_size`.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_unlearn import quantification
+from jax_unlearn import duality, quantification
 from jax_unlearn.app.options import ConceptOptions, parse_threshold
+from jax_unlearn.app.tasks.any_condition import (
+    CAPTION,
+    FRESH,
+    any_condition_setup,
+    point_maker,
+    under_attack,
+)
 from jax_unlearn.app.tasks.base import Measured, Task, estimate
 from jax_unlearn.app.tasks.concept_evaluation import (
     Measurements,
@@ -28,6 +36,7 @@ from jax_unlearn.app.tasks.concept_evaluation import (
     likelihoods_of_samples,
 )
 from jax_unlearn.app.tasks.concept_formulations import (
+    Setup,
     bounded,
     floor_of,
     has_floor,
@@ -46,25 +55,49 @@ __all__ = ["concept_task"]
 SHOWN = 6
 
 
-def concept_task(
-    request: ConceptRequest, options: ConceptOptions, judge: JudgeFunctions | None
-) -> Task:
-    """Measures the reference model and sets up the request."""
-    pretrained, conditions = request.pretrained, request.conditions
+class _Found(NamedTuple):
+    """What was measured of parameters, but for samples."""
+
+    measurements: Measurements
+    objective: Estimate
+    constraints: Estimate
+    metrics: dict[str, Any]
+
+
+class _Kind(NamedTuple):
+    """What sets a formulation apart.
+
+    Attributes:
+      setup: what the algorithm runs.
+      thresholds: [m].
+      reference: what was measured of the reference.
+      measure: the same of other parameters.
+      units: of the objective and of the constraints.
+      objective: what it is, in words.
+      captions: of its own metrics.
+      floor: as `Task.floor`.
+    """
+
+    setup: Setup
+    thresholds: np.ndarray
+    reference: _Found
+    measure: Callable[[Params], _Found]
+    units: tuple[str, str]
+    objective: str
+    captions: dict[str, dict[str, str]]
+    floor: Callable[[], duality.Floor] | None
+
+
+def _on_trajectories(request: ConceptRequest, options: ConceptOptions) -> _Kind:
+    """Reverse KL and likelihoods: path KLs, and constraints by condition."""
+    conditions = request.conditions
     reverse = options.formulation == "reverse-kl"
     stored = None if reverse else stored_samples(request, options)
     shows = None
     if stored is not None:
         shows = likelihoods_of_samples(request, options, bounded(request, options, stored))
     evaluate = evaluator(request, options, shows)
-    at_reference = evaluate(pretrained.params)
-    drawn = drawing(pretrained, conditions, options, judge, request.forgotten, request.shown)
-    real = request.real
-    if real is None and judge is not None and options.samples:
-        # KID and FID are then of samples of what is kept from other noise.
-        other = drawn.draw(pretrained.params, 1)
-        kept = [place for place, c in enumerate(drawn.drawn) if c in request.kept]
-        real = None if other is None else other[kept].reshape(-1, *conditions.image_shape)
+    at_reference = evaluate(request.pretrained.params)
     bases = {one.base for one in request.separated}
     values, valued = at_reference.values, at_reference.valued
     at_base = values[np.isin(valued, list(bases))] if stored is None else stored.values
@@ -75,38 +108,27 @@ def concept_task(
         # Laplace's rule of succession: n samples do not show a probability below about 1/n.
         anchored = (np.maximum(at_anchor.sum(axis=0), 0) + 1) / (len(at_anchor) + 2)
     thresholds = _thresholds(options, at_base.mean(axis=0), anchored)
-    total = options.batch_size + options.forget_batch_size
-    share = options.forget_batch_size / total
+    share = options.forget_batch_size / (options.batch_size + options.forget_batch_size)
     if stored is None:
         setup = reverse_kl_setup(request, options, thresholds)
     else:
         setup = likelihood_setup(request, options, stored, thresholds)
-    problem = setup.problem
     separated = [one.cond for one in request.separated]
     shares = dict.fromkeys(request.kept, (1 - share) / len(request.kept))
     shares |= dict.fromkeys(separated, share / len(separated))
     calibrated = None if stored is None else stored.confusion
 
-    def measured(measurements: Measurements, params: Params) -> Measured:
-        found: dict[str, Any] = {
-            "path_kl": {
-                conditions.names[c]: estimate(measurements.path_kl[measurements.cond == c])
-                for c in (*separated, *request.kept, *request.shown)
-            },
-            "violation": {
-                conditions.names[c]: {
-                    concept: estimate(
-                        problem.sign
-                        * (thresholds[i] - measurements.values[measurements.valued == c, i])
-                    )
-                    for i, concept in enumerate(request.concepts)
-                }
-                for c in separated
-            },
+    def found(measurements: Measurements) -> _Found:
+        violation = {
+            conditions.names[c]: {
+                concept: estimate(
+                    setup.problem.sign
+                    * (thresholds[i] - measurements.values[measurements.valued == c, i])
+                )
+                for i, concept in enumerate(request.concepts)
+            }
+            for c in separated
         }
-        samples = drawn.draw(params)
-        if samples is not None:
-            found |= drawn.judge(samples, real)
         each = [
             _average(measurements.values[:, i], measurements.valued, dict.fromkeys(separated, 1.0))
             for i in range(len(request.concepts))
@@ -114,34 +136,125 @@ def concept_task(
         value, stderr = np.array([(one.value, one.stderr) for one in each]).T
         if calibrated is not None:
             stderr = np.sqrt(stderr**2 + quantification.share_variance(value, calibrated))
+        return _Found(
+            measurements,
+            _average(measurements.path_kl, measurements.cond, shares),
+            Estimate(value, stderr),
+            {"violation": violation},
+        )
+
+    unit = "nats" if reverse else "mean probability" if calibrated is None else "share of samples"
+    return _Kind(
+        setup,
+        thresholds,
+        found(at_reference),
+        lambda params: found(evaluate(params)),
+        ("nats", unit),
+        "path KL from the unlearned model to what each condition is held to, over its own "
+        f"trajectories of {options.chain_steps} steps, averaged over conditions as in training",
+        {
+            "violation": {
+                "unit": unit,
+                "description": "Of each constraint (the second name) under each condition that "
+                "must not show it (the first); at most 0 is satisfied.",
+            }
+        },
+        (lambda: floor_of(request, options, thresholds, share, stored))
+        if has_floor(stored)
+        else None,
+    )
+
+
+def _under_any_condition(request: ConceptRequest, options: ConceptOptions) -> _Kind:
+    """Squared errors of predictions, constrained under what attackers find."""
+    make = point_maker(request, options)
+    points = make(options.stored_samples, options.stored_samples, 7)
+    fresh = make(options.evaluation_images, min(options.evaluation_images, FRESH), 8)
+    attacked = under_attack(request, options, points, fresh)
+    evaluate = evaluator(request, options, None)
+
+    def found(params: Params) -> _Found:
+        of = attacked(params)
+        by_steps = {
+            concept: {
+                f"{steps} steps": Estimate(each.value[i], each.stderr[i])
+                for steps, each in of.by_steps.items()
+            }
+            for i, concept in enumerate(request.concepts)
+        }
+        return _Found(evaluate(params), of.objective, of.values, {"under_attack": by_steps})
+
+    reference = found(request.pretrained.params)
+    thresholds = _thresholds(options, *2 * (np.asarray(reference.constraints.value),))
+    unit = "squared error a dimension"
+    return _Kind(
+        any_condition_setup(request, options, points, thresholds),
+        thresholds,
+        reference,
+        found,
+        (unit, unit),
+        "distance of the unlearned model's prediction of noise from the reference's, over noised "
+        "samples of what each condition is held to",
+        {"under_attack": CAPTION},
+        None,
+    )
+
+
+def concept_task(
+    request: ConceptRequest, options: ConceptOptions, judge: JudgeFunctions | None
+) -> Task:
+    """Measures the reference model and sets up the request."""
+    pretrained, conditions = request.pretrained, request.conditions
+    of = _under_any_condition if options.formulation == "without" else _on_trajectories
+    kind = of(request, options)
+    setup = kind.setup
+    drawn = drawing(pretrained, conditions, options, judge, request.forgotten, request.shown)
+    real = request.real
+    if real is None and judge is not None and options.samples:
+        # KID and FID are then of samples of what is kept from other noise.
+        other = drawn.draw(pretrained.params, 1)
+        kept = [place for place, c in enumerate(drawn.drawn) if c in request.kept]
+        real = None if other is None else other[kept].reshape(-1, *conditions.image_shape)
+    separated = [one.cond for one in request.separated]
+
+    def measured(of: _Found, params: Params) -> Measured:
+        found: dict[str, Any] = {
+            "path_kl": {
+                conditions.names[c]: estimate(of.measurements.path_kl[of.measurements.cond == c])
+                for c in (*separated, *request.kept, *request.shown)
+            },
+            **of.metrics,
+        }
+        samples = drawn.draw(params)
+        if samples is not None:
+            found |= drawn.judge(samples, real)
         return Measured(
-            objective=_average(measurements.path_kl, measurements.cond, shares),
-            constraints=Estimate(value, stderr),
+            objective=of.objective,
+            constraints=of.constraints,
             metrics=found,
             paired={},
             samples=samples,
             reconstructions=None,
         )
 
-    before = measured(at_reference, pretrained.params)
+    before = measured(kind.reference, pretrained.params)
     held_to = _held_to(request)
-    unit = "nats" if reverse else "mean probability" if calibrated is None else "share of samples"
     distances = {}
     if before.samples is not None:
-        distances = _distances(request, options, at_reference)
+        distances = _distances(request, options, kind.reference.measurements)
     return Task(
         pretrained=pretrained,
         params=request.start,
         names=request.concepts,
-        problem=problem,
+        problem=setup.problem,
         dual=setup.dual,
-        thresholds=thresholds,
+        thresholds=kind.thresholds,
         multipliers=setup.multipliers,
         reference_values=np.asarray(before.constraints.value),
         batch=setup.batch,
         prepare=lambda brought: brought,
         before=before,
-        measure=lambda params: measured(evaluate(params), params),
+        measure=lambda params: measured(kind.measure(params), params),
         asked={
             "forget": [
                 {"name": conditions.names[c], "images": None, "source": "condition"}
@@ -154,21 +267,15 @@ def concept_task(
             "shown": [conditions.names[c] for c in request.shown],
             "notes": [*request.notes, *setup.notes, _law(request, options, held_to)],
         },
-        units=("nats", unit),
-        objective="path KL from the unlearned model to what each condition is held to, over its "
-        f"own trajectories of {options.chain_steps} steps, averaged over conditions as in "
-        "training",
+        units=kind.units,
+        objective=kind.objective,
         captions=CAPTIONS
+        | kind.captions
         | {
             "path_kl": {
                 "unit": "nats",
                 "description": "Of p(·|condition) from the reference at what the condition is held "
                 f"to: {held_to} for what is forgotten, itself for the others.",
-            },
-            "violation": {
-                "unit": unit,
-                "description": "Of each constraint (the second name) under each condition that "
-                "must not show it (the first); at most 0 is satisfied.",
             },
         },
         grids=lambda after: sample_grids(
@@ -183,12 +290,11 @@ def concept_task(
             {c: f"{value:.3g} nats from what is forgotten" for c, value in distances.items()},
         ),
         formula=setup.formula,
-        floor=(lambda: floor_of(request, options, thresholds, share, stored))
-        if has_floor(stored)
-        else None,
+        floor=kind.floor,
         visit=setup.visit,
         dual_batch=setup.dual_batch,
         dual_steps=setup.dual_steps,
+        adversary=setup.adversary,
     )
 
 
@@ -199,7 +305,7 @@ def _distances(
 
     Where it was not measured anyway, only if not all kept conditions are shown.
     """
-    if options.formulation != "reverse-kl":
+    if options.formulation == "likelihood":
         if len(request.kept) <= 2 * SHOWN:
             return {}
         few = dataclasses.replace(options, evaluation_images=1)
@@ -225,6 +331,8 @@ def _held_to(request: ConceptRequest) -> str:
 
 
 def _law(request: ConceptRequest, options: ConceptOptions, held_to: str) -> str:
+    if options.formulation == "without":
+        return f"What is forgotten is held to {held_to}; all conditions have equal shares."
     total = options.batch_size + options.forget_batch_size
     return (
         f"What is forgotten is held to {held_to}. Of the objective, {options.forget_batch_size} "

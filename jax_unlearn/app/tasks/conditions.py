@@ -14,7 +14,15 @@ from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.pretrained.text_to_image import TextToImage, decode_latents, encode_prompts
 from jax_unlearn.typing import Array, Denoiser, Params
 
-__all__ = ["NamedConditions", "Numbered", "of_labels", "of_prompts", "predictor", "table_of"]
+__all__ = [
+    "NamedConditions",
+    "Numbered",
+    "by_vectors",
+    "of_labels",
+    "of_prompts",
+    "predictor",
+    "table_of",
+]
 
 # Prompts that the text encoder sees at once.
 ENCODED = 64
@@ -69,6 +77,27 @@ def predictor(
         free = jnp.full_like(cond, conditions.null)
         return samplers.guided(apply, params, cond, unconditional=free, scale=guidance)
     return lambda x_t, t: apply(params, x_t, t, cond)
+
+
+def by_vectors(pretrained: Pretrained) -> tuple[Denoiser, Any]:
+    """The denoiser that takes conditions themselves, and the table that their numbers look up.
+
+    Of labels the table is that of the parameters, whose other entries the denoiser reads.
+
+    Raises:
+      ValueError: for a model without such a table.
+    """
+    apply: Any = pretrained.apply
+    if isinstance(apply, Numbered):
+        return apply.apply, apply.table
+    embedding = pretrained.params.get("class_embedding", {})
+    if "embedding" not in embedding:
+        raise ValueError(
+            "the model has no table of labels, so that there are no conditions between them."
+        )
+    free = dataclasses.replace(apply.config, class_embed_type="identity", num_class_embeds=None)
+    free = dataclasses.replace(apply, config=free, null_label=None)
+    return free, embedding["embedding"]
 
 
 def of_labels(pretrained: Pretrained) -> NamedConditions:

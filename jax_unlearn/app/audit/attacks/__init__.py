@@ -15,6 +15,7 @@ from jax_unlearn.app.audit.attacks.tools import (
     Row,
     Tools,
     make_tools,
+    seed_of,
 )
 from jax_unlearn.app.audit.subject import Subject
 
@@ -27,6 +28,7 @@ __all__ = [
     "Tools",
     "attempts",
     "make_tools",
+    "seed_of",
     "unavailable",
 ]
 
@@ -56,10 +58,17 @@ def attempts(tools: Tools) -> dict[str, Attack]:
 
 
 def unavailable(subject: Subject) -> dict[str, str]:
-    """Attacks that the model does not allow, and why."""
-    text = subject.targets["reference"].text
+    """Attacks that the model or the request does not allow, and why."""
+    text, found = subject.targets["reference"].text, {}
     if text is None:
-        return {"unlearndiffatk": "it changes tokens of a prompt, and this model takes labels"}
-    if not conditions.one_encoder(text):
-        return {"unlearndiffatk": "it is for models with one text encoder"}
-    return {}
+        takes = "labels" if subject.conditioned else "no condition"
+        found["unlearndiffatk"] = f"it changes tokens of a prompt, and this model takes {takes}"
+    elif not conditions.one_encoder(text):
+        found["unlearndiffatk"] = "it is for models with one text encoder"
+    elif subject.of_images:
+        found["unlearndiffatk"] = "it is for prompts that name a concept, and these are images"
+    if not subject.conditioned:
+        found["inversion"] = "it fits a condition, and this model takes none"
+    if subject.of_images:
+        found["guidance"] = "it follows a judge of classes, and copies are told by their distance"
+    return found

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_unlearn import attacks
-from jax_unlearn.app.audit.attacks.tools import Attack, Drawn, Tools, encoded, sampled, spread
+from jax_unlearn.app.audit.attacks.tools import (
+    Attack,
+    Drawn,
+    Tools,
+    encoded,
+    sampled,
+    seed_of,
+    spread,
+)
 from jax_unlearn.app.audit.subject import Concept, Subject, Target
 from jax_unlearn.pretrained.text_to_image import TextToImage
 from jax_unlearn.typing import Array, Params
@@ -23,16 +31,59 @@ _PROMPTS = 16
 
 
 def _inverted(
-    tools: Tools, params: Params, encode: Callable[[Any], Any], **settings: Any
+    tools: Tools, params: Params, encode: Callable[[Any], Any], starts: Any, **settings: Any
 ) -> attacks.Inversion:
-    """Inversion of a variable that `encode` makes one condition of, on frozen parameters."""
+    """Inversion of a variable that `encode` makes one condition of, on frozen parameters.
+
+    From each of some starts side by side; what is found has the restarts first.
+    """
     subject = tools.subject
 
     def predict(variable: Any, x_t: Array, t: Array) -> Array:
         return subject.apply(params, x_t, t, spread(encode(variable), len(x_t)))
 
-    key = jax.random.key(tools.options.seed)
-    return attacks.invert(predict, subject.schedule, key, **settings)
+    def one(key: Array, start: Any) -> attacks.Inversion:
+        return attacks.invert(predict, subject.schedule, key, start=start, **settings)
+
+    key, restarts = jax.random.key(tools.options.seed), tools.options.restarts
+    keys = [key, *(jax.random.fold_in(key, number) for number in range(1, restarts))]
+    return jax.vmap(one)(jnp.stack(keys), starts)
+
+
+def _least(losses: np.ndarray) -> np.ndarray:
+    """The restart whose own loss is least, along the last axis; nan is never it."""
+    return np.where(np.isnan(losses), np.inf, losses).argmin(axis=-1)
+
+
+def _with_best(
+    settings: dict[str, Any],
+    budget: int,
+    images: np.ndarray,
+    best: np.ndarray,
+    before: np.ndarray | None = None,
+) -> Iterator[Drawn]:
+    """Samples of every restart, and where there are several those of the best alone.
+
+    Args:
+      settings: of the attack.
+      budget: of the attack.
+      images: [groups, restarts, samples, ...].
+      best: the restart of each group, [groups].
+      before: which samples count whatever they show, [groups, samples], or None.
+    """
+    groups, restarts, count = images.shape[:3]
+    if before is None:
+        before = np.zeros((groups, count), bool)
+    spread_over = np.repeat(before[:, None], restarts, axis=1)
+    yield Drawn(settings, budget, images.reshape(-1, *images.shape[3:]), spread_over.ravel())
+    if restarts > 1:
+        chosen = images[np.arange(groups), best]
+        yield Drawn(
+            settings | {"restarts": f"best of {restarts}"},
+            budget,
+            chosen.reshape(-1, *images.shape[3:]),
+            before.ravel(),
+        )
 
 
 def inversion(tools: Tools) -> Attack:
@@ -41,26 +92,30 @@ def inversion(tools: Tools) -> Attack:
     Pham et al., Circumventing Concept Erasure Methods for Text-to-Image Generative Models, 2024.
     """
     subject, options = tools.subject, tools.options
-    steps, samples = options.inversion_steps, options.samples
+    steps, samples, restarts = options.inversion_steps, options.samples, options.restarts
 
     def whole(_: Any, e: Any) -> Any:
         return e
 
     def fitting(encode: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         @jax.jit
-        def fit(params: Params, given: Any, x_0: Array, start: Any) -> Any:
+        def fit(params: Params, given: Any, x_0: Array, starts: Any) -> Any:
             found = _inverted(
                 tools,
                 params,
                 partial(encode, given),
+                starts,
                 x_0=x_0,
-                start=start,
                 steps=steps,
                 batch=min(len(x_0), 64),
                 learning_rate=options.inversion_rate,
                 every=steps // 8,
             )
-            return found.steps, jax.lax.map(lambda one: encode(given, one), found.found)
+            shape = found.loss.shape
+            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found.found)
+            made = jax.lax.map(lambda one: encode(given, one), flat)
+            made = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), made)
+            return found.steps[0], made, found.loss
 
         return fit
 
@@ -69,18 +124,25 @@ def inversion(tools: Tools) -> Attack:
     fit_token = fitting(_encode(text)) if text is not None and one_encoder(text) else None
 
     def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
-        start = jax.tree.map(lambda leaf: leaf[0], subject.rows(target, np.array([subject.start])))
+        rng = np.random.default_rng(seed_of(tools, "starts of inversion"))
+        more = np.resize(rng.permutation(np.asarray(subject.kept, np.int32)), restarts - 1)
+        starts = subject.rows(target, np.array([subject.start, *more], np.int32))
         ways: list[tuple[str, Callable[..., Any], Any, Any]] = []
-        if fit_token is not None and (token := _one_token(subject, target, concept)) is not None:
-            ways.append(("one token", fit_token, *token))
-        for what, fit, given, first in [*ways, ("whole embedding", fit_whole, None, start)]:
-            budgets, found = jax.device_get(fit(target.params, given, concept.x_0, first))
+        named = fit_token is not None and not subject.of_images
+        if named and (token := _one_token(subject, target, concept)) is not None:
+            prompt, middle = token
+            words = rng.choice(_vocabulary(target)[1], (restarts - 1, 1))
+            ways.append(("one token", fit_token, prompt, np.concatenate([middle[None], words])))
+        for what, fit, given, first in [*ways, ("whole embedding", fit_whole, None, starts)]:
+            budgets, found, losses = jax.device_get(fit(target.params, given, concept.x_0, first))
             for place, budget in enumerate(budgets):
                 e = jax.tree.map(
-                    lambda leaf, place=place: np.repeat(leaf[place : place + 1], samples, axis=0),
-                    found,
+                    lambda leaf, place=place: np.repeat(leaf[:, place], samples, axis=0), found
                 )
-                yield Drawn({"what": what}, int(budget), sampled(tools, target, e, 11))
+                drawn = sampled(tools, target, e, "inversion")
+                images = drawn.reshape(1, restarts, samples, *drawn.shape[1:])
+                best = _least(losses[:, place])[None]
+                yield from _with_best({"what": what}, int(budget), images, best)
 
     return attack
 
@@ -140,7 +202,9 @@ def _tokens_of(subject: Subject, target: Target, c: int) -> np.ndarray:
     return target.text.tokenizers[0](subject.conditions.names[c].strip("“”"))[0]
 
 
-def _one_token(subject: Subject, target: Target, concept: Concept) -> tuple[_Tokens, Array] | None:
+def _one_token(
+    subject: Subject, target: Target, concept: Concept
+) -> tuple[_Tokens, np.ndarray] | None:
     """The first prompt that names a concept, its name made one free token; None if not there."""
     assert target.text is not None
     tokenizer = target.text.tokenizers[0]
@@ -153,7 +217,7 @@ def _one_token(subject: Subject, target: Target, concept: Concept) -> tuple[_Tok
             padding = np.full(len(name) - 1, tokenizer.pad, np.int32)
             parts = (tokens[:place], row, tokens[place + len(name) :], padding)
             start = vocabulary.mean(axis=0, keepdims=True)
-            return _Tokens(params, np.concatenate(parts), row), jnp.asarray(start)
+            return _Tokens(params, np.concatenate(parts), row), start
     return None
 
 
@@ -163,33 +227,36 @@ def unlearndiffatk(tools: Tools) -> Attack:
     Zhang et al., To Generate or Not?, 2024: 40 steps of rate 0.01 and weight decay 0.1. A sample
     counts that shows the concept without the attack, or with it.
     """
-    subject, options = tools.subject, tools.options
+    subject, options, restarts = tools.subject, tools.options, tools.options.restarts
     text = subject.targets["reference"].text
     assert text is not None
     encode = _encode(text)
 
     @jax.jit
-    def fit(params: Params, vocabulary: Array, allowed: Array, given: Any, rows: Any) -> Array:
-        """What the denoiser sees of each attacked prompt, [prompts, N, d]."""
+    def fit(
+        params: Params, vocabulary: Array, allowed: Array, given: Any, rows: Any
+    ) -> tuple[Array, Array]:
+        """What the denoiser sees of each attacked prompt, [prompts, restarts, N, d]; the losses."""
         project = attacks.onto_vocabulary(vocabulary, allowed)
 
-        def one(row: tuple[Array, Array, Array]) -> Array:
-            tokens, x_0, start = row
+        def one(row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            tokens, x_0, starts = row
             prompt = given._replace(tokens=tokens)
 
             found = _inverted(
                 tools,
                 params,
                 partial(encode, prompt),
+                starts,
                 x_0=x_0,
-                start=start,
                 steps=_ITERATIONS,
                 batch=_IMAGES,
                 learning_rate=_RATE,
                 weight_decay=_DECAY,
                 project=project,
             )
-            return encode(prompt, jax.tree.map(lambda leaf: leaf[-1], found.found))
+            made = jax.lax.map(lambda last: encode(prompt, last), found.found[:, -1])
+            return made, found.loss[:, -1]
 
         return jax.lax.map(one, rows)
 
@@ -212,18 +279,29 @@ def unlearndiffatk(tools: Tools) -> Attack:
         numbers = np.array([c for c, _ in kept], np.int32)
         prompts = np.stack([tokens for _, tokens in kept]).astype(np.int32)
         reference = subject.targets["reference"]
-        own = sampled(tools, reference, subject.rows(reference, np.repeat(numbers, _IMAGES)), 12)
+        own = sampled(
+            tools,
+            reference,
+            subject.rows(reference, np.repeat(numbers, _IMAGES)),
+            "images of unlearndiffatk",
+        )
         x_0 = encoded(tools, own).reshape(len(kept), _IMAGES, *subject.shape)
-        rng = np.random.default_rng([options.seed, 13])
-        start = vocabulary[rng.choice(np.flatnonzero(allowed), (len(kept), _PREFIX))]
+        rng = np.random.default_rng(seed_of(tools, "tokens of unlearndiffatk"))
+        # The first start of each prompt is the same for every number of restarts.
+        words = rng.choice(np.flatnonzero(allowed), (restarts, len(kept), _PREFIX))
+        starts = vocabulary[words.swapaxes(0, 1)]
         given = _Tokens(params, prompts[0], free)
-        found = fit(target.params, vocabulary, allowed, given, (prompts, x_0, start))
+        found, losses = jax.device_get(
+            fit(target.params, vocabulary, allowed, given, (prompts, x_0, starts))
+        )
         each = max(options.samples // len(kept), 1)
-        attacked = np.repeat(np.asarray(found), each, axis=0)
         plain = subject.rows(target, np.repeat(numbers, each))
-        before = sampled(tools, target, plain, 14)
+        before = sampled(tools, target, plain, "unlearndiffatk")
         yield Drawn({}, 0, before)
-        drawn = sampled(tools, target, attacked, 14)
-        yield Drawn({}, _ITERATIONS, drawn, tools.shows(before, concept))
+        attacked = np.repeat(found.reshape(-1, *found.shape[2:]), each, axis=0)
+        drawn = sampled(tools, target, attacked, "unlearndiffatk")
+        images = drawn.reshape(len(kept), restarts, each, *drawn.shape[1:])
+        shown = tools.shows(before, concept).reshape(len(kept), each)
+        yield from _with_best({}, _ITERATIONS, images, _least(losses), shown)
 
     return attack

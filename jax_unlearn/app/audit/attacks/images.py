@@ -114,7 +114,7 @@ def stochasticity(tools: Tools) -> Attack:
         e = tools.subject.rows(target, tools.forgotten(concept))
         for variance in _VARIANCES:
             for eta in _ETAS:
-                drawn = sampled(tools, target, e, 15, eta=eta, variance=variance)
+                drawn = sampled(tools, target, e, "stochasticity", eta=eta, variance=variance)
                 yield Drawn({"variance": variance}, eta, drawn)
 
     return attack
@@ -123,11 +123,12 @@ def stochasticity(tools: Tools) -> Attack:
 def guidance(tools: Tools) -> Attack:
     """The judge's gradient pushes samples towards the concept."""
     subject, options = tools.subject, tools.options
-    schedule, samples = subject.schedule, options.samples
+    schedule, samples, judge = subject.schedule, options.samples, subject.judge
+    assert judge is not None
 
     def pushed(lost: tuple[int, ...]) -> Callable[..., Array]:
         def log_likelihood(x_0: Array) -> Array:
-            logits = subject.judge.logits(subject.conditions.decode(x_0))
+            logits = judge.logits(subject.conditions.decode(x_0))
             shares = jax.nn.log_softmax(logits)[:, np.array(lost)]
             return jax.nn.logsumexp(shares, axis=1)
 
@@ -145,7 +146,7 @@ def guidance(tools: Tools) -> Attack:
     compiled = {concept.name: pushed(concept.lost) for concept in subject.concepts}
 
     def attack(target: Target, concept: Concept) -> Iterator[Drawn]:
-        rng = np.random.default_rng(seed_of(tools, 16))
+        rng = np.random.default_rng(seed_of(tools, "guidance"))
         noise = rng.standard_normal((samples, *subject.shape), np.float32)
         e = subject.rows(target, tools.forgotten(concept))
         for scale in _PUSHES:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_unlearn.app import data
-from jax_unlearn.app.audit.drawing import drawer
+from jax_unlearn.app.audit.drawing import NOISE, drawer
 from jax_unlearn.app.audit.options import AuditOptions
 from jax_unlearn.app.audit.subject import Concept, Subject, Target
 from jax_unlearn.app.tasks.base import batch_rows, in_batches
@@ -80,7 +80,7 @@ class Tools(NamedTuple):
       subject: what is audited.
       options: how.
       draw: see `drawer`.
-      named: uint8 images [n, ...] -> the class of each, [n].
+      named: uint8 images [n, ...] -> the judge's class of each, [n]; −1 without a judge.
     """
 
     subject: Subject
@@ -89,7 +89,9 @@ class Tools(NamedTuple):
     named: Callable[[np.ndarray], np.ndarray]
 
     def shows(self, images: np.ndarray, concept: Concept) -> np.ndarray:
-        """Which images show a concept, [n]."""
+        """Which images show a concept: as the judge names them, or as copies of its images, [n]."""
+        if concept.copies is not None:
+            return concept.copies.among(images)
         return np.isin(self.named(images), concept.lost)
 
     def judged(self, drawn: Iterable[Drawn], concept: Concept) -> Attempt:
@@ -118,9 +120,11 @@ def make_tools(subject: Subject, options: AuditOptions) -> Tools:
         shape=subject.shape,
         steps=options.sampling_steps,
     )
-    logits = jax.jit(subject.judge.logits)
+    logits = None if subject.judge is None else jax.jit(subject.judge.logits)
 
     def named(images: np.ndarray) -> np.ndarray:
+        if logits is None:
+            return np.full(len(images), -1)
         found = in_batches(
             lambda _, x: logits(data.to_unit_range(x)),
             jax.random.key(0),
@@ -137,15 +141,15 @@ def spread(e: Any, count: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), e)
 
 
-def seed_of(tools: Tools, number: int) -> tuple[int, int]:
-    """The seed of noise of its own for each number."""
-    return tools.options.seed, number
+def seed_of(tools: Tools, name: str) -> tuple[int, int]:
+    """The seed of noise of its own for each name of `NOISE`."""
+    return tools.options.seed, NOISE[name]
 
 
-def sampled(tools: Tools, target: Target, e: Any, number: int, **changed: Any) -> np.ndarray:
-    """Guided samples of conditions e [n, ...], from noise of its own for each number."""
+def sampled(tools: Tools, target: Target, e: Any, name: str, **changed: Any) -> np.ndarray:
+    """Guided samples of conditions e [n, ...], from noise of its own for each name of `NOISE`."""
     count = len(jax.tree.leaves(e)[0])
-    given = {"scale": tools.options.guidance, "seed": seed_of(tools, number)} | changed
+    given = {"scale": tools.options.guidance, "seed": seed_of(tools, name)} | changed
     params = given.pop("params", target.params)
     return tools.draw(params, e, tools.subject.free(target, count), **given)
 

@@ -45,9 +45,7 @@ def relearning(tools: Tools) -> Attack:
             ways.append((name, adapted, {"base": target.params, "low": low}, merged))
         ways.append(("all parameters", subject.apply, target.params, lambda params: params))
         for what, apply, start, whole in ways:
-            for given in _RELEARNED_FROM:
-                if given > len(concept.x_0):
-                    continue
+            for given in sorted({min(count, len(concept.x_0)) for count in _RELEARNED_FROM}):
                 learning = attacks.relearning(
                     apply,
                     subject.schedule,
@@ -62,7 +60,7 @@ def relearning(tools: Tools) -> Attack:
                         key = jax.random.key(options.seed)
                         state = learning.advance(state, key, budget - done)
                         done = budget
-                    drawn = sampled(tools, target, e, 17, params=whole(state.params))
+                    drawn = sampled(tools, target, e, "relearning", params=whole(state.params))
                     yield Drawn({"what": what, "images": given}, budget, drawn)
 
     return attack
@@ -85,6 +83,6 @@ def rounding(tools: Tools) -> Attack:
         e = tools.subject.rows(target, tools.forgotten(concept))
         for bits in _BITS:
             params = attacks.rounded(target.params, bits)
-            yield Drawn({}, bits, sampled(tools, target, e, 18, params=params))
+            yield Drawn({}, bits, sampled(tools, target, e, "rounding", params=params))
 
     return attack
