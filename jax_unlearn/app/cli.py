@@ -278,9 +278,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "steps": 1500,
         "batch_size": 48,
         "forget_batch_size": 16,
-        "attack_steps": 200,
         "learning_rate": 3e-4,
-        "threshold": ("0.3x",),
+        "threshold": ("0.05x",),
         "dual_learning_rate": 0.02,
     },
 }

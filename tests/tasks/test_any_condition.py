@@ -188,6 +188,12 @@ def test_batches_give_each_concept_as_many_attackers(two):
             # A label to forget is embedded as its base from the start.
             assert any((shown[c] == cond).all() for c in points.cond)
     assert setup.adversary.pool.shape == (6, table.shape[1])
+    # Fed with −violation, λ rests where values are 0.4 of their thresholds, and falls below.
+    thresholds, state = np.array([0.5, 2.0], np.float32), setup.dual.init(jnp.ones(2))
+    setup = any_condition.any_condition_setup(request, options, points, thresholds)
+    for share, sign in ((0.4, 0), (0.3, -1), (0.5, 1), (1.0, 1)):
+        change, _ = setup.dual.update(jnp.array((1 - share) * thresholds), state, jnp.ones(2))
+        np.testing.assert_array_equal(np.sign(np.round(change, 6)), sign)
     with pytest.raises(ValueError, match="not a multiple of the 2 concepts"):
         any_condition.any_condition_setup(
             request, dataclasses.replace(options, forget_batch_size=5), points, np.ones(2)
@@ -292,7 +298,8 @@ def test_a_run_saves_the_model_alone_and_resumes_bit_for_bit(tiny_model, tmp_pat
         constraint["value"], rel=1e-4
     )
     page = (tmp_path / "whole" / "report.html").read_text()
-    assert "at most" in page
+    assert "≤ " in page
+    assert "≥ " not in page
     assert "under any condition" in page
 
     options = options_of(tiny_model, tmp_path / "stopped")
@@ -359,4 +366,4 @@ def test_the_robust_demo_is_one_run_of_concept(tmp_path):
         with pytest.raises(ValueError, match="--robust is for --text"):
             DemoOptions(robust=True, **given).validate()
     parsed = cli._parse("concept", ["--forget", "dog", "--formulation", "without"])
-    assert parsed.threshold == ("0.1x",)
+    assert (parsed.threshold, parsed.attack_steps) == (("0.05x",), 400)

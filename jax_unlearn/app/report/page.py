@@ -291,7 +291,7 @@ def certificate_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "unresolved": sum(_unresolved(c) for c in ordered),
         "quantiles": quantiles,
         "active": sum(value > 0 for value in multipliers),
-        "sign": "≤" if report["formulation"] == "likelihood" else "≥",
+        "sign": "≤" if _side(report) == "at most" else "≥",
     }
 
 
