@@ -145,9 +145,10 @@ def _parts(pretrained: Pretrained, options: RunOptions) -> list[_Part]:
     else:
         # Of each draw its conditions and its value alone.
         parts.append(_Part(f"--evaluation-images {many}", many * 4 * _FLOAT))
-    if isinstance(options, ConceptOptions) and options.formulation == "likelihood":
+    if isinstance(options, ConceptOptions) and options.formulation != "reverse-kl":
         count, steps = options.stored_samples, options.target_steps
-        # Noise and samples of bases and of what is kept; of a path x_t, ε and a push at each step.
+        # Noise and samples of bases (or concepts) and of what is kept; of a path x_t, ε and a push
+        # (or the concept's ε) at each step.
         size = count * (4 + 3 * steps) * _FLOAT * elements
         asked = f"--stored-samples {count}"
         parts.append(_Part(asked + f" with --target-steps {steps}" * bool(steps), size))

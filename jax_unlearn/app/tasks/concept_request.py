@@ -10,7 +10,12 @@ import numpy as np
 from jax_unlearn import divergences, likelihoods, schedules
 from jax_unlearn.app import data
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.tasks.conditions import NamedConditions, of_labels, of_prompts
+from jax_unlearn.app.tasks.conditions import (
+    NamedConditions,
+    by_vectors,
+    of_labels,
+    of_prompts,
+)
 from jax_unlearn.likelihoods import posteriors
 from jax_unlearn.pretrained import Pretrained, relabelled
 from jax_unlearn.pretrained.editing import edit_cross_attention
@@ -109,14 +114,16 @@ def make_request(pretrained: Pretrained, options: ConceptOptions) -> ConceptRequ
 
     Raises:
       ValueError: for a model without labels, a label that it does not have, a base or anchor
-        that is to be forgotten, nothing left to keep, options of prompts, or more steps or
-        classifier noise than the schedule has.
+        that is to be forgotten, nothing left to keep, options of prompts, more steps or classifier
+        noise than the schedule has, or without a table of labels where vectors are attacked.
     """
     config, null = pretrained.config, pretrained.config.null_label
     options.refuse(
         ("template", "retain", "show", "clip", "start", "train"),
         "models that are conditioned on prompts",
     )
+    if options.formulation == "without":
+        by_vectors(pretrained)
     forget = tuple(config.find_label(text) for text in options.forget)
     if len(set(forget)) < len(forget):
         raise ValueError(f"--forget names a label twice: {', '.join(options.forget)}.")
