@@ -13,6 +13,7 @@ from jax_unlearn import attacks, schedules
 from jax_unlearn.app import cli
 from jax_unlearn.app import run as running
 from jax_unlearn.app.options import ConceptOptions, DemoOptions
+from jax_unlearn.app.run_file import load_run
 from jax_unlearn.app.tasks import any_condition, concept_request, concepts
 from jax_unlearn.app.tasks.conditions import by_vectors
 from jax_unlearn.formulations import Pooled
@@ -298,7 +299,9 @@ def test_a_run_saves_the_model_alone_and_resumes_bit_for_bit(tiny_model, tmp_pat
     assert "≥ " not in page
     assert "Under any condition" in page
 
-    options = options_of(tiny_model, tmp_path / "stopped")
+    # The command has rates of its own for this formulation.
+    saved = load_run(tmp_path / "whole" / "run.json", "concept", ConceptOptions)
+    options = dataclasses.replace(saved, out=tmp_path / "stopped")
     request = concept_request.make_request(load_pretrained(tiny_model), options)
 
     def stop(step):
