@@ -356,7 +356,7 @@ def test_concept_ablation_makes_the_condition_its_anchor(variant):
 def test_concept_ablation_holds_the_anchor_fixed_and_preserves_it(variant):
     count = 200_000
     anchor = (0.5, 1)
-    images, labels, _ = examples(anchor, count)
+    images, labels = examples(anchor, count)[:2]
     batch = baselines.Anchored(images, labels * 0 + 3, labels)
     loss = method("concept_ablation", variant=variant, preservation=0.6)
     got = jax.jit(jax.grad(loss))(single(PARAMS), None, KEY, batch)
@@ -397,7 +397,7 @@ def test_steps_compile_once(name):
     if name == "selective_amnesia":
         reference = baselines.Remembered(reference, single(FISHER))
     if name == "concept_ablation":
-        images, labels, _ = examples(KEPT, 4)
+        images, labels = examples(KEPT, 4)[:2]
         batch = baselines.Anchored(images, labels * 0 + 3, labels)
     optimizer = optax.adam(1e-2)
     params, opt_state = single(PARAMS), optimizer.init(single(PARAMS))

@@ -117,7 +117,7 @@ def test_runs_of_several_formulations_stand_side_by_side(finished):
         found = json.loads((finished / name / "report.json").read_text())
         assert f'value="{found["objective"]["value"]!r}"' in text
         assert f'href="{name}/report.html"' in text
-    assert text.count("data:image/png;base64,") == 4
+    assert text.count("data:image/png;base64,") == 8  # before and after, forgotten and kept
     with pytest.raises(ValueError, match="no report"):
         report.write_comparison(finished, ["reverse-kl", "elsewhere"])
 
