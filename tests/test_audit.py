@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from audited import refused, report_of, rows_of
 from pipelines import write_pipeline
 from safetensors.numpy import load_file, save_file
 
@@ -61,21 +62,6 @@ def command(tiny_model, tiny_images, judge, tmp_path):
         return cli.main(["audit", *given])
 
     return start
-
-
-def refused(capsys, *said):
-    message = capsys.readouterr().err
-    assert message.startswith("jax-unlearn: "), message
-    assert message.count("\n") == 1, message
-    assert all(part in message for part in said), message
-
-
-def report_of(folder):
-    return json.loads((folder / "report.json").read_text())
-
-
-def rows_of(report):
-    return [*report["forgotten"], *report["recoverable"]]
 
 
 def test_a_model_against_itself(command, tiny_model, tmp_path, capsys):

@@ -1,11 +1,11 @@
 """`jax-unlearn audit` of images: what a copy is, which models it takes, restarts, IRA and CRA."""
 
-import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from audited import refused, report_of, rows_of
 from pipelines import write_pipeline
 from safetensors.numpy import load_file, save_file
 
@@ -205,21 +205,6 @@ def command(sets, tmp_path):
         return cli.main(["audit", *given, "--out", str(tmp_path / out), *SMALL, *map(str, more)])
 
     return start
-
-
-def refused(capsys, *said):
-    message = capsys.readouterr().err
-    assert message.startswith("jax-unlearn: "), message
-    assert message.count("\n") == 1, message
-    assert all(part in message for part in said), message
-
-
-def report_of(folder):
-    return json.loads((folder / "report.json").read_text())
-
-
-def rows_of(report):
-    return [*report["forgotten"], *report["recoverable"]]
 
 
 def test_an_unconditional_model(command, unconditional, sets, tmp_path, capsys):

@@ -340,9 +340,9 @@ class ConceptOptions(ModelOptions):
     calibrated posterior: f is that of the reference's own diffusion classifier, S and e what it
     finds on average in stored samples with and without each concept. E_p[h_c] is then the share of
     samples that show c. With --target-steps 0, h_c is f_c itself, among all labels or prompts.
-    "without": min E‖ε_p − ε_q‖²/d over what is kept, subject to E‖ε_p(x_t, e) − ε̄_c(x_t)‖²/d ≤ τ
+    "without": min E‖ε_p − ε_q‖²/d over what is kept, subject to E g‖ε_p(x_t, e) − ε̄_c(x_t)‖²/d ≤ τ
     over noised samples of c, under conditions e that attackers find while the model trains. ε̄_c
-    is what the kept conditions alone predict there."""
+    is what the kept conditions alone predict there; g is 1 where p denoises c better, else 0."""
     base: str | None = None
     """What is held to instead of a concept: a label, or (default) the null label; for prompts a
     name put into the templates, or (default) no prompt. A template's own base goes first."""
