@@ -175,7 +175,7 @@ def test_batches_give_each_concept_as_many_attackers(two):
         ]["embedding"]
     )
     for step in range(3):
-        kept, forget, _ = setup.batch(step)
+        kept, forget, _ = setup.prepare(setup.batch(step))
         np.testing.assert_array_equal(forget.constraint, [0, 1] * 3)
         for x_t, t, epsilon, i in zip(
             forget.x_t, forget.t, forget.epsilon, forget.constraint, strict=True
@@ -331,7 +331,7 @@ def test_model_and_attackers_train_and_nothing_else_does(tiny_model, tmp_path):
     step = jax.jit(algorithm.step)
     for number in range(2):
         key = jax.random.fold_in(jax.random.key(0), number)
-        state, info = step(key, state, request.pretrained.params, task.batch(number))
+        state, info = step(key, state, request.pretrained.params, task.prepare(task.batch(number)))
         assert bool(info.finite)
     before, after = (jax.tree.map(np.asarray, one) for one in (task.params, state.params.params))
     np.testing.assert_array_equal(

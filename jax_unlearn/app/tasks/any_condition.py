@@ -230,14 +230,22 @@ def any_condition_setup(
                 (pool // concepts, points.t.shape[1]),
             )
         )
-        kept = Images(points.kept[i], _look_up(shown, points.cond[i]))
-        kept = kept._replace(base=_look_up(table, points.base[i]))
+        kept = Images(points.kept[i], points.cond[i], base=points.base[i])
         at = constraint, np.repeat(j, concepts)
         forget = NoisyPoints(
             points.x_t[at], points.t[at], None, points.epsilon[at], None, None, None, constraint,
             concept=points.concept[at],
         )  # fmt: skip
         return Batch(kept, forget)
+
+    def prepare(brought: Batch) -> Batch:
+        """Looks conditions up on the device: encoded prompts are large, and numbers are not."""
+        kept = brought.kept
+        cond, base = (
+            jax.tree.map(lambda leaf, at=at: jnp.asarray(leaf)[at], rows)
+            for rows, at in ((shown, kept.cond), (table, kept.base))
+        )
+        return brought._replace(kept=kept._replace(cond=cond, base=base))
 
     def tightened(updates: Any, _: Any) -> Any:
         """−violation of the part of the threshold that training asks for."""
@@ -262,6 +270,7 @@ def any_condition_setup(
             f"one of {len(jax.tree.leaves(starts)[0])} conditions. Training asks for "
             f"{TRAINED_TO:g} of each threshold: new attackers find more.",
         ),
+        prepare=prepare,
         adversary=adversary,
     )
 

@@ -65,6 +65,7 @@ class Setup(NamedTuple):
       visit: of `minibatched`, with --minibatches.
       dual_batch: rows of fresh samples that move the multipliers; or None.
       dual_steps: numbers of steps done at which they do.
+      prepare: from a batch to what the losses take; traced with the step.
       adversary: who chooses the conditions of the rows to forget.
     """
 
@@ -77,6 +78,7 @@ class Setup(NamedTuple):
     visit: Visit | None = None
     dual_batch: Batch | None = None
     dual_steps: tuple[int, ...] = ()
+    prepare: Callable[[Batch], Batch] = lambda brought: brought
     adversary: Adversary | None = None
 
 

@@ -252,7 +252,7 @@ def concept_task(
         multipliers=setup.multipliers,
         reference_values=np.asarray(before.constraints.value),
         batch=setup.batch,
-        prepare=lambda brought: brought,
+        prepare=setup.prepare,
         before=before,
         measure=lambda params: measured(kind.measure(params), params),
         asked={
