@@ -60,7 +60,7 @@ def by_pmap():
 
 
 def by_mesh():
-    mesh = sharding.data_mesh()
+    mesh = sharding.device_mesh()
     whole, split = partial(sharding.replicate, mesh=mesh), partial(sharding.shard_batch, mesh=mesh)
     return run(sharding.jit_step(algorithm().step, mesh), whole, split)
 

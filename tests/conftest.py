@@ -31,9 +31,8 @@ def _frees_programs():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """A folder with a random class-conditional UNet of 8×8 grey images: three labels and null."""
+def write_tiny_model(path, channels):
+    """A random class-conditional UNet of 8×8 grey images: three labels and null."""
     import jax
 
     from jax_unlearn.models.unet_2d import UNet2DConfig, init_params
@@ -46,7 +45,7 @@ def tiny_model(tmp_path_factory):
         "in_channels": 1,
         "out_channels": 1,
         "layers_per_block": 1,
-        "block_out_channels": [8, 8],
+        "block_out_channels": [channels, channels],
         "down_block_types": ["DownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "UpBlock2D"],
         "norm_num_groups": 4,
@@ -56,10 +55,15 @@ def tiny_model(tmp_path_factory):
     scheduler = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50}
     params = init_params(unet, jax.random.key(0))
     config = PretrainedConfig(unet, scheduler, {0: "cat", 1: "dog", 2: "T-shirt/top"}, 3)
-    path = tmp_path_factory.mktemp("tiny") / "model"
     denoiser = UNet2DDenoiser(UNet2DConfig.from_diffusers(unet), 3)
     save_pretrained(path, Pretrained(denoiser, params, from_diffusers(scheduler), config))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a tiny model."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model", 8)
 
 
 @pytest.fixture(scope="session")

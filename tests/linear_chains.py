@@ -192,7 +192,7 @@ def minimiser(problem, reference, batch, current):
 
 def check_devices(algorithm_of, reference, batch, thresholds):
     """Four steps on one device, on a mesh of 8 by jit, and on 8 by pmap, are the same."""
-    alone, mesh = algorithm_of(None), sharding.data_mesh()
+    alone, mesh = algorithm_of(None), sharding.device_mesh()
     spread = jax.tree.map(lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:]), batch)
     ways = {
         "one": (sharding.jit_step(alone.step), batch),

@@ -73,7 +73,7 @@ def test_saved_weights_are_those_of_the_safetensors_library(network, folder, tmp
 
 
 def test_parameters_on_several_devices_are_saved(network, folder, tmp_path):
-    mesh = sharding.data_mesh()
+    mesh = sharding.device_mesh()
     assert mesh.size > 1
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     replicated = sharding.replicate(network.params, mesh)
@@ -93,7 +93,7 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path, spread):
     params = {f"layers_{i}": {"kernel": jnp.full((256, 256), i, jnp.float32)} for i in range(40)}
     if spread:
         axis = jax.sharding.PartitionSpec("data")
-        params = jax.device_put(params, jax.sharding.NamedSharding(sharding.data_mesh(), axis))
+        params = jax.device_put(params, jax.sharding.NamedSharding(sharding.device_mesh(), axis))
     tracemalloc.start()  # NumPy tells it what arrays take.
     try:
         write_params(tmp_path / "weights.safetensors", params, params)

@@ -277,7 +277,7 @@ def test_vmap_over_seeds_and_thresholds_is_a_loop(name):
 @each_formulation
 def test_a_batch_on_several_devices_is_the_whole_one(name):
     case, (algorithm, step) = FORMULATIONS[name], whole(name)
-    mesh = sharding.data_mesh()
+    mesh = sharding.device_mesh()
 
     def split(batch):
         return jax.tree.map(lambda leaf: leaf.reshape(DEVICES, -1, *leaf.shape[1:]), batch)

@@ -67,7 +67,7 @@ def split(batch):
 
 def ends_of(algorithm, mapped, params, batch, thresholds, multipliers, count):
     """(params, multipliers, info) after some steps, on one device, on a mesh and under pmap."""
-    mesh = sharding.data_mesh()
+    mesh = sharding.device_mesh()
     assert mesh.size == DEVICES
     ways = {
         "one": (sharding.jit_step(algorithm.step), lambda tree: tree, lambda batch: batch),
@@ -146,7 +146,7 @@ def test_pmap_refuses_an_algorithm_that_does_not_sum_over_its_axis(axis_name):
 
 
 def test_batches_are_split_over_the_mesh():
-    mesh = sharding.data_mesh(jax.devices()[:4])
+    mesh = sharding.device_mesh(devices=jax.devices()[:4])
     assert mesh.axis_names == ("data",)
     placed = sharding.shard_batch({"x": np.arange(8.0), "none": None}, mesh)
     assert placed["none"] is None
@@ -157,4 +157,4 @@ def test_batches_are_split_over_the_mesh():
 
 def test_indivisible_batches_are_refused():
     with pytest.raises(ValueError, match=r"a batch of 12 .* 8 devices"):
-        sharding.shard_batch({"x": jnp.zeros((16, 2)), "y": jnp.zeros(12)}, sharding.data_mesh())
+        sharding.shard_batch({"x": jnp.zeros((16, 2)), "y": jnp.zeros(12)}, sharding.device_mesh())

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jax_unlearn.app import processes
 from jax_unlearn.app.identity import digest_of, leaf_digests, leaf_kinds
 from jax_unlearn.primal_dual import PrimalDualState
 
@@ -47,6 +48,7 @@ class Checkpoints:
                 if path.name.isdigit() and not path.is_dir():
                     self._set_aside(path, "it is not a folder")
         _quiet()
+        processes.wait("the folder of checkpoints is looked through")
         try:
             self._manager = ocp.CheckpointManager(
                 self._folder,
@@ -107,6 +109,7 @@ class Checkpoints:
                 continue
             for other, reason in passed.items():
                 self._set_aside(self._folder / str(other), reason)
+            processes.wait("damaged checkpoints are set aside")
             self._manager.reload()
             return PrimalDualState(**state), record
         if passed or self.passed_over:
@@ -167,6 +170,8 @@ class Checkpoints:
 
     def _set_aside(self, path: pathlib.Path, reason: str) -> None:
         self.passed_over.append(f"step {path.name}: {reason}")
+        if not processes.is_main():
+            return
         aside = self._folder.with_name("damaged_checkpoints")
         aside.mkdir(exist_ok=True)
         number = 1

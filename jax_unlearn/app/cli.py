@@ -217,23 +217,22 @@ def _load_prompts(options: "ModelOptions") -> tuple[Any, "RunOptions", Any]:
     return request, options, None if clip is None else zero_shot(clip, classes)
 
 
-def _unlearn(command: str, options: "RunOptions") -> int:
-    from jax_unlearn.app import report, verify
-    from jax_unlearn.app.folder import check_folder, claim
+def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, Any, Any]]:
+    """The runs that a command makes, loaded: (command, request, options, judge) each.
+
+    Raises:
+      ValueError: for what cannot be run.
+    """
     from jax_unlearn.app.identity import check_options
     from jax_unlearn.app.memory import check_run
-    from jax_unlearn.app.push import push
-    from jax_unlearn.app.run import check_batches, run
-    from jax_unlearn.app.run_file import save_run
-    from jax_unlearn.app.terminal import printable, say
+    from jax_unlearn.app.run import check_batches
 
-    # Everything is checked before anything is written, and the folder first: images and prompts
-    # may take minutes to encode.
-    check_folder(options)
     check_options(options)
     asked = _jobs(command, options)
-    if len(asked) > 1 and options.push_to_hub:
-        raise ValueError("--push-to-hub is for one model: choose a --formulation.")
+    for option in ("push_to_hub", "coordinator"):
+        if len(asked) > 1 and getattr(options, option):
+            flag = option.replace("_", "-")
+            raise ValueError(f"--{flag} is for one model: choose a --formulation.")
     jobs = [(name, *_load(one)) for name, one in asked]
     if len(jobs) > 1 and options.go_on:
         raise ValueError(
@@ -243,10 +242,28 @@ def _unlearn(command: str, options: "RunOptions") -> int:
     for _, request, one, _ in jobs:
         check_run(request.pretrained, one)
         check_batches(request, one)
+    return jobs
+
+
+def _unlearn(command: str, options: "RunOptions") -> int:
+    from jax_unlearn.app import processes, report, verify
+    from jax_unlearn.app.folder import check_folder, claim
+    from jax_unlearn.app.push import push
+    from jax_unlearn.app.run import run
+    from jax_unlearn.app.run_file import save_run
+    from jax_unlearn.app.terminal import printable, say
+
+    processes.start(options)
+    # Everything is checked before anything is written, and the folder first: images and prompts
+    # may take minutes to encode.
+    processes.agreed(lambda: check_folder(options), main_only=True)
+    jobs = processes.agreed(lambda: _checked_jobs(command, options))
+    assert jobs is not None
 
     def run_one(name: str, request: Any, one: "RunOptions", judge: Any) -> None:
         found = run(request, one, command=name, judge=judge).report
-        print(printable(f"{report.verdict(found)}\nmodel:  {one.out / 'model'}"))
+        if processes.is_main():
+            print(printable(f"{report.verdict(found)}\nmodel:  {one.out / 'model'}"))
 
     page = options.out / "report.html"
     if len(jobs) == 1:
@@ -263,6 +280,9 @@ def _unlearn(command: str, options: "RunOptions") -> int:
                 run_one(name, request, dataclasses.replace(one, resume=resume), judge)
             page = report.write_comparison(options.out, [one.out.name for _, _, one, _ in jobs])
             verify.write_sums(options.out)
+    processes.wait("the report is written")
+    if not processes.is_main():
+        return 0
     print(printable(f"report: {page}\nseal:   {verify.seal(options.out)}"))
     if options.push_to_hub:
         print(printable(f"pushed: {push(options.out / 'model', options.push_to_hub)}"))
@@ -341,7 +361,7 @@ def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]
             jobs.append((command, one))
             continue
         shared = ("seed", "samples", "sampling_steps", "guidance", "forget", "resume", "overwrite",
-                  "tensorboard")  # fmt: skip
+                  "tensorboard", "mesh", "parallel")  # fmt: skip
         given: dict[str, Any] = {name: getattr(options, name) for name in shared}
         given |= {"out": out, "formulation": formulation, "evaluation_images": 132}
         if options.text:
@@ -419,7 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _without_ynnpack()
             return _run(command, rest)
     except Interrupted as stop:
-        say(f"jax-unlearn: {_one_line(stop)}")
+        if str(stop):
+            say(f"jax-unlearn: {_one_line(stop)}")
         return 128 + stop.signal
     except (ValueError, OverflowError, RecursionError) as error:
         say(f"jax-unlearn: {_one_line(error)}")
@@ -432,6 +453,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"jax-unlearn: {_one_line(error)}")
         elif is_full(error):
             say("jax-unlearn: the disk is full. No finished file was damaged.")
+        elif (lost := _lost(error)) is not None:
+            say(f"jax-unlearn: {lost}")
+            os._exit(1)  # Elsewhere JAX would wait for the others.
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             say(f"jax-unlearn: out of memory: {_one_line(error)[:200]}")
         elif isinstance(error, OSError):
@@ -440,6 +464,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             raise
         return 1
+
+
+def _lost(error: BaseException) -> str | None:
+    """What to say where another process of the run is gone; None for other errors."""
+    import jax
+
+    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    return (
+        f"process {jax.process_index()} has lost another one of the run, and ends. Start all of "
+        f"them again with --resume. ({_one_line(error)[:200]})"
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import jax_unlearn
 from jax_unlearn.app import data
 from jax_unlearn.app.options import DataOptions, RunOptions
+from jax_unlearn.app.processes import fetch
 from jax_unlearn.app.run_file import plain_options
 from jax_unlearn.app.tasks.concept_request import ConceptRequest
 from jax_unlearn.app.tasks.images import ImageRequest
@@ -96,11 +97,11 @@ def leaf_digests(tree: Any) -> dict[str, str]:
     """SHA-256 of each leaf's values, by its path."""
 
     def digest(leaf: Any) -> str:
-        values = np.ascontiguousarray(np.asarray(leaf)).reshape(-1)
+        values = np.ascontiguousarray(leaf).reshape(-1)
         return hashlib.sha256(values.view(np.uint8).data).hexdigest()
 
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter.
-        digests = list(pool.map(digest, jax.tree.leaves(tree)))
+        digests = list(pool.map(digest, map(fetch, jax.tree.leaves(tree))))
     return dict(zip(leaf_kinds(tree), digests, strict=True))
 
 

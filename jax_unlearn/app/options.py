@@ -2,11 +2,13 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from jax_unlearn import sharding
 from jax_unlearn.app.data import fold
 from jax_unlearn.app.push import check_push
 from jax_unlearn.app.tensorboard import check_tensorboard
@@ -86,6 +88,18 @@ class RunOptions:
     push_to_hub: str = ""
     """NAME or OWNER/NAME on the Hugging Face hub that OUT/model is uploaded to once the report is
     complete. A new repository is private. Not saved: give it again with --resume."""
+    mesh: str = ""
+    """How devices are used, as data=4,fsdp=2,tensor=1: batches are split over data and fsdp,
+    parameters over fsdp and tensor; -1 is what is left. Default: all for data. Not saved."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How the step is spread over devices; pmap is over data alone, on one machine. Not saved."""
+    coordinator: str = ""
+    """HOST:PORT of process 0 of a run by many processes, or auto on TPU pods and under SLURM,
+    Kubernetes or MPI. Each process is given the same command, and sees --out. Not saved."""
+    num_processes: int = 0
+    """How many processes the run has, where --coordinator is not auto."""
+    process_id: int = -1
+    """The number of this process, from 0, where --coordinator is not auto."""
 
     @property
     def training(self) -> Training:
@@ -103,6 +117,27 @@ class RunOptions:
             check_tensorboard()
         if self.push_to_hub:
             check_push(self.push_to_hub)
+        self._check_devices()
+
+    def _check_devices(self) -> None:
+        many = self.num_processes, self.process_id
+        if not self.coordinator or self.coordinator == "auto":
+            if many != (0, -1):
+                raise ValueError(
+                    "--num-processes and --process-id come with --coordinator HOST:PORT."
+                )
+        elif not re.fullmatch(r"\S+:\d{1,5}", self.coordinator):
+            raise ValueError(
+                f"--coordinator must be HOST:PORT, or auto, not {self.coordinator!r}."
+            )
+        elif not 0 <= self.process_id < self.num_processes:
+            raise ValueError(
+                f"--process-id {self.process_id} of --num-processes {self.num_processes}: give "
+                "the number of processes, and a number from 0 below it for each."
+            )
+        if self.parallel == "pmap" and (self.mesh or self.coordinator):
+            raise ValueError("--parallel pmap has no --mesh and no --coordinator: take jit.")
+        sharding.parse_mesh(self.mesh)
 
 
 _MOST = 2**31 - 1  # What JAX's indices and counters hold.

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jax_unlearn import sharding
-from jax_unlearn.app import data, outcome, report, verify
+from jax_unlearn.app import data, outcome, processes, report, verify
 from jax_unlearn.app import identity as identities
 from jax_unlearn.app.card import write_card
 from jax_unlearn.app.checkpoint import Checkpoints
 from jax_unlearn.app.files import DiskFull, is_full
-from jax_unlearn.app.folder import claim
 from jax_unlearn.app.identity import Identity, Leg
 from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions
 from jax_unlearn.app.rows import RowLog, rows_digest
@@ -78,7 +79,11 @@ def check_batches(
         parts = jax.tree.leaves(images.batch(request, options, 0))
         sizes = [len(leaf) for leaf in parts]
     for size in sizes:
-        sharding.check_rows(size, jax.device_count())
+        sharding.check_rows(size, sharding.batch_ways(_mesh(options)))
+
+
+def _mesh(options: RunOptions) -> Mesh:
+    return sharding.device_mesh(**sharding.parse_mesh(options.mesh))
 
 
 def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[str, Any]:
@@ -130,10 +135,11 @@ def run(
     again = f"jax-unlearn {command} --out {options.out} --resume"
     try:
         with (
-            claim(options),
+            processes.own_options(options) as own,
             stop_signals(f"stopped while measuring; nothing is lost. Go on with: {again}") as stop,
         ):
-            return _run(request, options, command, judge, progress, after_step, stop)
+            shared, progress = options.out, progress and processes.is_main()
+            return _run(request, own, shared, command, judge, progress, after_step, stop)
     except Exception as error:
         if not is_full(error):
             raise
@@ -189,12 +195,14 @@ class _Loop(NamedTuple):
     log: RowLog
     digest: str
     stop: StopSignals
+    anyone: Callable[[bool], Array] | None = None
     events: Callable[[Mapping[str, Any]], None] | None = None
 
 
 def _run(
     request: images.ImageRequest | concept_request.ConceptRequest,
     options: RunOptions,
+    shared: pathlib.Path,
     command: str,
     judge: JudgeFunctions | None,
     progress: bool,
@@ -225,12 +233,16 @@ def _run(
         problem = against_pool(problem, attack)
         optimizer = optimizer_pair(optimizer, task.adversary.optimizer)
         start = Pooled(start, task.adversary.pool)
+    by_pmap = options.parallel == "pmap" and jax.device_count() > 1
+    axis = {"axis_name": sharding.AXIS if by_pmap else None}
     if task.visit is None:
-        algorithm = primal_dual(problem, optimizer, task.dual, dual_schedule=dual_schedule(task))
+        algorithm = primal_dual(
+            problem, optimizer, task.dual, dual_schedule=dual_schedule(task), **axis
+        )
     else:
         merge = None if rank is None else lora_merge
         algorithm = minibatched(
-            problem, optimizer, task.dual, task.visit, parts=_updates(options), merge=merge
+            problem, optimizer, task.dual, task.visit, parts=_updates(options), merge=merge, **axis
         )
     # Only what trains is copied: the step does not donate the reference.
     state = algorithm.init(
@@ -238,24 +250,31 @@ def _run(
     )
     # A step's key follows from the seed and the state's own count: nothing more to save.
     key, reference = jax.random.key(options.seed), pretrained.params
-    mesh = sharding.data_mesh() if jax.device_count() > 1 else None
+    mesh = _mesh(options) if jax.device_count() > 1 and not by_pmap else None
     if mesh is not None:
-        state, key, reference = sharding.replicate((state, key, reference), mesh)
+        like = state, reference
+        state, reference = sharding.put(like, sharding.shardings(like, mesh))
+        key = sharding.replicate(key, mesh)
 
     def step(key: Array, state: PrimalDualState, reference: Params, brought: Any) -> Any:
         batch, *dual_batch = brought
         key = jax.random.fold_in(key, state.step)
         return algorithm.step(key, state, reference, task.prepare(batch), *dual_batch)
 
-    compiled = sharding.jit_step(step, mesh)
+    if by_pmap:
+        compiled = sharding.pmap_step(algorithm._replace(step=step))
+    else:
+        compiled = sharding.jit_step(step, mesh, like=None if mesh is None else (state, reference))
     beside = () if task.dual_batch is None else (task.dual_batch,)
 
     def place(batch: Any) -> Any:
         brought = (batch, *beside)
+        if by_pmap:
+            return sharding.split_batch(brought, jax.device_count())
         return brought if mesh is None else sharding.shard_batch(brought, mesh)
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(out / "checkpoints")))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(shared / "checkpoints")))
         if options.resume:
             state = _restore(checkpoints, options, state, changed, tell)
         # What stands here from now on is not what these sums were made of.
@@ -271,6 +290,7 @@ def _run(
             log,
             legs[-1].digest,
             stop,
+            None if mesh is None or jax.process_count() == 1 else processes.any_of(mesh),
         )
         elapsed = log.seconds
         with stop.hold(), contextlib.ExitStack() as while_training:
@@ -284,7 +304,7 @@ def _run(
         timing["train"] = log.seconds
         tell("measuring the unlearned model ...")
         measuring = time.monotonic()
-        trained = jax.device_get(state.params)
+        trained = jax.tree.map(processes.fetch, state.params)
         if task.adversary is not None:
             trained = trained.params
         params = trained if rank is None else lora_merge(pretrained.params, trained)
@@ -292,7 +312,8 @@ def _run(
         floor = None if task.floor is None else task.floor()
         timing["unlearned"] = time.monotonic() - measuring
         checkpoints.wait()
-        _save(options, pretrained._replace(params=params), trained)
+        if processes.is_main():
+            _save(options, pretrained._replace(params=params), trained)
         certified = certificate(
             task.problem,
             objective=after.objective,
@@ -313,6 +334,9 @@ def _run(
             "legs": [leg._asdict() for leg in legs],
             "rows": {"count": log.count, "digest": log.digest},
         }
+        page = out / "report.html"
+        if not processes.is_main():
+            return Result(found, page)
         grids = task.grids(after)
         write_card(out / "model", found, grids)
         found["files"] = verify.model_digests(out)
@@ -489,9 +513,13 @@ def _train(
             if after_step is not None:
                 after_step(number)
 
-        pending = None
+        pending, asked, stopping = None, None, False
         for number in range(first + 1, options.steps + 1):
             batch = loop.place(task.batch(number - 1))
+            if loop.anyone is not None:
+                # Processes stop after the same step: one after that in which the first was told.
+                stopping = asked is not None and bool(asked)
+                asked = loop.anyone(bool(loop.stop.received))
             state, info = loop.step(state, batch)
             # The step before is logged while this one runs.
             if pending is not None:
@@ -500,7 +528,8 @@ def _train(
             if number == first + 1:
                 jax.block_until_ready(info)
                 first_step = time.monotonic() - started
-            stopping = bool(loop.stop.received)
+            if loop.anyone is None:
+                stopping = bool(loop.stop.received)
             if stopping or number % options.checkpoint_every == 0 or number == options.steps:
                 record(*pending)
                 pending = None
@@ -511,7 +540,9 @@ def _train(
                 checkpoints.wait()
                 raise Interrupted(
                     f"stopped after step {number}; saved. Go on with: "
-                    f"jax-unlearn {command} --out {options.out} --resume",
-                    loop.stop.received[0],
+                    f"jax-unlearn {command} --out {options.out} --resume"
+                    if processes.is_main()
+                    else "",  # One process tells.
+                    next(iter(loop.stop.received), signal.SIGTERM),
                 )
     return state, first_step

@@ -21,7 +21,10 @@ def _plain(value: Any) -> Any:
 
 
 # How a command is started, not what it does.
-_STARTING = ("resume", "go_on", "overwrite", "push_to_hub")
+_STARTING = (
+    "resume", "go_on", "overwrite", "push_to_hub", "mesh", "parallel", "coordinator",
+    "num_processes", "process_id",
+)  # fmt: skip
 
 
 def plain_options(options: Any) -> dict[str, Any]:

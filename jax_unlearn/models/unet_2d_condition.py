@@ -19,6 +19,7 @@ from jax_unlearn.models.config import (
     require_choices,
 )
 from jax_unlearn.models.transformer_2d import BasicTransformerBlock, Transformer2DModel
+from jax_unlearn.sharding import keep_rows
 from jax_unlearn.typing import Array, Condition, Params
 
 __all__ = [
@@ -478,7 +479,8 @@ class UNet2DConditionDenoiser:
     def __call__(self, params: Params, x_t: Array, t: Array, cond: Condition, /) -> Array:
         """Predicts from noisy images or latents, as `UNet2DConditionModel`."""
         model = UNet2DConditionModel(self.config, self.dtype, self.remat)
-        return cast(Array, model.apply({"params": params}, x_t, t, cond))
+        rows = keep_rows((x_t, t, cond))
+        return cast(Array, keep_rows(model.apply({"params": params}, *rows)))
 
 
 def param_shapes(config: UNet2DConditionConfig) -> Params:

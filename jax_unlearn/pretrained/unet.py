@@ -32,6 +32,7 @@ from jax_unlearn.pretrained.hub import (
 from jax_unlearn.pretrained.networks import read_network, write_network
 from jax_unlearn.pretrained.weights import new_folder, write_json
 from jax_unlearn.schedules import NoiseSchedule, from_diffusers
+from jax_unlearn.sharding import keep_rows
 from jax_unlearn.typing import Array, Condition, Params
 
 __all__ = [
@@ -160,7 +161,8 @@ class UNet2DDenoiser:
         if cond is None and self.null_label is not None:
             cond = jnp.full((x_t.shape[0],), self.null_label, jnp.int32)
         model = UNet2DModel(self.config, self.dtype, self.remat)
-        return cast(Array, model.apply({"params": params}, x_t, t, cond))
+        rows = keep_rows((x_t, t, cond))
+        return cast(Array, keep_rows(model.apply({"params": params}, *rows)))
 
 
 class Pretrained(NamedTuple):

@@ -397,7 +397,7 @@ def test_steps_of_likelihoods_on_a_mesh_are_those_of_one_device(tiny_model, tmp_
         return algorithm.step(key, state, reference, *brought)
 
     ends = []
-    for mesh in (None, sharding.data_mesh()):
+    for mesh in (None, sharding.device_mesh()):
         state = algorithm.init(task.params, task.thresholds, multipliers=task.multipliers)
         reference, compiled, seen = request.pretrained.params, sharding.jit_step(step, mesh), []
         if mesh is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from jax_unlearn import multipliers
+from jax_unlearn.app import processes
 from jax_unlearn.app.options import RunOptions
 from jax_unlearn.app.report import Grid
 from jax_unlearn.duality import Floor
@@ -153,16 +154,20 @@ def batch_rows(shape: Sequence[int]) -> int:
 def in_batches(function: Callable[..., Any], key: Array, *arrays: Any, size: int = BATCH) -> Any:
     """function(key of the batch, *rows) over batches of one shape; the last is padded.
 
+    Where a run has many processes, each computes its share of the batches, and knows all.
+
     Each argument is an array, a tree of arrays, or None. The function returns an array or a tree
     of them, each with a row for each row given.
     """
     count = len(jax.tree.leaves(arrays[0])[0])
     size = min(size, count)
-    outputs = []
-    for number, start in enumerate(range(0, count, size)):
-        rows = np.arange(start, start + size) % count
-        part = jax.tree.map(lambda array, rows=rows: array[rows], arrays)
-        outputs.append(jax.device_get(function(jax.random.fold_in(key, number), *part)))
+
+    def batch(number: int) -> Any:
+        rows = np.arange(number * size, (number + 1) * size) % count
+        part = jax.tree.map(lambda array: array[rows], arrays)
+        return function(jax.random.fold_in(key, number), *part)
+
+    outputs = processes.share(-(-count // size), batch)
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
 
 
