@@ -168,10 +168,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jax_unlearn import sharding
-      >>> mesh = sharding.device_mesh(data=1, fsdp=1, tensor=-1, devices=jax.devices()[:1])
-      >>> layer = {"attn1": {"to_q": {"kernel": jnp.zeros((64, 64))}}}
-      >>> sharding.shardings(layer, mesh)["attn1"]["to_q"]["kernel"].spec
-      PartitionSpec('fsdp', 'tensor')
+      >>> mesh = sharding.device_mesh(data=1, fsdp=-1)
+      >>> layer = {"to_q": {"kernel": jnp.zeros((64, 128)), "bias": jnp.zeros(128)}}
+      >>> found = sharding.shardings(layer, mesh)["to_q"]
+      >>> tuple(found["kernel"].spec), tuple(found["bias"].spec)
+      ((None, 'fsdp'), ())
     """
 
     def of(path: Any, leaf: Any) -> NamedSharding:
@@ -190,7 +191,8 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         return PartitionSpec()
     for pattern, dimension in TENSOR_RULES:
         if (
-            re.search(rf"(^|/)({pattern})$", name)
+            mesh.shape["tensor"] > 1
+            and re.search(rf"(^|/)({pattern})$", name)
             and len(shape) >= 2
             and shape[dimension] % mesh.shape["tensor"] == 0
         ):

@@ -36,7 +36,7 @@ def free_port():
 class Launched:
     """The processes of one command, and where their messages are."""
 
-    def __init__(self, arguments, folder, processes, devices, cache):
+    def __init__(self, arguments, folder, processes, devices, cache, slurm=False):
         port, folder = free_port(), folder / f"messages-{processes}x{devices}-{time.time_ns()}"
         folder.mkdir(parents=True)
         self.messages = [folder / f"{number}.log" for number in range(processes)]
@@ -52,6 +52,13 @@ class Launched:
                 "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes),
                 "--process-id", str(number),
             ]  # fmt: skip
+            if slurm:
+                many = ["--coordinator", "auto"]
+                environment |= {
+                    "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost",
+                    "SLURM_NTASKS": str(processes), "SLURM_PROCID": str(number),
+                    "SLURM_LOCALID": str(number), "SLURM_STEP_NUM_NODES": "1",
+                }  # fmt: skip
             with path.open("w") as file:
                 self.running.append(
                     subprocess.Popen(
@@ -81,12 +88,12 @@ def command(tiny_images, tmp_path_factory):
     # Wide enough that its convolutions are split over `fsdp`.
     model = write_tiny_model(place / "model", 16)
 
-    def launch(out, *more, processes=1, devices=4):
+    def launch(out, *more, processes=1, devices=4, slurm=False):
         asked = [
             "data", "--model", str(model), "--forget", str(tiny_images["forget"]), "--retain",
             str(tiny_images["retain"]), "--out", str(out), *SMALL, *more,
         ]  # fmt: skip
-        return Launched(asked, place, processes, devices, place / "programs")
+        return Launched(asked, place, processes, devices, place / "programs", slurm)
 
     return launch
 
@@ -110,9 +117,17 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", [(), ("--mesh", "fsdp=2"), ("--mesh", "data=1,tensor=2,fsdp=2")])
-def test_two_processes_make_the_model_of_one(command, undisturbed, tmp_path, mesh):
-    launched = command(tmp_path / "out", *mesh, processes=2, devices=2)
+@pytest.mark.parametrize(
+    ("mesh", "slurm"),
+    [
+        ((), False),
+        (("--mesh", "fsdp=2"), True),
+        (("--mesh", "data=1,tensor=2,fsdp=2"), False),
+        (("--mesh", "dcn_data=2"), False),
+    ],
+)
+def test_two_processes_make_the_model_of_one(command, undisturbed, tmp_path, mesh, slurm):
+    launched = command(tmp_path / "out", *mesh, processes=2, devices=2, slurm=slurm)
     assert launched.ends() == [0, 0], launched.said()
     assert_same(params_of(tmp_path / "out"), undisturbed)
     (finished,) = (tmp_path / "out").glob("report.json")
@@ -122,6 +137,12 @@ def test_two_processes_make_the_model_of_one(command, undisturbed, tmp_path, mes
     # One process speaks.
     assert "report:" in launched.messages[0].read_text()
     assert "report:" not in launched.messages[1].read_text()
+
+
+def test_pmap_makes_the_model_of_jit(command, undisturbed, tmp_path):
+    launched = command(tmp_path / "out", "--parallel", "pmap")
+    assert launched.ends() == [0], launched.said()
+    assert_same(params_of(tmp_path / "out"), undisturbed)
 
 
 def wait_for_step(out, number, launched):

@@ -127,9 +127,7 @@ class RunOptions:
                     "--num-processes and --process-id come with --coordinator HOST:PORT."
                 )
         elif not re.fullmatch(r"\S+:\d{1,5}", self.coordinator):
-            raise ValueError(
-                f"--coordinator must be HOST:PORT, or auto, not {self.coordinator!r}."
-            )
+            raise ValueError(f"--coordinator must be HOST:PORT, or auto, not {self.coordinator!r}.")
         elif not 0 <= self.process_id < self.num_processes:
             raise ValueError(
                 f"--process-id {self.process_id} of --num-processes {self.num_processes}: give "
