@@ -23,9 +23,12 @@ from jax_unlearn import sharding
 from jax_unlearn.app.folder import claim
 from jax_unlearn.app.options import RunOptions
 
-__all__ = ["agreed", "any_of", "fetch", "is_main", "own_options", "share", "start", "wait"]
+__all__ = [
+    "agreed", "any_of", "fetch", "is_main", "over_devices", "own_options", "share", "start", "wait",
+]  # fmt: skip
 
 T = TypeVar("T")
+_NOTHING_WON = ("cpu",)
 _LONGEST = 2048  # Bytes of a message that is sent.
 _HEARTBEAT_S = 30  # A process that is silent for longer is dead.
 
@@ -118,6 +121,19 @@ def share(count: int, one: Callable[[int], Any]) -> list[Any]:
         jax.tree.map(lambda leaf, n=n: np.asarray(leaf[n % processes, n // processes]), everyone)
         for n in range(count)
     ]
+
+
+def over_devices(tree: Any, rows: int) -> Any:
+    """Arrays [rows, ...] split over the accelerators of this process, for what is measured.
+
+    Where rows do not divide, or there is one device, they stay as they are. So they do on CPUs,
+    whose devices are parts of one machine and win nothing.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1 or rows % len(devices) or devices[0].platform in _NOTHING_WON:
+        return tree
+    mesh = sharding.device_mesh(devices=devices)
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(sharding.AXIS)))
 
 
 def fetch(leaf: Any) -> np.ndarray:

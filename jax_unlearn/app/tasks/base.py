@@ -154,7 +154,7 @@ def batch_rows(shape: Sequence[int]) -> int:
 def in_batches(function: Callable[..., Any], key: Array, *arrays: Any, size: int = BATCH) -> Any:
     """function(key of the batch, *rows) over batches of one shape; the last is padded.
 
-    Where a run has many processes, each computes its share of the batches, and knows all.
+    Accelerators share the rows of a batch, and many processes the batches; all know the outcome.
 
     Each argument is an array, a tree of arrays, or None. The function returns an array or a tree
     of them, each with a row for each row given.
@@ -165,7 +165,7 @@ def in_batches(function: Callable[..., Any], key: Array, *arrays: Any, size: int
     def batch(number: int) -> Any:
         rows = np.arange(number * size, (number + 1) * size) % count
         part = jax.tree.map(lambda array: array[rows], arrays)
-        return function(jax.random.fold_in(key, number), *part)
+        return function(jax.random.fold_in(key, number), *processes.over_devices(part, size))
 
     outputs = processes.share(-(-count // size), batch)
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
