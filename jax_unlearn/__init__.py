@@ -23,6 +23,7 @@ from jax_unlearn import (
     schedules,
     sharding,
 )
+from jax_unlearn.accumulated import accumulated
 from jax_unlearn.formulations import (
     distill_likelihood,
     distill_posterior,

@@ -134,8 +134,12 @@ def _parts(pretrained: Pretrained, options: RunOptions) -> list[_Part]:
     kept, forgotten = options.batch_size, options.forget_batch_size
     many = options.evaluation_images
     parts = [
-        _Part(f"--batch-size {kept}", kept * row // devices, True),
-        _Part(f"--forget-batch-size {forgotten}", forgotten * row // devices, True),
+        _Part(f"--batch-size {kept}", kept * row // devices // options.accumulate, True),
+        _Part(
+            f"--forget-batch-size {forgotten}",
+            forgotten * row // devices // options.accumulate,
+            True,
+        ),
         # Noise, and what is drawn from it.
         _Part(f"--samples {options.samples}", options.samples * conditions * 2 * _FLOAT * elements),
     ]

@@ -62,6 +62,9 @@ class RunOptions:
     """Retained images a step."""
     forget_batch_size: int = 32
     """Images to forget a step, spread evenly over the constraints."""
+    accumulate: int = 1
+    """Parts that each batch is taken in, one after the other: 1/N of the memory for activations, a
+    third more time."""
     learning_rate: float = 5e-4
     """Adam's step size for the parameters, after a short warm-up; it falls to 0 as a cosine."""
     dual_learning_rate: float = 0.02
@@ -145,8 +148,8 @@ _SEEDS = 2**32
 _DOMAINS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ("steps", "batch_size", "forget_batch_size", "evaluation_images", "sampling_steps",
-         "checkpoint_every", "chain_steps", "minibatches", "classifier_draws", "stored_samples",
-         "attack_images", "attack_steps", "inversion_steps", "relearning_steps"),
+         "checkpoint_every", "chain_steps", "minibatches", "accumulate", "classifier_draws",
+         "stored_samples", "attack_images", "attack_steps", "inversion_steps", "relearning_steps"),
         lambda value: 1 <= value <= _MOST,
         f"lie in [1, {_MOST}]",
     ),
@@ -473,6 +476,11 @@ class ConceptOptions(ModelOptions):
             raise ValueError(
                 f"--minibatches {self.minibatches} does not divide --chain-steps "
                 f"{self.chain_steps}."
+            )
+        if self.accumulate > 1 and (self.formulation == "without" or self.minibatches > 1):
+            raise ValueError(
+                "--accumulate goes neither with --minibatches nor with --formulation without: "
+                "their rows belong together."
             )
         if self.minibatches > 1 and (self.formulation, self.estimator) != (
             "reverse-kl",

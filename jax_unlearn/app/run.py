@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jax_unlearn import sharding
+from jax_unlearn.accumulated import accumulated
 from jax_unlearn.app import data, outcome, processes, report, verify
 from jax_unlearn.app import identity as identities
 from jax_unlearn.app.card import write_card
@@ -78,8 +79,14 @@ def check_batches(
         assert isinstance(options, ImageOptions)
         parts = jax.tree.leaves(images.batch(request, options, 0))
         sizes = [len(leaf) for leaf in parts]
+    ways = sharding.batch_ways(_mesh(options))
     for size in sizes:
-        sharding.check_rows(size, sharding.batch_ways(_mesh(options)))
+        sharding.check_rows(size, ways)
+        if size % (ways * options.accumulate):
+            raise ValueError(
+                f"a batch of {size} does not divide into {options.accumulate} parts (--accumulate) "
+                f"over {ways} devices: choose a multiple of {ways * options.accumulate}."
+            )
 
 
 def _mesh(options: RunOptions) -> Mesh:
@@ -233,6 +240,7 @@ def _run(
         problem = against_pool(problem, attack)
         optimizer = optimizer_pair(optimizer, task.adversary.optimizer)
         start = Pooled(start, task.adversary.pool)
+    problem = accumulated(problem, options.accumulate)
     by_pmap = options.parallel == "pmap" and jax.device_count() > 1
     axis = {"axis_name": sharding.AXIS if by_pmap else None}
     if task.visit is None:
