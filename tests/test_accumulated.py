@@ -54,7 +54,7 @@ def test_parts_make_the_steps_of_the_whole(way):
     ends = {}
     for parts in (1, 2):
         algorithm = algorithm_of(parts, "data" if way == "pmap" else None)
-        state, batch = algorithm.init(parameters(), [0.3, 0.2, 0.4]), batch_of()
+        state, batch = algorithm.init(parameters(), [3.0, 2.0, 4.0]), batch_of()
         if way == "one":
             step = sharding.jit_step(algorithm.step)
         elif way == "pmap":
@@ -76,7 +76,7 @@ def test_parts_make_the_steps_of_the_whole(way):
 def test_a_part_takes_the_memory_of_a_part():
     def temporary(parts):
         algorithm = algorithm_of(parts)
-        state = algorithm.init(parameters(), [0.3, 0.2, 0.4])
+        state = algorithm.init(parameters(), [3.0, 2.0, 4.0])
         step = sharding.jit_step(algorithm.step).lower(KEY, state, None, batch_of(32 * 1024))
         return step.compile().memory_analysis().temp_size_in_bytes
 
@@ -100,6 +100,6 @@ def test_parts_that_rows_do_not_divide_into_are_refused():
     with pytest.raises(ValueError, match="at least one part, not 0"):
         algorithm_of(0)
     algorithm = algorithm_of(3)
-    state = algorithm.init(parameters(), [0.3, 0.2, 0.4])
+    state = algorithm.init(parameters(), [3.0, 2.0, 4.0])
     with pytest.raises(ValueError, match="32 rows of a batch do not divide into 3 parts"):
         algorithm.step(KEY, state, None, batch_of())
