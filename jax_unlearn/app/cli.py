@@ -1,4 +1,4 @@
-"""The command line: jax-unlearn demo | data | concept | audit | sample | verify."""
+"""The command line: jax-unlearn demo | data | concept | plan | audit | sample | verify."""
 
 import dataclasses
 import errno
@@ -22,6 +22,7 @@ _COMMANDS = {
     "demo": "options.DemoOptions",
     "data": "options.DataOptions",
     "concept": "options.ConceptOptions",
+    "plan": "plan.options.PlanOptions",
     "audit": "audit.options.AuditOptions",
     "sample": "options.SampleOptions",
     "verify": "options.VerifyOptions",
@@ -37,6 +38,8 @@ _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
            embedded model from text to image; needs no network
   data     forget images that a diffusers checkpoint of yours was trained on
   concept  forget labels or prompts that a diffusers checkpoint is conditioned on; needs no images
+  plan     before data or concept and its options: what that will cost, and whether it fits; no
+           weights are read, and a TPU is planned for without one
   audit    measure what a model that was made to forget still shows, and what brings it back
   sample   draw a grid of samples from a checkpoint
   verify   check that a finished folder is what its run left
@@ -374,6 +377,35 @@ def _audit(options: "AuditOptions") -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    import tyro
+
+    from jax_unlearn.app.plan.options import PlanOptions
+    from jax_unlearn.app.terminal import printable
+
+    planned = next(iter(arguments), "--help")
+    if planned in ("-h", "--help"):
+        tyro.cli(PlanOptions, args=["--help"], prog="jax-unlearn plan")
+    if planned not in ("concept", "data"):
+        raise ValueError(
+            f"plan {planned}: give the command to plan, concept or data, and then its options."
+        )
+    rest, own = arguments[1:], [planned]
+    for field in dataclasses.fields(PlanOptions)[1:]:
+        name = f"--{field.name.replace('_', '-')}"
+        while (value := _take(rest, name)) is not None:
+            own += [name, value]
+    asked = tyro.cli(PlanOptions, args=own, prog="jax-unlearn plan")
+    asked.validate()
+    options = _parse(planned, rest)
+    _announce(options)
+
+    from jax_unlearn.app.plan.plan import plan, table
+
+    print(printable(table(plan(asked, options))))
+    return 0
+
+
 def _verify(options: "VerifyOptions") -> int:
     from jax_unlearn.app.terminal import printable, say
     from jax_unlearn.app.verify import seal, verify
@@ -390,6 +422,8 @@ def _verify(options: "VerifyOptions") -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    if command == "plan":
+        return _plan(arguments)
     options = _parse(command, arguments)
     if command == "verify":
         return _verify(options)
