@@ -1,7 +1,6 @@
 """What a command costs, and what would make it fit: compiled in child processes, and a table."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import pickle
@@ -176,18 +175,13 @@ def _plan(asked: PlanOptions, job: Job, found: dict[str, Any]) -> Plan:
         compile_seconds=round(found["compile_seconds"], 1),
         uncounted=list(found.get("uncounted", ())),
         suggestion=None,
-        versions=_versions(job.topology),
+        versions=found["versions"],
     )
 
 
 def _limit(asked: PlanOptions, found: dict[str, Any]) -> float:
     given = asked.chip_memory
     return found["chip"]["memory"] if given is None else given * 1e9
-
-
-def _versions(topology: Topology) -> dict[str, str]:
-    names = ("jax", "libtpu") if topology.is_tpu else ("jax",)
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 # ---- what would fit

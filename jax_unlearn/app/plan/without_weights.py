@@ -39,7 +39,11 @@ __all__ = ["Step", "request_of", "setup_of", "step_of"]
 
 # Of released models, where no json file says otherwise.
 _TOKENS = 77
-_FACTOR_OF = {"down_block_types": ["DownEncoderBlock2D"] * 4, "block_out_channels": [128] * 4}
+_AUTOENCODER = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128] * 4,
+}
 
 
 class Step(NamedTuple):
@@ -140,7 +144,7 @@ def _text_to_image(pretrained: Pretrained) -> TextToImage:
         sizes = 6 * unet.addition_time_embed_dim
         pooled = unet.projection_class_embeddings_input_dim - sizes
     vae = _listed(folder, "vae", "config.json")
-    config = AutoencoderKLConfig.from_diffusers(vae or _FACTOR_OF)
+    config = AutoencoderKLConfig.from_diffusers(vae or _AUTOENCODER)
     return TextToImage(
         pretrained,
         tuple(_Tokenizer(tokens) for _ in widths),  # pyrefly: ignore

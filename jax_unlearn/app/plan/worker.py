@@ -6,6 +6,7 @@ is told that there are as many CPU devices as are planned for. So whatever asks 
 devices, or for a GPU that picks its own kernels, gets the answer of the planned machine.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -59,7 +60,9 @@ def compile_job(job: Job) -> dict[str, Any]:
     mesh = sharding.data_mesh(devices)
     key, state, reference, brought = step.arguments
     arguments = _bytes((key, state, reference)) + _bytes(brought) / len(devices)
-    found: dict[str, Any] = {"chip": chip._asdict(), "chips": len(devices)}
+    names = ("jax", "libtpu") if job.topology.is_tpu else ("jax",)
+    versions = {name: importlib.metadata.version(name) for name in names}
+    found: dict[str, Any] = {"chip": chip._asdict(), "chips": len(devices), "versions": versions}
     if job.shapes_only:
         return found | {"arguments": arguments}
     traced = sharding.jit_step(step.function, mesh).trace(*step.arguments)
