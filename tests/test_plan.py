@@ -19,7 +19,6 @@ from jax_unlearn.app.plan import without_weights, worker
 from jax_unlearn.app.plan.chips import CHIPS, Chip, larger, parse_topology
 from jax_unlearn.app.plan.options import PlanOptions
 from jax_unlearn.app.plan.plan import Plan, plan, table
-from jax_unlearn.app.plan.worker import Job
 from jax_unlearn.app.run import algorithm_of
 from jax_unlearn.app.tasks import any_condition, concept_formulations, image_task, images
 from jax_unlearn.app.tasks.base import Measured
@@ -164,35 +163,39 @@ def test_encoded_prompts_are_as_long_and_wide_as_the_model_takes(bare, tmp_path)
 
 
 @pytest.fixture(scope="module")
+def alone(tiny_model, tiny_images):
+    """The plan of a step on one device."""
+    return plan(PlanOptions("data", "cpu:1"), of_images(tiny_model, tiny_images), progress=False)
+
+
+@pytest.fixture(scope="module")
 def planned(tiny_model, tiny_images, tmp_path_factory):
-    """Plans of one step on one, and on four devices; the second by the command line."""
-    options = of_images(tiny_model, tiny_images)
-    one = plan(PlanOptions("data", "cpu:1"), options, progress=False)
+    """That on four, by the command line."""
     path = tmp_path_factory.mktemp("plans") / "plan.json"
     flags = ["--batch-size", "64", "--forget-batch-size", "32", "--steps", "6"]
     sources = [text for name, path in tiny_images.items() for text in (f"--{name}", str(path))]
     given = ["plan", "data", "--model", str(tiny_model), *sources, *flags]
     assert cli.main([*given, "--topology", "cpu:4", "--mesh", "data=4", "--json", str(path)]) == 0
-    return one, Plan(**json.loads(path.read_text()))
+    return Plan(**json.loads(path.read_text()))
 
 
 def test_arguments_are_the_copies_of_the_parameters(planned, tiny_model):
-    params = parameters(tiny_model)
-    for made in planned:
-        # What trains, its two moments, and the reference; beside them a batch of bytes and labels.
-        over = made.memory["arguments_bytes"] - 4 * params
-        assert 0 <= over <= 96 / made.chips * (64 + 2 * 4) + 300
+    # What trains, its two moments, and the reference; beside them a batch of bytes and labels.
+    over = planned.memory["arguments_bytes"] - 4 * parameters(tiny_model)
+    assert 0 <= over <= 96 / 4 * (64 + 2 * 4) + 300
 
 
 def test_a_data_parallel_step_sums_what_trains(planned, tiny_model):
-    one, four = planned
-    assert one.collective_bytes == 0
     params = parameters(tiny_model)
-    assert params <= four.collectives["all-reduce"]["bytes"] <= params + 200
+    assert params <= planned.collectives["all-reduce"]["bytes"] <= params + 200
 
 
-def test_devices_share_the_batch(planned):
-    one, four = planned
+@pytest.mark.slow
+def test_devices_share_the_batch(alone, planned, tiny_model):
+    one, four = alone, planned
+    assert one.collective_bytes == 0
+    over = one.memory["arguments_bytes"] - 4 * parameters(tiny_model)
+    assert 0 <= over <= 96 * (64 + 2 * 4) + 300
     assert four.memory["temporaries_bytes"] < 0.5 * one.memory["temporaries_bytes"]
     assert four.flops_per_chip == pytest.approx(one.flops_per_chip / 4, rel=0.02)
     assert four.flops_per_step == 4 * four.flops_per_chip
@@ -200,8 +203,7 @@ def test_devices_share_the_batch(planned):
 
 
 def test_the_numbers_of_a_plan_fit_one_another(planned):
-    _, made = planned
-    memory = made.memory
+    made, memory = planned, planned.memory
     assert memory["fits"] is True
     assert made.suggestion is None
     parts = ("arguments", "temporaries", "outputs", "constants")
@@ -217,8 +219,8 @@ def test_the_numbers_of_a_plan_fit_one_another(planned):
 
 
 @pytest.mark.slow
-def test_what_is_suggested_fits(planned, tiny_model, tiny_images):
-    one, four = planned
+def test_what_is_suggested_fits(alone, planned, tiny_model, tiny_images):
+    one, four = alone, planned
     between = (one.memory["peak_bytes"] + 2 * four.memory["peak_bytes"]) / 3
     asked = PlanOptions("data", "cpu:1", chip_memory=between / 1e9)
     options = of_images(tiny_model, tiny_images)
@@ -361,11 +363,21 @@ def test_mistakes_that_only_the_child_sees_are_one_clear_line(tiny_model, tmp_pa
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_a_child_that_dies_is_told_with_its_last_words(monkeypatch, tiny_model):
-    monkeypatch.setattr(plans.sys, "executable", shutil.which("false"))
-    job = Job(ConceptOptions(model=str(tiny_model)), parse_topology("cpu:1"))
-    with pytest.raises(RuntimeError, match="died after 0.0 minutes: it ended with status 1"):
-        plans._in_child(job, False)
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo warning >&2; echo 'no space' >&2; exit 3", "status 3. It last said: no space\n"),
+        ("kill -9 $$", "signal 9 (this machine may lack the memory to compile in).\n"),
+    ],
+)
+def test_a_compiler_that_dies_is_one_clear_line(script, said, monkeypatch, tmp_path, capsys):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(plans.sys, "executable", str(program))
+    given = ["plan", "concept", "--model", "m", "--forget", "dog", "--topology", "cpu:1"]
+    assert cli.main(given) == 1
+    assert capsys.readouterr().err.endswith(f"compiling ended after 0.0 minutes with {said}")
 
 
 def test_without_libtpu_one_line_says_how_to_get_it(monkeypatch):
@@ -395,7 +407,7 @@ def test_a_tpu_is_planned_for_without_one(topology, tiny_model, tiny_images, pla
     made = plan(PlanOptions("data", topology), of_images(tiny_model, tiny_images), progress=False)
     assert (made.chips, made.memory["fits"]) == (4, True)
     assert made.memory["chip_bytes"] == CHIPS[topology.partition(":")[0]].memory
-    assert made.flops_per_chip == pytest.approx(planned[1].flops_per_chip, rel=0.1)
+    assert made.flops_per_chip == pytest.approx(planned.flops_per_chip, rel=0.1)
     params = parameters(tiny_model)
     assert params <= made.collectives["all-reduce"]["bytes"] <= params + 500
     assert made.memory["arguments_bytes"] >= 4 * params

@@ -114,7 +114,11 @@ def _without_ynnpack() -> None:
     """
     if "XLA_FLAGS" in os.environ:
         return
-    found = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+    # libtpu alone is what `plan` compiles with.
+    found = importlib.util.find_spec("jax_plugins") or (
+        importlib.util.find_spec("libtpu")
+        and any(any(pathlib.Path("/dev").glob(name)) for name in ("accel*", "vfio/[0-9]*"))
+    )
     if os.environ.get("JAX_PLATFORMS", "" if found else "cpu") != "cpu":
         return
     if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -459,10 +463,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"jax-unlearn: {_one_line(error)}")
         return 2
     except Exception as error:
+        from jax_unlearn.app.plan.plan import NotPlanned
         from jax_unlearn.app.push import NotPushed
         from jax_unlearn.app.run import NotFinite
 
-        if isinstance(error, DiskFull | NotFinite | NotPushed):
+        if isinstance(error, DiskFull | NotFinite | NotPlanned | NotPushed):
             say(f"jax-unlearn: {_one_line(error)}")
         elif is_full(error):
             say("jax-unlearn: the disk is full. No finished file was damaged.")

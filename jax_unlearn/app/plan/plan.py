@@ -20,7 +20,7 @@ from jax_unlearn.app.plan.options import PlanOptions
 from jax_unlearn.app.plan.worker import Job
 from jax_unlearn.app.terminal import say
 
-__all__ = ["Plan", "Roofline", "plan", "roofline", "table"]
+__all__ = ["NotPlanned", "Plan", "Roofline", "plan", "roofline", "table"]
 
 Compile = Callable[[Job], dict[str, Any]]
 
@@ -33,6 +33,10 @@ _SENT: dict[str, Callable[[int], float]] = {
     "reduce-scatter": lambda n: (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n,
 }
+
+
+class NotPlanned(Exception):
+    """The process that compiles ended without an answer."""
 
 
 class Roofline(NamedTuple):
@@ -131,6 +135,7 @@ def plan(
 
     Raises:
       ValueError: for options or devices that cannot be.
+      NotPlanned: if the process that compiles dies.
     """
     compiled = compile_in or (lambda job: _in_child(job, progress))
     job = Job(options, parse_topology(asked.topology), asked.mesh)
@@ -260,7 +265,7 @@ def _in_child(job: Job, progress: bool) -> dict[str, Any]:
 
     Raises:
       ValueError: as that does.
-      RuntimeError: if the process died, with the last that it said.
+      NotPlanned: if the process died, with the last that it said.
     """
     command = [sys.executable, "-m", "jax_unlearn.app.plan.worker"]
     what = "adding up" if job.shapes_only else "compiling"
@@ -295,9 +300,12 @@ def _in_child(job: Job, progress: bool) -> dict[str, Any]:
             child.kill()
     if child.returncode:
         lines = [line for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
-        last = lines[-1] if lines else f"it ended with status {child.returncode}"
+        how = f"status {child.returncode}"
+        if child.returncode < 0:
+            how = f"signal {-child.returncode} (this machine may lack the memory to compile in)"
+        last = f" It last said: {lines[-1].strip()}" if lines else ""
         minutes = (time.monotonic() - started) / 60
-        raise RuntimeError(f"the compiler's process died after {minutes:.1f} minutes: {last}")
+        raise NotPlanned(f"{what} ended after {minutes:.1f} minutes with {how}.{last}")
     found = json.loads(answer)
     if "refused" in found:
         raise ValueError(found["refused"])
