@@ -1,4 +1,4 @@
-"""The command line: jax-unlearn demo | data | concept | audit | sample | verify."""
+"""The command line: jax-unlearn demo | data | concept | plan | audit | sample | verify."""
 
 import dataclasses
 import errno
@@ -22,6 +22,7 @@ _COMMANDS = {
     "demo": "options.DemoOptions",
     "data": "options.DataOptions",
     "concept": "options.ConceptOptions",
+    "plan": "plan.options.PlanOptions",
     "audit": "audit.options.AuditOptions",
     "sample": "options.SampleOptions",
     "verify": "options.VerifyOptions",
@@ -37,6 +38,8 @@ _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
            embedded model from text to image; needs no network
   data     forget images that a diffusers checkpoint of yours was trained on
   concept  forget labels or prompts that a diffusers checkpoint is conditioned on; needs no images
+  plan     before data or concept and its options: what that will cost, and whether it fits; no
+           weights are read, and a TPU is planned for without one
   audit    measure what a model that was made to forget still shows, and what brings it back
   sample   draw a grid of samples from a checkpoint
   verify   check that a finished folder is what its run left
@@ -111,7 +114,11 @@ def _without_ynnpack() -> None:
     """
     if "XLA_FLAGS" in os.environ:
         return
-    found = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+    # libtpu alone is what `plan` compiles with.
+    found = importlib.util.find_spec("jax_plugins") or (
+        importlib.util.find_spec("libtpu")
+        and any(any(pathlib.Path("/dev").glob(name)) for name in ("accel*", "vfio/[0-9]*"))
+    )
     if os.environ.get("JAX_PLATFORMS", "" if found else "cpu") != "cpu":
         return
     if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -394,6 +401,35 @@ def _audit(options: "AuditOptions") -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    import tyro
+
+    from jax_unlearn.app.plan.options import PlanOptions
+    from jax_unlearn.app.terminal import printable
+
+    planned = next(iter(arguments), "--help")
+    if planned in ("-h", "--help"):
+        tyro.cli(PlanOptions, args=["--help"], prog="jax-unlearn plan")
+    if planned not in ("concept", "data"):
+        raise ValueError(
+            f"plan {planned}: give the command to plan, concept or data, and then its options."
+        )
+    rest, own = arguments[1:], [planned]
+    for field in dataclasses.fields(PlanOptions)[1:]:
+        name = f"--{field.name.replace('_', '-')}"
+        while (value := _take(rest, name)) is not None:
+            own += [name, value]
+    asked = tyro.cli(PlanOptions, args=own, prog="jax-unlearn plan")
+    asked.validate()
+    options = _parse(planned, rest)
+    _announce(options)
+
+    from jax_unlearn.app.plan.plan import plan, table
+
+    print(printable(table(plan(asked, options))))
+    return 0
+
+
 def _verify(options: "VerifyOptions") -> int:
     from jax_unlearn.app.terminal import printable, say
     from jax_unlearn.app.verify import seal, verify
@@ -410,6 +446,8 @@ def _verify(options: "VerifyOptions") -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    if command == "plan":
+        return _plan(arguments)
     options = _parse(command, arguments)
     if command == "verify":
         return _verify(options)
@@ -446,10 +484,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"jax-unlearn: {_one_line(error)}")
         return 2
     except Exception as error:
+        from jax_unlearn.app.plan.plan import NotPlanned
         from jax_unlearn.app.push import NotPushed
         from jax_unlearn.app.run import NotFinite
 
-        if isinstance(error, DiskFull | NotFinite | NotPushed):
+        if isinstance(error, DiskFull | NotFinite | NotPlanned | NotPushed):
             say(f"jax-unlearn: {_one_line(error)}")
         elif is_full(error):
             say("jax-unlearn: the disk is full. No finished file was damaged.")

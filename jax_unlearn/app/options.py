@@ -472,6 +472,12 @@ class ConceptOptions(ModelOptions):
                     '--formulation without needs a --threshold: a number, or "0.1x" for a '
                     "tenth of the reference's value under attack."
                 )
+        part, rank = parse_subset(self.train)
+        if self.start == "edited" and (rank is not None or part == "no-cross-attention"):
+            raise ValueError(
+                f"--start edited changes the keys and values of cross-attention, which --train "
+                f"{self.train} does not."
+            )
         if self.chain_steps % self.minibatches:
             raise ValueError(
                 f"--minibatches {self.minibatches} does not divide --chain-steps "

@@ -27,7 +27,7 @@ from jax_unlearn.app.rows import RowLog, rows_digest
 from jax_unlearn.app.run_file import save_run
 from jax_unlearn.app.stopping import Interrupted, StopSignals, stop_signals
 from jax_unlearn.app.tasks import concept_request, concepts, image_task, images
-from jax_unlearn.app.tasks.base import Measured, Task
+from jax_unlearn.app.tasks.base import Measured, Setup, Task
 from jax_unlearn.app.tensorboard import event_log
 from jax_unlearn.app.terminal import say
 from jax_unlearn.formulations import Pooled, against_pool, optimizer_pair
@@ -44,10 +44,18 @@ from jax_unlearn.pretrained.subsets import (
     subset_optimizer,
     subset_problem,
 )
-from jax_unlearn.primal_dual import PrimalDualState, certificate, primal_dual
+from jax_unlearn.primal_dual import PrimalDual, PrimalDualState, certificate, primal_dual
 from jax_unlearn.typing import Array, Estimate, Params
 
-__all__ = ["NotFinite", "Result", "check_batches", "dual_schedule", "learning_rate", "run"]
+__all__ = [
+    "NotFinite",
+    "Result",
+    "algorithm_of",
+    "check_batches",
+    "dual_schedule",
+    "learning_rate",
+    "run",
+]
 
 _TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
     images.ImageRequest: image_task.image_task,
@@ -172,7 +180,7 @@ def _advice(options: RunOptions, command: str) -> str:
     return f"Go on with a lower {knobs}{another}: {again} --learning-rate NUMBER"
 
 
-def dual_schedule(task: Task) -> Callable[[Array], Array] | None:
+def dual_schedule(task: Task | Setup) -> Callable[[Array], Array] | None:
     """Steps done -> whether the multipliers move: in all, unless fresh samples move them."""
     if task.dual_batch is None:
         return None
@@ -191,6 +199,56 @@ def learning_rate(options: RunOptions) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         0.0, options.learning_rate, warmup * updates, max(options.steps, warmup + 1) * updates
     )
+
+
+def algorithm_of(
+    task: Task | Setup, options: RunOptions, params: Params, *, axis_name: str | None = None
+) -> tuple[PrimalDual, Any, Callable[..., Any]]:
+    """What trains, and its step; nothing is measured.
+
+    Args:
+      task: the problem, and what goes with it.
+      options: of the run.
+      params: of the network, to start from.
+      axis_name: as in `primal_dual`.
+
+    Returns:
+      The algorithm; what it starts from (the parameters, or a low-rank change of them, and a pool
+      beside these where there is one); and the step that is compiled, a function of the key, the
+      state, the reference, and the batch with the dual batch where there is one.
+    """
+    optimizer = optax.adam(learning_rate(options), b1=0.9, b2=0.99)
+    part, rank = parse_subset(options.training.train)
+    problem, start = task.problem, params
+    if rank is not None:
+        problem = lora_problem(problem)
+        start = lora_init(start, jax.random.key(options.seed), rank=rank, part=part)
+    elif part != "full":
+        problem = subset_problem(problem, part)
+        optimizer = subset_optimizer(optimizer, part)
+    if task.adversary is not None:
+        attack = task.adversary.loss if rank is None else lora_attack(task.adversary.loss)
+        problem = against_pool(problem, attack)
+        optimizer = optimizer_pair(optimizer, task.adversary.optimizer)
+        start = Pooled(start, task.adversary.pool)
+    problem = accumulated(problem, options.accumulate)
+    if task.visit is None:
+        algorithm = primal_dual(
+            problem, optimizer, task.dual, dual_schedule=dual_schedule(task), axis_name=axis_name
+        )
+    else:
+        merge = None if rank is None else lora_merge
+        algorithm = minibatched(
+            problem, optimizer, task.dual, task.visit, parts=_updates(options), merge=merge,
+            axis_name=axis_name,
+        )  # fmt: skip
+
+    def step(key: Array, state: PrimalDualState, reference: Params, brought: Any) -> Any:
+        batch, *dual_batch = brought
+        key = jax.random.fold_in(key, state.step)
+        return algorithm.step(key, state, reference, task.prepare(batch), *dual_batch)
+
+    return algorithm, start, step
 
 
 class _Loop(NamedTuple):
@@ -226,32 +284,9 @@ def _run(
     tell("measuring the reference model ...")
     task = _TASKS[type(request)](request, options, judge)
     timing = {"reference": time.monotonic() - started}
-    optimizer = optax.adam(learning_rate(options), b1=0.9, b2=0.99)
-    part, rank = parse_subset(options.training.train)
-    problem, start = task.problem, task.params
-    if rank is not None:
-        problem = lora_problem(problem)
-        start = lora_init(start, jax.random.key(options.seed), rank=rank, part=part)
-    elif part != "full":
-        problem = subset_problem(problem, part)
-        optimizer = subset_optimizer(optimizer, part)
-    if task.adversary is not None:
-        attack = task.adversary.loss if rank is None else lora_attack(task.adversary.loss)
-        problem = against_pool(problem, attack)
-        optimizer = optimizer_pair(optimizer, task.adversary.optimizer)
-        start = Pooled(start, task.adversary.pool)
-    problem = accumulated(problem, options.accumulate)
     by_pmap = options.parallel == "pmap" and jax.device_count() > 1
-    axis = {"axis_name": sharding.AXIS if by_pmap else None}
-    if task.visit is None:
-        algorithm = primal_dual(
-            problem, optimizer, task.dual, dual_schedule=dual_schedule(task), **axis
-        )
-    else:
-        merge = None if rank is None else lora_merge
-        algorithm = minibatched(
-            problem, optimizer, task.dual, task.visit, parts=_updates(options), merge=merge, **axis
-        )
+    axis_name = sharding.AXIS if by_pmap else None
+    algorithm, start, step = algorithm_of(task, options, task.params, axis_name=axis_name)
     # Only what trains is copied: the step does not donate the reference.
     state = algorithm.init(
         jax.tree.map(jnp.copy, start), task.thresholds, multipliers=task.multipliers, copy=False
@@ -263,11 +298,6 @@ def _run(
         like = state, reference
         state, reference = sharding.put(like, sharding.shardings(like, mesh))
         key = sharding.replicate(key, mesh)
-
-    def step(key: Array, state: PrimalDualState, reference: Params, brought: Any) -> Any:
-        batch, *dual_batch = brought
-        key = jax.random.fold_in(key, state.step)
-        return algorithm.step(key, state, reference, task.prepare(batch), *dual_batch)
 
     if by_pmap:
         compiled = sharding.pmap_step(algorithm._replace(step=step))
@@ -315,7 +345,8 @@ def _run(
         trained = jax.tree.map(processes.fetch, state.params)
         if task.adversary is not None:
             trained = trained.params
-        params = trained if rank is None else lora_merge(pretrained.params, trained)
+        low_rank = parse_subset(options.training.train).rank is not None
+        params = lora_merge(pretrained.params, trained) if low_rank else trained
         after = _measure(task, params, options, command, checkpoints)
         floor = None if task.floor is None else task.floor()
         timing["unlearned"] = time.monotonic() - measuring

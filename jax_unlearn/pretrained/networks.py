@@ -27,7 +27,14 @@ from jax_unlearn.pretrained.weights import (
 )
 from jax_unlearn.typing import Params
 
-__all__ = ["Network", "load_network", "read_network", "save_network", "write_network"]
+__all__ = [
+    "Network",
+    "load_network",
+    "read_network",
+    "read_weights",
+    "save_network",
+    "write_network",
+]
 
 
 class Network(NamedTuple):
@@ -126,9 +133,23 @@ def read_network(folder: pathlib.Path, *, dtype: Any = None, variant: str | None
         config = kind.read_config(raw)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    files = weight_files(folder, kind.stem, variant, torch_class=kind.torch_class)
     module = kind.module(config, dtype=None if dtype is None else jnp.dtype(dtype))
-    return Network(module, read_params(kind.param_shapes(config), files), raw)
+    shapes = kind.param_shapes(config)
+    return Network(module, read_weights(folder, shapes, raw, variant=variant), raw)
+
+
+def read_weights(
+    folder: pathlib.Path,
+    shapes: Params,
+    config: Mapping[str, Any],
+    *,
+    variant: str | None = None,
+) -> Params:
+    """The parameters, of these shapes, of the network in a folder with this `config.json`."""
+    kind = _kind(config)
+    return read_params(
+        shapes, weight_files(folder, kind.stem, variant, torch_class=kind.torch_class)
+    )
 
 
 def save_network(

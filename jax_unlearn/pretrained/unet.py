@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
+from jax_unlearn.models import unet_2d, unet_2d_condition
 from jax_unlearn.models.files import read_json, shown
 from jax_unlearn.models.unet_2d import UNet2DConfig, UNet2DModel
 from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionDenoiser
@@ -29,7 +30,7 @@ from jax_unlearn.pretrained.hub import (
     is_hub_name,
     is_plain_name,
 )
-from jax_unlearn.pretrained.networks import read_network, write_network
+from jax_unlearn.pretrained.networks import read_weights, write_network
 from jax_unlearn.pretrained.weights import new_folder, write_json
 from jax_unlearn.schedules import NoiseSchedule, from_diffusers
 from jax_unlearn.sharding import keep_rows
@@ -40,6 +41,7 @@ __all__ = [
     "PretrainedConfig",
     "TEXT_TO_IMAGE",
     "UNet2DDenoiser",
+    "describe_denoiser",
     "load_denoiser",
     "load_pretrained",
     "relabelled",
@@ -256,9 +258,31 @@ def load_denoiser(
     revision: str | None = None,
 ) -> Pretrained:
     """As `load_pretrained`, of a model that was found under the name `source`."""
-    folder, fetch, commit = model
     read_parts = ("unet", "scheduler")
-    check_digests(folder, read_parts)
+    check_digests(model.folder, read_parts)
+    described = describe_denoiser(
+        model, source, scheduler=scheduler, dtype=dtype, remat=remat, revision=revision
+    )
+    only = f".{variant}" if variant else ""
+    stem = f"diffusion_pytorch_model*{only}*.safetensors"
+    model.fetch([f"unet/{stem}", stem])
+    check_digests(model.folder, read_parts)
+    folder = unet_folder(model.folder)
+    params = read_weights(folder, described.params, described.config.unet, variant=variant)
+    return described._replace(params=params)
+
+
+def describe_denoiser(
+    model: FoundModel,
+    source: str,
+    *,
+    scheduler: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    remat: bool = False,
+    revision: str | None = None,
+) -> Pretrained:
+    """As `load_denoiser`, of the json files alone: parameters are `jax.ShapeDtypeStruct`."""
+    folder, _, commit = model
     index = folder / "model_index.json"
     index = read_json(index) if index.is_file() else {}
     _check_pipeline(index, folder)
@@ -284,18 +308,14 @@ def load_denoiser(
     dtype = None if dtype is None else jnp.dtype(dtype)
     id2label, null_label = None, None
     if isinstance(network, UNet2DConditionConfig):
+        shapes = unet_2d_condition.param_shapes(network)
         apply = UNet2DConditionDenoiser(network, dtype, remat)
     else:
         id2label = _read_labels(index, network, folder)
         if id2label is not None and network.num_class_embeds == len(id2label) + 1:
             null_label = len(id2label)
+        shapes = unet_2d.param_shapes(network)
         apply = UNet2DDenoiser(network, null_label, dtype, remat)
-
-    only = f".{variant}" if variant else ""
-    stem = f"diffusion_pytorch_model*{only}*.safetensors"
-    fetch([f"unet/{stem}", stem])
-    check_digests(folder, read_parts)
-    params = read_network(network_folder, variant=variant).params
     config = PretrainedConfig(
         unet,
         read,
@@ -307,7 +327,7 @@ def load_denoiser(
         commit=commit,
         folder=os.fspath(folder),
     )
-    return Pretrained(apply, params, schedule, config)
+    return Pretrained(apply, shapes, schedule, config)
 
 
 def unet_folder(folder: pathlib.Path) -> pathlib.Path:

@@ -20,9 +20,16 @@ import optax
 from jax_unlearn import attacks, likelihoods, losses
 from jax_unlearn.app import data
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.tasks.base import Adversary, batch_rows, controller, estimate, in_batches
+from jax_unlearn.app.tasks.base import (
+    Adversary,
+    Setup,
+    batch_rows,
+    controller,
+    estimate,
+    in_batches,
+    unmeasured,
+)
 from jax_unlearn.app.tasks.concept_evaluation import classifier, draw, log_posterior
-from jax_unlearn.app.tasks.concept_formulations import Setup
 from jax_unlearn.app.tasks.concept_request import ConceptRequest
 from jax_unlearn.app.tasks.conditions import by_vectors
 from jax_unlearn.formulations import denoising_attack, without
@@ -37,6 +44,7 @@ __all__ = [
     "any_condition_setup",
     "point_maker",
     "under_attack",
+    "unmeasured_points",
 ]
 
 # Kept conditions that stand for the rest, and samples of a concept that they are chosen by.
@@ -178,7 +186,7 @@ def point_maker(
                 lambda _, *rows: sample(reference, *rows), key, noise, cond, size=size
             )
 
-        each = max(many_kept // len(request.kept), LEAST_SAMPLES)
+        each = _each(many_kept, len(request.kept))
         laws = list(dict.fromkeys((*request.kept, *(one.base for one in request.separated))))
         of_law = np.repeat(np.asarray(laws, np.int32), each)
         drawn = samples(of_law)
@@ -191,14 +199,13 @@ def point_maker(
                     f"all {each} samples of {request.conditions.names[c]} show what is to be "
                     "forgotten: give another --base, or more --stored-samples."
                 )
-        held = [(c, c) for c in request.kept]
-        held += [(one.cond, one.base) for one in request.separated]
+        held = _held(request)
         chosen = np.concatenate([np.resize(rows[base], each) for _, base in held])
         cond, base = np.repeat(np.asarray(held, np.int32), each, axis=0).T
         of_concepts = []
         for number in range(len(request.concepts)):
-            targets = list(dict.fromkeys(one.targets[number] for one in request.separated))
-            many = max(many_shown // (len(request.concepts) * len(targets)), LEAST_SAMPLES)
+            targets = _targets(request, number)
+            many = _each(many_shown, len(request.concepts) * len(targets))
             images = [samples(np.full(many, target, np.int32)) for target in targets]
             paths = [noised(*one, rng) for one in zip(targets, images, strict=True)]
             x_t, t, epsilon, concept = (
@@ -209,6 +216,46 @@ def point_maker(
         return Points(drawn[chosen], cond, base, *map(np.stack, zip(*of_concepts, strict=True)))
 
     return make
+
+
+def _each(many: int, parts: int) -> int:
+    return max(many // parts, LEAST_SAMPLES)
+
+
+def _held(request: ConceptRequest) -> list[tuple[int, int]]:
+    """Every condition of the run, and what it is held to."""
+    held = [(c, c) for c in request.kept]
+    return held + [(one.cond, one.base) for one in request.separated]
+
+
+def _targets(request: ConceptRequest, number: int) -> list[int]:
+    """The conditions that show a concept."""
+    return list(dict.fromkeys(one.targets[number] for one in request.separated))
+
+
+def unmeasured_points(request: ConceptRequest, options: ConceptOptions) -> Points:
+    """Of the shapes of the stored points: for a step that is only compiled.
+
+    The images of the concepts are noise, since they become constants of the step; the rest takes
+    no memory.
+    """
+    many, shape = options.stored_samples, request.pretrained.config.sample_shape
+    concepts, held = len(request.concepts), _held(request)
+    targets = len(_targets(request, 0))
+    shown = targets * _each(many, concepts * targets)
+    rows = _each(many, len(request.kept))
+    cond, base = np.repeat(np.asarray(held, np.int32), rows, axis=0).T
+    points = unmeasured(concepts, shown * options.target_steps, *shape)
+    return Points(
+        unmeasured(len(cond), *shape),
+        cond,
+        base,
+        np.random.default_rng(0).standard_normal((concepts, shown, *shape), np.float32),
+        points,
+        unmeasured(*points.shape[:2], dtype=np.int32),
+        points,
+        points,
+    )
 
 
 def any_condition_setup(

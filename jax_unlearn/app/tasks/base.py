@@ -22,12 +22,14 @@ from jax_unlearn.typing import Array, ArrayLike, Estimate, Params
 __all__ = [
     "Adversary",
     "Measured",
+    "Setup",
     "Task",
     "batch_rows",
     "controller",
     "estimate",
     "in_batches",
     "spread",
+    "unmeasured",
 ]
 
 BATCH = 64
@@ -68,6 +70,36 @@ class Adversary(NamedTuple):
     loss: AttackLoss
     pool: Any
     optimizer: optax.GradientTransformation
+
+
+class Setup(NamedTuple):
+    """What the algorithm runs.
+
+    Attributes:
+      problem: with its dual domain.
+      dual: optimizer of the multipliers.
+      multipliers: to start from, [m] or a scalar.
+      batch: step -> the batch of the step.
+      formula: what is solved, as the report prints it.
+      notes: what the owner should know.
+      visit: of `minibatched`, with --minibatches.
+      dual_batch: rows of fresh samples that move the multipliers; or None.
+      dual_steps: numbers of steps done at which they do.
+      prepare: from a batch to what the losses take; traced with the step.
+      adversary: who chooses the conditions of the rows to forget.
+    """
+
+    problem: Problem
+    dual: optax.GradientTransformation
+    multipliers: np.ndarray | float
+    batch: Callable[[int], Batch]
+    formula: str
+    notes: tuple[str, ...]
+    visit: Visit | None = None
+    dual_batch: Batch | None = None
+    dual_steps: tuple[int, ...] = ()
+    prepare: Callable[[Batch], Batch] = lambda brought: brought
+    adversary: Adversary | None = None
 
 
 class Task(NamedTuple):
@@ -175,3 +207,8 @@ def spread(count: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
     """`wanted` indices below `count`, every one as often as any other, give or take one."""
     rounds = -(-wanted // count)
     return np.concatenate([rng.permutation(count) for _ in range(rounds)])[:wanted]
+
+
+def unmeasured(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    """Ones of a shape, of which one is stored: what a step is compiled for without measuring."""
+    return np.broadcast_to(np.ones((), dtype), shape)

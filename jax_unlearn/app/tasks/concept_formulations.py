@@ -1,6 +1,5 @@
 """The two problems of concepts, and their batches: conditions alone, or stored samples."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import optax
 from jax_unlearn import duality, likelihoods, losses, multipliers, quantification
 from jax_unlearn.app import data
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.tasks.base import Adversary, batch_rows, controller, in_batches
+from jax_unlearn.app.tasks.base import Setup, batch_rows, controller, in_batches, unmeasured
 from jax_unlearn.app.tasks.concept_evaluation import (
     Judged,
     classifier,
@@ -28,21 +27,21 @@ from jax_unlearn.formulations import (
     reverse_kl,
     sample_trajectories,
 )
-from jax_unlearn.formulations.trajectories import Visit
-from jax_unlearn.problem import Batch, Conditions, Images, NoisyPoints, Problem, Samples
+from jax_unlearn.problem import Batch, Conditions, Images, NoisyPoints, Samples
 from jax_unlearn.typing import Array, Params
 
 __all__ = [
-    "Setup",
     "StoredSamples",
     "condition_batch",
     "floor_of",
     "has_floor",
+    "likelihood_problem",
     "likelihood_setup",
     "point_batch",
     "reverse_kl_setup",
     "sample_batch",
     "stored_samples",
+    "unmeasured_samples",
 ]
 
 # Paths of the reference for the floor of reverse KL, and at least so many of each condition.
@@ -50,36 +49,6 @@ FLOOR_PATHS = 512
 LEAST_PATHS = 8
 # Fewer, of a base or in all, make no floor.
 LEAST_SAMPLES = 4
-
-
-class Setup(NamedTuple):
-    """What the algorithm runs.
-
-    Attributes:
-      problem: with its dual domain.
-      dual: optimizer of the multipliers.
-      multipliers: to start from, [m] or a scalar.
-      batch: step -> the batch of the step.
-      formula: what is solved, as the report prints it.
-      notes: what the owner should know.
-      visit: of `minibatched`, with --minibatches.
-      dual_batch: rows of fresh samples that move the multipliers; or None.
-      dual_steps: numbers of steps done at which they do.
-      prepare: from a batch to what the losses take; traced with the step.
-      adversary: who chooses the conditions of the rows to forget.
-    """
-
-    problem: Problem
-    dual: optax.GradientTransformation
-    multipliers: np.ndarray | float
-    batch: Callable[[int], Batch]
-    formula: str
-    notes: tuple[str, ...]
-    visit: Visit | None = None
-    dual_batch: Batch | None = None
-    dual_steps: tuple[int, ...] = ()
-    prepare: Callable[[Batch], Batch] = lambda brought: brought
-    adversary: Adversary | None = None
 
 
 def reverse_kl_setup(
@@ -161,8 +130,7 @@ def stored_samples(request: ConceptRequest, options: ConceptOptions) -> StoredSa
     count, shape = options.stored_samples, request.pretrained.config.sample_shape
     reference = request.pretrained.params
     sample = jax.jit(partial(draw, request, options))
-    cond = np.resize(np.asarray(request.kept, np.int32), count)
-    separated = np.resize(np.arange(len(request.separated)), count)
+    cond, separated = _sampled_under(request, count)
     batched = partial(in_batches, size=batch_rows(shape))
     key = jax.random.key(options.seed + 2)
     noise, other = (
@@ -180,6 +148,34 @@ def stored_samples(request: ConceptRequest, options: ConceptOptions) -> StoredSa
         confusion = quantification.confusion(h, values)
         h = np.asarray(quantification.calibrate(h, confusion))
     return StoredSamples(base, h, values, separated, kept, cond, path, confusion)
+
+
+def _sampled_under(request: ConceptRequest, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the stored samples are drawn under: kept conditions, and places of separated ones."""
+    cond = np.resize(np.asarray(request.kept, np.int32), count)
+    return cond, np.resize(np.arange(len(request.separated)), count)
+
+
+def unmeasured_samples(request: ConceptRequest, options: ConceptOptions) -> StoredSamples:
+    """Of the shapes of `stored_samples`, and of no memory: for a step that is only compiled."""
+    count, shape = options.stored_samples, request.pretrained.config.sample_shape
+    concepts, steps = len(request.concepts), options.target_steps
+    cond, separated = _sampled_under(request, count)
+    # Each shows one concept or none, in turn, and the classifier finds it.
+    shown = np.eye(concepts + 1, dtype=np.float32)[np.arange(count) % (concepts + 1), :concepts]
+    path = confusion = None
+    if steps:
+        points = (count, steps)
+        path = Path(
+            unmeasured(*points, *shape),
+            unmeasured(*points, dtype=np.int32),
+            unmeasured(*points, *shape),
+            unmeasured(*points, concepts),
+            unmeasured(*points, concepts, *shape),
+        )
+        confusion = quantification.confusion(shown, shown)
+    images = unmeasured(count, *shape)
+    return StoredSamples(images, shown, shown, separated, images, cond, path, confusion)
 
 
 def _one_of(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -269,7 +265,6 @@ def likelihood_setup(
     Raises:
       ValueError: for a threshold below what any stored sample has.
     """
-    apply, _, schedule, config = request.pretrained
     groups = _groups(request, stored)
     first = duality.likelihood_multipliers(
         stored.values, thresholds, groups=groups, key=jax.random.key(options.seed)
@@ -280,6 +275,17 @@ def likelihood_setup(
             f"no reweighting of {len(stored.base)} stored samples meets the thresholds "
             f"{', '.join(f'{b:.3g}' for b in thresholds)}: the least they can show are {least}."
         )
+    problem = likelihood_problem(request, options, stored)
+    notes = (_dual_note(request, options, stored, first),)
+    return problem._replace(multipliers=np.asarray(first.multipliers), notes=notes)
+
+
+def likelihood_problem(
+    request: ConceptRequest, options: ConceptOptions, stored: StoredSamples
+) -> Setup:
+    """What `likelihood_setup` sets up, but for the multipliers to start from, which are 0 here."""
+    apply, _, schedule, config = request.pretrained
+    groups = _groups(request, stored)
     if stored.path is None:
         dimensions = int(np.prod(config.sample_shape))
         weights = losses.noise_to_signal_weights(schedule.log_snr, dimensions)
@@ -297,10 +303,10 @@ def likelihood_setup(
     return Setup(
         problem._replace(fresh=fresh_samples(request, options, h)),
         dual if steps else optax.set_to_zero(),
-        np.asarray(first.multipliers),
+        0.0,
         partial(sample_batch if stored.path is None else point_batch, request, options, stored),
         _formula(stored),
-        (_dual_note(request, options, stored, first),),
+        (),
         dual_batch=rows_of(request, request.rows(rows)[0]) if steps else None,
         dual_steps=tuple(sorted(steps)),
     )

@@ -319,11 +319,6 @@ def _start(
 ) -> Params:
     part, rank = parse_subset(options.train)
     keys_train = rank is None and part != "no-cross-attention"
-    if options.start == "edited" and not keys_train:
-        raise ValueError(
-            f"--start edited changes the keys and values of cross-attention, which --train "
-            f"{options.train} does not."
-        )
     if options.start == "reference" or not keys_train:
         return pretrained.params
     apply: Any = pretrained.apply

@@ -29,14 +29,13 @@ from jax_unlearn.app.tasks.any_condition import (
     point_maker,
     under_attack,
 )
-from jax_unlearn.app.tasks.base import Measured, Task, estimate
+from jax_unlearn.app.tasks.base import Measured, Setup, Task, estimate
 from jax_unlearn.app.tasks.concept_evaluation import (
     Measurements,
     evaluator,
     likelihoods_of_samples,
 )
 from jax_unlearn.app.tasks.concept_formulations import (
-    Setup,
     bounded,
     floor_of,
     has_floor,

@@ -10,16 +10,17 @@ from jax_unlearn import multipliers
 from jax_unlearn.app import data, report
 from jax_unlearn.app.options import ImageOptions, parse_threshold
 from jax_unlearn.app.tasks import images
-from jax_unlearn.app.tasks.base import Measured, Task, controller
+from jax_unlearn.app.tasks.base import Measured, Setup, Task, controller
 from jax_unlearn.app.tasks.drawing import CAPTIONS, sample_grids
 from jax_unlearn.app.tasks.evaluation import Evaluation, evaluator, make_weighting
 from jax_unlearn.app.tasks.images import ImageRequest
 from jax_unlearn.formulations import forward_kl
+from jax_unlearn.losses import TimeWeighting
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.problem import Batch
 from jax_unlearn.typing import Estimate
 
-__all__ = ["image_task"]
+__all__ = ["image_setup", "image_task"]
 
 
 def image_task(request: ImageRequest, options: ImageOptions, judge: JudgeFunctions | None) -> Task:
@@ -29,12 +30,7 @@ def image_task(request: ImageRequest, options: ImageOptions, judge: JudgeFunctio
     evaluation = evaluator(request, options, weighting, judge)
     before, calibration = evaluation.measure(pretrained.params)
     thresholds = _thresholds(request, before, calibration)
-    # "And no less": where images are forgotten and not a whole label, a calibrated threshold is
-    # approached from both sides. A label is given to the kept images instead, and its own may
-    # become as unlikely as that makes them.
-    calibrated = all(one.threshold == "calibrated" for one in request.constraints)
-    equal = calibrated and not request.forgotten_labels
-    domain = multipliers.l1_ball if equal else multipliers.capped_simplex
+    setup = image_setup(request, options, weighting, np.asarray(before.constraints.value))
     simple = options.weighting == "simple"
     dimensions = int(np.prod(pretrained.config.sample_shape))
     unit = "mean squared error a dimension" if simple else "nats an image"
@@ -43,31 +39,53 @@ def image_task(request: ImageRequest, options: ImageOptions, judge: JudgeFunctio
         pretrained=pretrained,
         params=pretrained.params,
         names=tuple(constraint.name for constraint in request.constraints),
-        problem=forward_kl(
-            pretrained.apply,
-            pretrained.schedule,
-            weighting,
-            mixing=0.5 if options.estimator == "importance" else None,
-            project=domain(1 - options.max_multiplier),
-            reference_values=jnp.asarray(before.constraints.value, jnp.float32),
-        ),
-        dual=controller(options, np.asarray(before.constraints.value)),
+        problem=setup.problem,
+        dual=setup.dual,
         thresholds=thresholds,
-        multipliers=0.0,
+        multipliers=setup.multipliers,
         reference_values=np.asarray(before.constraints.value),
-        batch=lambda step: images.batch(request, options, step),
-        prepare=_prepare,
+        batch=setup.batch,
+        prepare=setup.prepare,
         before=before,
         measure=lambda params: evaluation.measure(params)[0],
         asked=_asked(request),
         units=(unit, unit),
-        formula="minimise KL(q‖p) subject to KL(qᵢ‖p) ≥ bᵢ: denoising losses of the images, each "
-        "KL up to a constant of the data",
+        formula=setup.formula,
         objective="path KL from the reference model to the unlearned one, on held-out images under "
         "their own labels"
         + (f", divided by {dimensions} dimensions and weighted evenly over time" if simple else ""),
         captions=CAPTIONS | {"nelbo": {"unit": bits}},
         grids=lambda after: _grids(request, evaluation, before, after),
+    )
+
+
+def image_setup(
+    request: ImageRequest, options: ImageOptions, weighting: TimeWeighting, values: np.ndarray
+) -> Setup:
+    """The forward-KL problem of a request; `values` are the reference's of the constraints, [m]."""
+    # "And no less": where images are forgotten and not a whole label, a calibrated threshold is
+    # approached from both sides. A label is given to the kept images instead, and its own may
+    # become as unlikely as that makes them.
+    calibrated = all(one.threshold == "calibrated" for one in request.constraints)
+    equal = calibrated and not request.forgotten_labels
+    domain = multipliers.l1_ball if equal else multipliers.capped_simplex
+    problem = forward_kl(
+        request.pretrained.apply,
+        request.pretrained.schedule,
+        weighting,
+        mixing=0.5 if options.estimator == "importance" else None,
+        project=domain(1 - options.max_multiplier),
+        reference_values=jnp.asarray(values, jnp.float32),
+    )
+    return Setup(
+        problem,
+        controller(options, values),
+        0.0,
+        lambda step: images.batch(request, options, step),
+        "minimise KL(q‖p) subject to KL(qᵢ‖p) ≥ bᵢ: denoising losses of the images, each KL up to "
+        "a constant of the data",
+        (),
+        prepare=_prepare,
     )
 
 
