@@ -12,7 +12,7 @@ The compiler inserts what has to be sent. All processes of a run hold one mesh o
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ __all__ = [
     "device_mesh",
     "jit_step",
     "keep_rows",
+    "mesh_sizes",
     "parse_mesh",
     "pmap_step",
     "put",
@@ -88,7 +89,8 @@ def device_mesh(
       {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes({AXIS: data, "fsdp": fsdp, "tensor": tensor}, dcn_data, len(devices))
+    asked = {AXIS: data, "fsdp": fsdp, "tensor": tensor}
+    sizes = mesh_sizes(len(devices), dcn_data=dcn_data, **asked)
     if dcn_data == 1:
         many = mesh_utils.create_device_mesh(sizes, devices)
     else:
@@ -99,8 +101,20 @@ def device_mesh(
     return Mesh(many, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _sizes(asked: Mapping[str, int], slices: int, count: int) -> tuple[int, ...]:
-    """The sizes of the axes, −1 filled in."""
+def mesh_sizes(
+    count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1, dcn_data: int = 1
+) -> tuple[int, int, int]:
+    """The sizes of a slice's axes where there are `count` devices, −1 filled in.
+
+    Raises:
+      ValueError: as `device_mesh`.
+
+    Example:
+      >>> from jax_unlearn import sharding
+      >>> sharding.mesh_sizes(16, fsdp=4)
+      (4, 4, 1)
+    """
+    asked, slices = {AXIS: data, "fsdp": fsdp, "tensor": tensor}, dcn_data
     text = ", ".join(f"{name}={size}" for name, size in asked.items())
     text = text if slices == 1 else f"dcn_data={slices}, {text}"
     if any(size < 1 and size != -1 for size in asked.values()) or slices < 1:
@@ -113,10 +127,11 @@ def _sizes(asked: Mapping[str, int], slices: int, count: int) -> tuple[int, ...]
         raise ValueError(
             f"a mesh of {text} does not fit the {count} devices: its sizes must multiply to that."
         )
-    return tuple(left if size == -1 else size for size in asked.values())
+    first, second, third = (left if size == -1 else size for size in asked.values())
+    return first, second, third
 
 
-def parse_mesh(text: str) -> dict[str, int]:
+def parse_mesh(text: str) -> dict[str, Any]:
     """The arguments of `device_mesh` from a text such as "data=4,fsdp=2"; {} from none.
 
     `data` takes what is left where the text names neither it nor a −1.
@@ -129,7 +144,7 @@ def parse_mesh(text: str) -> dict[str, int]:
       >>> sharding.parse_mesh("fsdp=2,tensor=2")
       {'fsdp': 2, 'tensor': 2}
     """
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"\s*(dcn_data|data|fsdp|tensor)=(-1|[1-9]\d{0,8})\s*", part)
         if match is None or match[1] in found:

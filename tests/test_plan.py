@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import write_tiny_model
 from pipelines import write_pipeline
 
 from jax_unlearn.app import cli
@@ -212,10 +213,31 @@ def test_the_numbers_of_a_plan_fit_one_another(planned):
     assert made.seconds_per_step == max(made.roofline_seconds.values()) > 0
     assert made.chip_hours == pytest.approx(6 * made.seconds_per_step * 4 / 3600)
     assert made.compile_seconds > 0
-    assert (made.chips, made.mesh, made.rates_timed_here) == (4, "data=4", True)
+    assert (made.chips, made.mesh, made.rates_timed_here) == (4, "data=4,fsdp=1,tensor=1", True)
     shown = table(made)
     for part in ("4 × 1/4 of this CPU", "all-reduce", made.bound_by, "It fits.", "lower bound"):
         assert part in shown
+
+
+@pytest.mark.slow
+def test_parameters_over_chips_take_less_of_each(planned, tiny_images, tmp_path):
+    wide = write_tiny_model(tmp_path / "model", 32)
+    options = dataclasses.replace(of_images(wide, tiny_images), batch_size=64)
+    found = {}
+    for mesh in ("", "fsdp=4"):
+        one = dataclasses.replace(options, mesh=mesh)
+        found[mesh] = plan(PlanOptions("data", "cpu:4"), one, progress=False)
+    whole, split = found.values()
+    assert split.mesh == "data=1,fsdp=4,tensor=1"
+    # What is not split is too small, as the page on devices says.
+    leaves = [leaf.size for leaf in jax.tree.leaves(load_pretrained(wide).params)]
+    least = 4 * 4 * (sum(n for n in leaves if n >= 2048) / 4 + sum(n for n in leaves if n < 2048))
+    over = split.memory["arguments_bytes"] - least
+    assert 0 <= over <= 96 / 4 * (64 + 2 * 4) + 300
+    assert split.memory["arguments_bytes"] < 0.4 * whole.memory["arguments_bytes"]
+    # Parameters are gathered where they are used; else only rows of the batch are moved.
+    gathered = [one.collectives["all-gather"]["bytes"] for one in (whole, split)]
+    assert gathered[0] < 0.1 * 4 * sum(leaves) < gathered[1]
 
 
 @pytest.mark.slow
@@ -247,6 +269,7 @@ def fake(peaks, seconds):
     def compile_in(job):
         chip = Chip("fake", 10e9, 1e12, 1e12, 1e12)._asdict()
         found = {"chip": chip, "chips": job.topology.devices, "arguments": 1e9, "versions": {}}
+        found["mesh"] = {"data": job.topology.devices}
         if job.shapes_only:
             return found
         jobs.append(job)
@@ -269,9 +292,12 @@ def test_changes_are_compiled_where_that_is_cheap_those_that_keep_the_result_fir
         "change": "--batch-size 4 --forget-batch-size 4",
         "peak_bytes": 2_000_000_000,
         "by": "compiled",
-        "tried": ["--remat", "--topology v5e:2x4", "--batch-size 4 --forget-batch-size 4"],
-    }
-    assert len(jobs) == 4
+        "tried": [
+            "--remat", "--mesh fsdp=2", "--mesh fsdp=4", "--topology v5e:2x4",
+            "--batch-size 4 --forget-batch-size 4",
+        ],
+    }  # fmt: skip
+    assert len(jobs) == 6
     compile_in, jobs = fake(lambda remat, n, batch: 9e9 if remat else 11e9, 5)
     made = plan(asked, options, progress=False, compile_in=compile_in)
     assert made.suggestion["change"] == "--remat"
@@ -301,7 +327,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(bare):
     def compile_in(job):
         memory = {"arguments": 1, "temporaries": 2, "outputs": 0, "constants": 0, "peak": 3}
         chip = CHIPS["v5e"]._asdict()
-        found = {"chip": chip, "chips": 4, "arguments": 1e99, "versions": {}}
+        found = {"chip": chip, "chips": 4, "arguments": 1e99, "versions": {}, "mesh": {"data": 4}}
         return found | {"memory": memory, "compile_seconds": 1.0}
 
     made = plan(PlanOptions("concept", "v5e:2x2"), options, progress=False, compile_in=compile_in)
@@ -330,8 +356,14 @@ def test_topologies_are_read():
         (["concept", "--topology", "v5e:3x3"], "v5e comes as 2x2"),
         (["concept", "--topology", "cpu:0"], "cpu:8"),
         (["concept", "--topology"], "needs a value"),
-        (["concept", "--topology", "v5e:2x2", "--mesh", "data=8"], "fit 4 devices"),
-        (["concept", "--topology", "cpu:4", "--mesh", "fsdp=4"], "data=4"),
+        (
+            ["concept", "--forget", "dog", "--topology", "v5e:2x2", "--mesh", "data=8"],
+            "fit the 4 devices",
+        ),
+        (
+            ["concept", "--forget", "dog", "--topology", "cpu:4", "--mesh", "fsdp=3"],
+            "fit the 4 devices",
+        ),
         (["concept", "--json", "nowhere/plan.json"], "folder"),
         (["concept", "--chip-memory", "0"], "--chip-memory"),
         (["concept", "--topology", "cpu:8"], "--forget is missing"),

@@ -77,7 +77,7 @@ def test_bytes_are_those_that_are_read_and_written():
 
 
 def test_collectives_are_counted_with_their_loops():
-    mesh = sharding.data_mesh()
+    mesh = sharding.device_mesh()
     split = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -98,7 +98,7 @@ def test_collectives_are_counted_with_their_loops():
 
 
 def test_gathered_bytes_are_those_of_the_whole():
-    mesh = sharding.data_mesh()
+    mesh = sharding.device_mesh()
     split = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
     found = cost(lambda x: x + 1, shape(16, 40), in_shardings=split, out_shardings=whole)
@@ -155,7 +155,7 @@ def test_what_is_no_program_is_refused():
 
 
 def test_counts_are_of_one_chip():
-    mesh = sharding.data_mesh()
+    mesh = sharding.device_mesh()
     split = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
     product = lambda x, y: x @ y  # noqa: E731

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["CHIPS", "Chip", "Topology", "check_mesh", "gpu_of", "larger", "parse_topology"]
+__all__ = ["CHIPS", "Chip", "Topology", "gpu_of", "larger", "parse_topology"]
 
 _GIB = 2**30
 
@@ -117,18 +117,6 @@ def larger(topology: Topology) -> Sequence[Topology]:
 def gpu_of(device_kind: str) -> Chip | None:
     """The figures of a GPU by JAX's name for it, or None."""
     return next((chip for part, chip in _GPUS.items() if part in device_kind), None)
-
-
-def check_mesh(text: str, devices: int) -> None:
-    """Refuses a mesh that is not all devices on one axis of data; "" is that.
-
-    Raises:
-      ValueError: naming the mesh and the number of devices.
-    """
-    if text not in ("", "data=-1", f"data={devices}"):
-        raise ValueError(
-            f"--mesh {text!r} does not fit {devices} devices: expected data={devices}."
-        )
 
 
 def _devices(kind: str, shape: str) -> int:

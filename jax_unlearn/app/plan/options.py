@@ -23,8 +23,6 @@ class PlanOptions:
     topology: str = "local"
     """What it is to run on: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1 and their other
     shapes, cpu:8 (so many devices of this machine), gpu, or local: whatever JAX finds here."""
-    mesh: str = ""
-    """Axes of the devices, such as data=16; default all on data."""
     chip_memory: float | None = None
     """GB a chip, in place of what is known of it."""
     json: pathlib.Path | None = None
@@ -36,11 +34,9 @@ class PlanOptions:
         Raises:
           ValueError: naming the option.
         """
-        from jax_unlearn.app.plan.chips import check_mesh, parse_topology
+        from jax_unlearn.app.plan.chips import parse_topology
 
-        devices = parse_topology(self.topology).devices
-        if devices is not None:
-            check_mesh(self.mesh, devices)
+        parse_topology(self.topology)
         if self.chip_memory is not None and not 0 < self.chip_memory < 1e6:
             raise ValueError(
                 f"--chip-memory must be GB, above 0 and below a million, not {self.chip_memory}."

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from jax_unlearn import sharding
 from jax_unlearn.app.files import replace_file
 from jax_unlearn.app.options import ModelOptions
 from jax_unlearn.app.plan.chips import Chip, Topology, larger, parse_topology
@@ -138,7 +139,9 @@ def plan(
       NotPlanned: if the process that compiles dies.
     """
     compiled = compile_in or (lambda job: _in_child(job, progress))
-    job = Job(options, parse_topology(asked.topology), asked.mesh)
+    job = Job(options, parse_topology(asked.topology))
+    if job.topology.devices is not None:
+        sharding.mesh_sizes(job.topology.devices, **sharding.parse_mesh(options.mesh))
     found = compiled(job)
     made = _plan(asked, job, found)
     if not made.memory["fits"]:
@@ -158,7 +161,7 @@ def _plan(asked: PlanOptions, job: Job, found: dict[str, Any]) -> Plan:
     return Plan(
         command=asked.command,
         topology=asked.topology,
-        mesh=asked.mesh or f"data={chips}",
+        mesh=",".join(f"{name}={size}" for name, size in found["mesh"].items()),
         chip=chip.name,
         chips=chips,
         memory={
@@ -198,9 +201,18 @@ def _changes(job: Job, chips: int) -> Iterator[tuple[str, Job]]:
     if not options.remat:
         yield "--remat", job._replace(options=dataclasses.replace(options, remat=True))
     rows = options.batch_size, options.forget_batch_size
+    if not options.mesh:
+        # Parameters over as few chips as will do: what is sent grows with them.
+        for fsdp in (2**power for power in range(1, chips.bit_length())):
+            if chips % fsdp == 0:
+                mesh = f"fsdp={fsdp}"
+                yield (
+                    f"--mesh {mesh}",
+                    job._replace(options=dataclasses.replace(options, mesh=mesh)),
+                )
     for topology in larger(job.topology):
         if not any(size % (topology.devices or 1) for size in rows):
-            yield f"--topology {topology.text}", job._replace(topology=topology, mesh="")
+            yield f"--topology {topology.text}", job._replace(topology=topology)
     smaller = options
     while all(size % (2 * chips) == 0 for size in (smaller.batch_size, smaller.forget_batch_size)):
         smaller = dataclasses.replace(

@@ -17,7 +17,7 @@ import time
 from typing import Any, NamedTuple
 
 from jax_unlearn.app.options import ModelOptions
-from jax_unlearn.app.plan.chips import CHIPS, Chip, Topology, check_mesh, gpu_of
+from jax_unlearn.app.plan.chips import CHIPS, Chip, Topology, gpu_of
 
 __all__ = ["Job", "compile_job", "main"]
 
@@ -30,13 +30,11 @@ class Job(NamedTuple):
     Attributes:
       options: of the planned command.
       topology: the devices.
-      mesh: their axes, as text.
       shapes_only: only add the arguments up; nothing is compiled.
     """
 
     options: ModelOptions
     topology: Topology
-    mesh: str = ""
     shapes_only: bool = False
 
 
@@ -50,22 +48,25 @@ def compile_job(job: Job) -> dict[str, Any]:
 
     jax.config.update("jax_enable_compilation_cache", False)
     devices, chip = _devices(job.topology)
-    check_mesh(job.mesh, len(devices))
 
     from jax_unlearn import sharding
     from jax_unlearn.app.plan.hlo import cost_of
     from jax_unlearn.app.plan.without_weights import step_of
 
-    step = step_of(job.options, len(devices))
-    mesh = sharding.data_mesh(devices)
+    mesh = sharding.device_mesh(**sharding.parse_mesh(job.options.mesh), devices=devices)
+    ways = sharding.batch_ways(mesh)
+    step = step_of(job.options, ways)
     key, state, reference, brought = step.arguments
-    arguments = _bytes((key, state, reference)) + _bytes(brought) / len(devices)
+    like = state, reference
+    parts_of = jax.tree.map(_part, like, sharding.shardings(like, mesh))
+    arguments = _bytes((key, parts_of)) + _bytes(brought) / ways
     names = ("jax", "libtpu") if job.topology.is_tpu else ("jax",)
     versions = {name: importlib.metadata.version(name) for name in names}
     found: dict[str, Any] = {"chip": chip._asdict(), "chips": len(devices), "versions": versions}
+    found["mesh"] = dict(mesh.shape)
     if job.shapes_only:
         return found | {"arguments": arguments}
-    traced = sharding.jit_step(step.function, mesh).trace(*step.arguments)
+    traced = sharding.jit_step(step.function, mesh, like=like).trace(*step.arguments)
     constants = sum(getattr(one, "nbytes", 0) for one in traced.jaxpr.consts)
     lowered = traced.lower()
     started = time.monotonic()
@@ -170,6 +171,13 @@ def _timed() -> tuple[float, float]:
         return min(seconds)
 
     return 2 * side**3 / best(product, square), 8 * length / best(copy, long)
+
+
+def _part(leaf: Any, sharding: Any) -> Any:
+    """The shape of what one device has of an array."""
+    import jax
+
+    return jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
 
 
 def _bytes(tree: Any) -> float:
