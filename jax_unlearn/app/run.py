@@ -24,7 +24,14 @@ from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions
 from jax_unlearn.app.rows import RowLog, rows_digest
 from jax_unlearn.app.run_file import save_run
 from jax_unlearn.app.stopping import Interrupted, StopSignals, stop_signals
-from jax_unlearn.app.tasks import concept_request, concepts, image_task, images
+from jax_unlearn.app.tasks import (
+    concept_methods,
+    concept_request,
+    concepts,
+    image_methods,
+    image_task,
+    images,
+)
 from jax_unlearn.app.tasks.base import Measured, Task
 from jax_unlearn.app.tensorboard import event_log
 from jax_unlearn.app.terminal import say
@@ -45,7 +52,15 @@ from jax_unlearn.pretrained.subsets import (
 from jax_unlearn.primal_dual import PrimalDualState, certificate, primal_dual
 from jax_unlearn.typing import Array, Estimate, Params
 
-__all__ = ["NotFinite", "Result", "check_batches", "dual_schedule", "learning_rate", "run"]
+__all__ = [
+    "NotFinite",
+    "Result",
+    "check_batches",
+    "check_method",
+    "dual_schedule",
+    "learning_rate",
+    "run",
+]
 
 _TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
     images.ImageRequest: image_task.image_task,
@@ -79,6 +94,22 @@ def check_batches(
         sizes = [len(leaf) for leaf in parts]
     for size in sizes:
         sharding.check_rows(size, jax.device_count())
+
+
+def check_method(
+    request: images.ImageRequest | concept_request.ConceptRequest, options: RunOptions
+) -> None:
+    """Refuses a --method that this model or these images do not have what it takes for.
+
+    Raises:
+      ValueError: naming what is missing.
+    """
+    if isinstance(request, images.ImageRequest):
+        assert isinstance(options, ImageOptions)
+        image_methods.check_images(request, options)
+    else:
+        assert isinstance(options, ConceptOptions)
+        concept_methods.check_concepts(request, options)
 
 
 def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[str, Any]:
@@ -147,7 +178,9 @@ def _advice(options: RunOptions, command: str) -> str:
     """What may help a run whose losses became infinite: only what its command has and uses."""
     knobs = "--learning-rate"
     another = ""
-    if not isinstance(options, ConceptOptions):
+    if getattr(options, "method", "constrained") != "constrained":
+        another = "; or start anew with another --strength"
+    elif not isinstance(options, ConceptOptions):
         knobs += " or --max-multiplier"
     elif options.formulation == "likelihood":
         another = ", or a larger --threshold"
@@ -213,7 +246,11 @@ def _run(
     timing = {"reference": time.monotonic() - started}
     optimizer = optax.adam(learning_rate(options), b1=0.9, b2=0.99)
     part, rank = parse_subset(options.training.train)
-    problem, start = task.problem, task.params
+    problem, start, reference = task.problem, task.params, pretrained.params
+    if task.baseline is not None:
+        problem, optimizer = task.baseline.problem, task.baseline.optimizer(optimizer)
+        if task.baseline.reference is not None:
+            reference = task.baseline.reference
     if rank is not None:
         problem = lora_problem(problem)
         start = lora_init(start, jax.random.key(options.seed), rank=rank, part=part)
@@ -237,7 +274,7 @@ def _run(
         jax.tree.map(jnp.copy, start), task.thresholds, multipliers=task.multipliers, copy=False
     )
     # A step's key follows from the seed and the state's own count: nothing more to save.
-    key, reference = jax.random.key(options.seed), pretrained.params
+    key = jax.random.key(options.seed)
     mesh = sharding.data_mesh() if jax.device_count() > 1 else None
     if mesh is not None:
         state, key, reference = sharding.replicate((state, key, reference), mesh)
@@ -303,7 +340,8 @@ def _run(
             floor=None if floor is None else Estimate(floor.value, floor.stderr),
         )
         rows = report.read_rows(out / "metrics.jsonl")
-        mean_multipliers = np.mean([row["multipliers"] for row in rows], axis=0)
+        every = [row["multipliers"] for row in rows] or [np.asarray(state.multipliers)]
+        mean_multipliers = np.mean(every, axis=0)
         timing["all"] = elapsed + time.monotonic() - started
         found = outcome.describe(
             task, options, command, after, certified, floor, mean_multipliers, timing
