@@ -120,7 +120,8 @@ def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[s
         "step": step,
         "objective": float(info.objective),
         "values": plain(info.values),
-        "violations": plain(info.violations),
+        # Of a constraint without a row in the batch nothing is known.
+        "violations": plain(np.where(np.isnan(info.values), np.nan, info.violations)),
         "multipliers": plain(info.multipliers),
         "thresholds": plain(thresholds),
         "gradient_norm": float(info.gradient_norm),
@@ -520,9 +521,10 @@ def _train(
                 if many.size <= 4
                 else f"{many.min():.2f}…{many.max():.2f}"
             )
-            bar.set_postfix_str(
-                f"objective {float(info.objective):.4g}, violation {worst:+.3g}, λ {shown}"
-            )
+            said = f"objective {float(info.objective):.4g}, violation {worst:+.3g}, λ {shown}"
+            if np.isnan(info.values).all():  # A baseline sees no constraint.
+                said = f"loss {float(info.objective):.4g}"
+            bar.set_postfix_str(said)
             bar.update()
             if after_step is not None:
                 after_step(number)
