@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["CONSTRAINED", "METHODS", "Method", "about", "check", "strength_of"]
+__all__ = ["CONSTRAINED", "METHODS", "SAMPLED", "Method", "about", "check", "strength_of"]
 
 CONSTRAINED = "constrained"
 """The method that is not a baseline."""
+
+SAMPLED = ("concept-ablation", "neg-grad", "selective-amnesia")
+"""Those that, on conditions, train on stored samples of the reference."""
 
 
 class Method(NamedTuple):

@@ -1,7 +1,9 @@
 """The baselines of --method: batches, losses and gradients against torch, and what is refused."""
 
 import dataclasses
+import pathlib
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -450,3 +452,26 @@ def test_models_without_a_null_label_are_refused_by_esd(tiny_model):
     bare = request._replace(conditions=request.conditions._replace(null=None))
     with pytest.raises(ValueError, match="which the model does not have"):
         concept_methods.check_concepts(bare, options)
+
+
+def test_the_page_of_methods_is_that_of_the_table():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "methods.md"
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").replace("\\|", "¦").split("|")]
+        for line in page.read_text("utf-8").splitlines()
+        if line.startswith("| `") and line.count("|") > 6
+    ]
+    shown = {row[0].strip("`"): row[1:] for row in rows}
+    assert shown.keys() == methods.METHODS.keys()
+    choices = {
+        command: typing.get_args(typing.get_type_hints(kind)["method"])
+        for command, kind in (("data", DataOptions), ("concept", ConceptOptions))
+    }
+    assert {*choices["data"], *choices["concept"]} == {*methods.METHODS, "constrained"}
+    for name, method in methods.METHODS.items():
+        where, formula, knob, default, source = shown[name]
+        assert where == ", ".join(f"`{one}`" for one in choices if name in choices[one])
+        assert formula.replace("¦", "|").replace("\\", "") == method.formula
+        wanted = f"{method.strength}, {method.meaning}" if method.strength else "none"
+        assert (knob, source) == (wanted, method.source)
+        assert default == ("—" if method.default is None else f"{method.default:g}")

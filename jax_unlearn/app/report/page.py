@@ -219,10 +219,10 @@ def verdict(report: Mapping[str, Any]) -> str:
     gap = f"{'missed by' if slack < 0 else 'slack'} {number(abs(slack))}"
     value = f"{number(value, worst['stderr'])}{unit}"
     sentence = f"{head}; {subject} at {value} ({threshold}, {gap}{multiplier})."
-    if method := method_of(report):
-        sentence += f" It was trained by {method}."
     if _unresolved(worst):
         sentence += " That is within two standard errors of the threshold, too close to call."
+    if method := method_of(report):
+        sentence += f" The model was trained by {method}."
     return sentence
 
 
