@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_unlearn.app import cli, identity, report, verify
+from jax_unlearn.app import cli, report, verify
 from jax_unlearn.app import run as running
 from jax_unlearn.app.options import ConceptOptions, DataOptions
 from jax_unlearn.app.tasks import concept_methods, concept_request, image_task, images
@@ -21,15 +21,17 @@ SHARED = {
 CONCEPT = SHARED | {
     "forget": ("dog",), "evaluation_images": 8, "chain_steps": 2, "stored_samples": 16,
 }  # fmt: skip
-CONCEPTS = ("concept-ablation", "neg-grad", "adv-unlearn", "selective-amnesia", "equal-weights")
-IMAGES = (
-    "naive-deletion", "neg-grad", "siss", "siss-no-is", "erase-diff", "selective-amnesia",
-    "equal-weights",
+CONCEPTS = (
+    "esd", "concept-ablation", "neg-grad", "adv-unlearn", "selective-amnesia", "equal-weights",
 )  # fmt: skip
-
-
-def slow(methods):
-    return [pytest.param(one, marks=pytest.mark.slow) for one in methods]
+IMAGES = (
+    "naive-deletion", "neg-grad", "siss", "siss-no-is", "erase-diff", "saliency",
+    "selective-amnesia", "equal-weights",
+)  # fmt: skip
+# One of each kind: a loss alone, a mask in the optimizer's state, a reference of its own, and
+# multipliers that are held fixed.
+RESUMED = {("concept", "esd"), ("data", "saliency"), ("data", "selective-amnesia"),
+           ("concept", "equal-weights")}  # fmt: skip
 
 
 def concept_of(model, out, method, **more):
@@ -62,24 +64,25 @@ def rows_of(folder):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def run_twice(asked, command):
-    """A run, and the same one stopped after three steps and resumed from its checkpoint."""
-    request, options = asked("whole")
+def run_once(request, options, command):
     running.check_method(request, options)
-    found = running.run(request, options, command=command, progress=False).report
+    return running.run(request, options, command=command, progress=False).report
+
+
+def check_resume(asked, command, whole):
+    """The same run, stopped after three steps and resumed from its checkpoint of two."""
 
     def stop(step):
         if step == 3:
             raise KeyboardInterrupt
 
-    request, other = asked("stopped")
+    request, options = asked("stopped")
     with pytest.raises(KeyboardInterrupt):
-        running.run(request, other, command=command, progress=False, after_step=stop)
-    assert cli.main([command, "--out", str(other.out), "--resume"]) == 0
-    for ours, theirs in zip(leaves(options.out), leaves(other.out), strict=True):
+        running.run(request, options, command=command, progress=False, after_step=stop)
+    assert cli.main([command, "--out", str(options.out), "--resume"]) == 0
+    for ours, theirs in zip(leaves(options.out), leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert rows_of(options.out) == rows_of(other.out)
-    return found, options
+    assert rows_of(options.out) == rows_of(whole)
 
 
 def check_report(found, options):
@@ -110,12 +113,17 @@ def check_report(found, options):
     assert f"loss of {method['title']}".lower() in page.lower()
 
 
-@pytest.mark.parametrize("method", ["esd", *slow(CONCEPTS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CONCEPTS)
 def test_labels_are_forgotten_by_a_baseline(tiny_model, tmp_path, method):
-    found, options = run_twice(
-        lambda name: concept_of(tiny_model, tmp_path / name, method), "concept"
-    )
+    def asked(name):
+        return concept_of(tiny_model, tmp_path / name, method)
+
+    request, options = asked("whole")
+    found = run_once(request, options, "concept")
     check_report(found, options)
+    if ("concept", method) in RESUMED:
+        check_resume(asked, "concept", options.out)
     assert found["formulation"] == "reverse_kl"
     before = jax.tree.leaves(load_pretrained(tiny_model).params)
     moved = [np.abs(a - b).max() for a, b in zip(leaves(options.out), before, strict=True)]
@@ -123,12 +131,17 @@ def test_labels_are_forgotten_by_a_baseline(tiny_model, tmp_path, method):
     assert 1e-5 < max(moved) < (4.5e-4 if method != "equal-weights" else np.inf)
 
 
-@pytest.mark.parametrize("method", ["saliency", *slow(IMAGES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", IMAGES)
 def test_images_are_forgotten_by_a_baseline(tiny_model, tiny_images, tmp_path, method):
-    found, options = run_twice(
-        lambda name: images_of(tiny_model, tiny_images, tmp_path / name, method), "data"
-    )
+    def asked(name):
+        return images_of(tiny_model, tiny_images, tmp_path / name, method)
+
+    request, options = asked("whole")
+    found = run_once(request, options, "data")
     check_report(found, options)
+    if ("data", method) in RESUMED:
+        check_resume(asked, "data", options.out)
     assert found["formulation"] == "forward_kl"
     before = jax.tree.leaves(load_pretrained(tiny_model).params)
     pairs = list(zip(leaves(options.out), before, strict=True))
@@ -139,6 +152,7 @@ def test_images_are_forgotten_by_a_baseline(tiny_model, tiny_images, tmp_path, m
         assert moved > 0.9
 
 
+@pytest.mark.slow
 def test_equal_weights_of_nothing_leave_the_model_where_it_was(tiny_model, tiny_images, tmp_path):
     """Forward KL to the reference is 0 there, and so is its gradient, without noise."""
     request, options = images_of(
@@ -153,20 +167,15 @@ def test_equal_weights_of_nothing_leave_the_model_where_it_was(tiny_model, tiny_
 
 def test_a_run_is_that_of_its_method_and_strength(tiny_model, tmp_path, capsys):
     request, options = concept_of(tiny_model, tmp_path / "out", "esd", strength=2.0)
-    kept = identity.identify(request, options, "concept").options
+    found = run_once(request, options, "concept")
+    check_report(found, options)
+    assert "ESD, η = 2" in (options.out / "report.html").read_text()
+    kept = found["identity"]["options"]
     assert (kept["method"], kept["strength"]) == ("esd", 2.0)
-
-    def stop(step):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        running.run(request, options, command="concept", progress=False, after_step=stop)
-    for given in (["--strength", "3"], ["--method", "neg-grad"]):
+    for given, was in ((["--strength", "3"], "2.0"), (["--method", "neg-grad"], "esd")):
         for again in ("--resume", "--continue"):
             assert cli.main(["concept", "--out", str(options.out), again, *given]) == 2
-            assert f"{given[0]}: {'2.0' if given[0] == '--strength' else 'esd'}, now" in (
-                capsys.readouterr().err
-            )
+            assert f"{given[0]}: {was}, now {given[1]}" in capsys.readouterr().err
 
 
 PROMPTS = SHARED | {
@@ -225,10 +234,6 @@ def test_uce_takes_no_step_and_with_no_weight_changes_nothing(pipeline, tmp_path
         load_text_to_image(path).pretrained.params for path in (out / "model", pipeline)
     )
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    # Nothing was begun that a resume could go on with: it measures again.
-    before = (out / "model" / "model.sha256").read_bytes()
-    assert cli.main(["concept", "--out", str(out), "--resume"]) == 0
-    assert (out / "model" / "model.sha256").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -265,6 +270,7 @@ def test_a_baseline_is_measured_by_any_formulation(tiny_model, tmp_path, formula
     assert {tuple(row["multipliers"]) for row in rows_of(options.out)} == {(2.0,)}
 
 
+@pytest.mark.slow
 def test_a_baseline_whose_loss_explodes_says_what_may_help(
     tiny_model, tiny_images, tmp_path, monkeypatch
 ):
@@ -275,6 +281,7 @@ def test_a_baseline_whose_loss_explodes_says_what_may_help(
         running.run(request, options, command="data", progress=False)
 
 
-def test_demos_have_no_method(tiny_model, tiny_images, tmp_path):
+@pytest.mark.slow
+def test_runs_of_constraints_have_no_baseline(tiny_model, tiny_images, tmp_path):
     request, options = images_of(tiny_model, tiny_images, tmp_path, "constrained")
     assert image_task.image_task(request, options, None).baseline is None
