@@ -21,12 +21,16 @@ def hidden(seed, prompts, tokens=2, width=8):
     return np.random.default_rng(seed).normal(size=(prompts, tokens, width)).astype(np.float32)
 
 
-def test_each_kernel_is_the_minimiser_of_its_least_squares(params):
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_each_kernel_is_the_minimiser_of_its_least_squares(params, weight):
     sources, targets, kept, ridge = hidden(1, 3), hidden(2, 3), hidden(3, 6), 0.1
-    edited = edit_cross_attention(params, sources=sources, targets=targets, kept=kept, ridge=ridge)
+    edited = edit_cross_attention(
+        params, sources=sources, targets=targets, kept=kept, weight=weight, ridge=ridge
+    )
     c, b, k = (part.reshape(-1, 8).astype(np.float64) for part in (sources, targets, kept))
+    c, b = np.sqrt(weight) * c, np.sqrt(weight) * b
     rho = ridge * (np.square(c).sum() + np.square(k).sum()) / 8
-    # ‖M c − b‖² + ‖M k − k‖² + ρ‖M − I‖², as one system in the rows of Mᵀ.
+    # s‖M c − b‖² + ‖M k − k‖² + ρ‖M − I‖², as one system in the rows of Mᵀ.
     inputs = np.concatenate([c, k, np.sqrt(rho) * np.eye(8)])
     outputs = np.concatenate([b, k, np.sqrt(rho) * np.eye(8)])
     transposed = np.linalg.lstsq(inputs, outputs, rcond=None)[0]
@@ -68,6 +72,7 @@ def test_independent_prompts_are_moved_exactly_and_others_stay(params):
         ({"targets": hidden(2, 2)}, "as many sources"),
         ({"kept": hidden(3, 2, tokens=3)}, "as many sources"),
         ({"ridge": 0.0}, "positive"),
+        ({"weight": -1.0}, "at least 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(params, changes, message):

@@ -432,6 +432,12 @@ NOTHING = {"batch_size": 1, "forget_batch_size": 1, "evaluation_images": 1, "sam
             "--stored-samples 100 with --target-steps 10",
             100 * 4 * 64 * (4 + 3 * 10),
         ),
+        (
+            ConceptOptions,
+            {"method": "neg-grad", "stored_samples": 1000},
+            "--stored-samples 1000",
+            1000 * 4 * 64 * 4,
+        ),
     ],
 )
 def test_what_fits_to_the_byte(kind, changes, flag, size):

@@ -364,6 +364,7 @@ def test_topologies_are_read():
             ["concept", "--forget", "dog", "--topology", "cpu:4", "--mesh", "fsdp=3"],
             "fit the 4 devices",
         ),
+        (["concept", "--forget", "dog", "--method", "esd"], "not of --method esd"),
         (["concept", "--json", "nowhere/plan.json"], "folder"),
         (["concept", "--chip-memory", "0"], "--chip-memory"),
         (["concept", "--topology", "cpu:8"], "--forget is missing"),

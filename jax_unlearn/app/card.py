@@ -17,6 +17,7 @@ from jax_unlearn.app.report.page import (
     certificate_of,
     environment,
     formulation_of,
+    method_of,
     number,
     standing_of,
 )
@@ -114,6 +115,7 @@ def render_card(report: Mapping[str, Any], pictures: Sequence[tuple[str, str, st
         forgotten=[{"images": None, **entry} for entry in asked["forget"][:_MOST]],
         more_forgotten=max(0, len(names) - _MOST),
         formulation=formulation_of(report),
+        method=method_of(report),
         thresholds=asked.get("thresholds") or "none",
         certificate=certificate_of(report),
         use=_USE[kind].format(

@@ -81,8 +81,10 @@ def _parse(command: str, arguments: list[str]) -> Any:
             raise ValueError(f"nothing to resume: {saved} is not there.")
         default = load_run(saved, command, kind)
     if default is None:
-        formulation = _take(list(arguments), "--formulation") if command == "concept" else None
-        default = kind(**_DEFAULTS.get(formulation or "", {}))
+        chosen: dict[str, Any] = {}
+        for flag in ("--formulation", "--method") if command == "concept" else ():
+            chosen |= _DEFAULTS.get(_take(list(arguments), flag) or "", {})
+        default = kind(**chosen)
     # A repeated option starts from nothing, not from its default.
     given: dict[str, Any] = {
         field.name: ()
@@ -232,7 +234,7 @@ def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, A
     """
     from jax_unlearn.app.identity import check_options
     from jax_unlearn.app.memory import check_run
-    from jax_unlearn.app.run import check_batches
+    from jax_unlearn.app.run import check_batches, check_method
 
     check_options(options)
     asked = _jobs(command, options)
@@ -247,6 +249,7 @@ def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, A
             f"{options.out} with --out {jobs[0][2].out}, say."
         )
     for _, request, one, _ in jobs:
+        check_method(request, one)
         check_run(request.pretrained, one)
         check_batches(request, one)
     return jobs
@@ -298,7 +301,8 @@ def _unlearn(command: str, options: "RunOptions") -> int:
     return 0
 
 
-# Of `concept`, where they are not those of reverse KL: steps that do not sample are cheaper.
+# Of `concept`, where they are not those of reverse KL: steps that do not sample are cheaper, and
+# closed forms have none.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "likelihood": {"steps": 300},
     "without": {
@@ -309,6 +313,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "threshold": ("0.1x",),
         "dual_learning_rate": 0.02,
     },
+    "uce": {"steps": 0},
 }
 # What the side-by-side demo gives the formulations that `concept` runs: minutes, not hours. In so
 # few steps reverse KL can keep nine tenths of the base's separation, and not reach an anchor's.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jax_unlearn.app.methods import SAMPLED
 from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions
 from jax_unlearn.models.memory import machine_memory
 from jax_unlearn.pretrained import Pretrained
@@ -149,8 +150,13 @@ def _parts(pretrained: Pretrained, options: RunOptions) -> list[_Part]:
     else:
         # Of each draw its conditions and its value alone.
         parts.append(_Part(f"--evaluation-images {many}", many * 4 * _FLOAT))
+    steps = 0
     if isinstance(options, ConceptOptions) and options.formulation != "reverse-kl":
-        count, steps = options.stored_samples, options.target_steps
+        steps = options.target_steps
+    if isinstance(options, ConceptOptions) and (
+        options.formulation != "reverse-kl" or options.method in SAMPLED
+    ):
+        count = options.stored_samples
         # Noise and samples of bases (or concepts) and of what is kept; of a path x_t, ε and a push
         # (or the concept's ε) at each step.
         size = count * (4 + 3 * steps) * _FLOAT * elements

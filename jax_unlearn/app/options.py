@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from jax_unlearn import sharding
+from jax_unlearn.app import methods
 from jax_unlearn.app.data import fold
 from jax_unlearn.app.push import check_push
 from jax_unlearn.app.tensorboard import check_tensorboard
@@ -184,6 +185,8 @@ def check_numbers(options: Any) -> None:
     for names, allowed, must in _DOMAINS:
         for name in names:
             value = getattr(options, name, None)
+            if name == "steps" and getattr(options, "method", "") == "uce":
+                continue  # A closed form has none.
             if value is not None and not allowed(value):
                 raise ValueError(f"{flag(name)} must {must}, not {shown(str(value))}.")
 
@@ -290,6 +293,9 @@ class ModelOptions(RunOptions):
     judge: pathlib.Path | None = None
     """Models of labels: folder of a classifier (judge.json, judge.safetensors) that names what
     samples show."""
+    strength: float | None = None
+    """The one weight of a --method that is a baseline; what it weighs, and its default, is in the
+    table of methods: docs/methods.md."""
     train: str = "full"
     """What trains: full, cross-attention, cross-attention-kv, no-cross-attention (ESD's esd-x,
     esd-x-strict, esd-u), or lora:RANK, or lora:RANK:SUBSET. Models of labels train in full."""
@@ -310,8 +316,9 @@ class ModelOptions(RunOptions):
         return Training(self.train, self.save, self.link)
 
     def validate(self) -> None:
-        """Checks what trains and what is saved, and every number."""
+        """Checks what trains and what is saved, the method, and every number."""
         super().validate()
+        methods.check(self)
         if parse_subset(self.train).rank is None and self.save == "lora":
             raise ValueError("--save lora needs --train lora:RANK.")
 
@@ -334,6 +341,12 @@ class DataOptions(ImageOptions, ModelOptions):
     text in a .txt file of the same name beside each image, or else no prompt.
     """
 
+    method: Literal[
+        "constrained", "naive-deletion", "neg-grad", "siss", "siss-no-is", "erase-diff",
+        "saliency", "selective-amnesia", "equal-weights",
+    ] = "constrained"  # fmt: skip
+    """"constrained", or a baseline that --strength weighs: it trains by its own loss on the same
+    images, and is measured by the same constraints, which it does not see."""
     forget: tuple[str, ...] = ()
     """Images to forget, each one constraint: a folder, an image, an .npz or an idx file; PATH:LABEL
     gives or selects the label, PATH:CAPTION gives the caption."""
@@ -364,6 +377,12 @@ class ConceptOptions(ModelOptions):
     """
 
     model: str = "embedded"
+    method: Literal[
+        "constrained", "esd", "concept-ablation", "uce", "neg-grad", "adv-unlearn",
+        "selective-amnesia", "equal-weights",
+    ] = "constrained"  # fmt: skip
+    """"constrained", or a baseline that --strength weighs: it trains by its own loss, from the
+    reference, and is measured by the constraints of --formulation, which it does not see."""
     forget: tuple[str, ...] = ()
     """Concepts to forget, each one constraint: labels, by name or number; or for prompts a name, or
     several that mean the same: "sneaker|trainer"."""

@@ -42,6 +42,9 @@ def describe(
       timing: seconds by part; "all" of them, those before a resume included.
     """
     before = task.before
+    method = {} if task.baseline is None else {"method": task.baseline.about}
+    # A baseline's own loss weighs no constraint, so that there is nothing to price it by.
+    weighed = task.baseline is None or task.baseline.about["multipliers"]
     saved, folder = plain_options(options), task.pretrained.config.folder
     metrics: dict[str, Any] = {
         name: task.captions.get(name, {})
@@ -73,6 +76,7 @@ def describe(
         },
         "formulation": task.problem.name,
         "formula": task.formula,
+        **method,
         "objective": {
             **_plain(after.objective),
             "unit": task.units[0],
@@ -88,14 +92,16 @@ def describe(
                 "threshold": float(certified.thresholds[i]),
                 "reference_value": float(task.reference_values[i]),
                 "slack": -float(certified.violations[i]),
-                "multiplier": float(certified.multipliers[i]),
-                "mean_multiplier": float(mean_multipliers[i]),
+                "multiplier": float(certified.multipliers[i]) if weighed else None,
+                "mean_multiplier": float(mean_multipliers[i]) if weighed else None,
                 "satisfied": bool(certified.satisfied[i]),
             }
             for i, name in enumerate(task.names)
         ],
         "feasible": bool(certified.feasible),
-        "complementary_slackness": float(np.abs(certified.complementary_slackness).max()),
+        "complementary_slackness": float(np.abs(certified.complementary_slackness).max())
+        if weighed
+        else None,
         "metrics": metrics,
         "steps": options.steps,
         "seconds": round(timing["all"], 2),

@@ -26,7 +26,14 @@ from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions
 from jax_unlearn.app.rows import RowLog, rows_digest
 from jax_unlearn.app.run_file import save_run
 from jax_unlearn.app.stopping import Interrupted, StopSignals, stop_signals
-from jax_unlearn.app.tasks import concept_request, concepts, image_task, images
+from jax_unlearn.app.tasks import (
+    concept_methods,
+    concept_request,
+    concepts,
+    image_methods,
+    image_task,
+    images,
+)
 from jax_unlearn.app.tasks.base import Measured, Setup, Task
 from jax_unlearn.app.tensorboard import event_log
 from jax_unlearn.app.terminal import say
@@ -52,6 +59,7 @@ __all__ = [
     "Result",
     "algorithm_of",
     "check_batches",
+    "check_method",
     "dual_schedule",
     "learning_rate",
     "run",
@@ -101,6 +109,22 @@ def _mesh(options: RunOptions) -> Mesh:
     return sharding.device_mesh(**sharding.parse_mesh(options.mesh))
 
 
+def check_method(
+    request: images.ImageRequest | concept_request.ConceptRequest, options: RunOptions
+) -> None:
+    """Refuses a --method that this model or these images do not have what it takes for.
+
+    Raises:
+      ValueError: naming what is missing.
+    """
+    if isinstance(request, images.ImageRequest):
+        assert isinstance(options, ImageOptions)
+        image_methods.check_images(request, options)
+    else:
+        assert isinstance(options, ConceptOptions)
+        concept_methods.check_concepts(request, options)
+
+
 def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[str, Any]:
     def plain(values: Any) -> list[float | None]:
         return [float(v) if np.isfinite(v) else None for v in np.asarray(values)]
@@ -109,7 +133,8 @@ def _row(step: int, info: Any, thresholds: np.ndarray, seconds: float) -> dict[s
         "step": step,
         "objective": float(info.objective),
         "values": plain(info.values),
-        "violations": plain(info.violations),
+        # Of a constraint without a row in the batch nothing is known.
+        "violations": plain(np.where(np.isnan(info.values), np.nan, info.violations)),
         "multipliers": plain(info.multipliers),
         "thresholds": plain(thresholds),
         "gradient_norm": float(info.gradient_norm),
@@ -168,7 +193,9 @@ def _advice(options: RunOptions, command: str) -> str:
     """What may help a run whose losses became infinite: only what its command has and uses."""
     knobs = "--learning-rate"
     another = ""
-    if not isinstance(options, ConceptOptions):
+    if getattr(options, "method", "constrained") != "constrained":
+        another = "; or start anew with another --strength"
+    elif not isinstance(options, ConceptOptions):
         knobs += " or --max-multiplier"
     elif options.formulation == "likelihood":
         another = ", or a larger --threshold"
@@ -220,6 +247,8 @@ def algorithm_of(
     optimizer = optax.adam(learning_rate(options), b1=0.9, b2=0.99)
     part, rank = parse_subset(options.training.train)
     problem, start = task.problem, params
+    if task.baseline is not None:
+        problem, optimizer = task.baseline.problem, task.baseline.optimizer(optimizer)
     if rank is not None:
         problem = lora_problem(problem)
         start = lora_init(start, jax.random.key(options.seed), rank=rank, part=part)
@@ -287,12 +316,15 @@ def _run(
     by_pmap = options.parallel == "pmap" and jax.device_count() > 1
     axis_name = sharding.AXIS if by_pmap else None
     algorithm, start, step = algorithm_of(task, options, task.params, axis_name=axis_name)
+    reference = pretrained.params
+    if task.baseline is not None and task.baseline.reference is not None:
+        reference = task.baseline.reference
     # Only what trains is copied: the step does not donate the reference.
     state = algorithm.init(
         jax.tree.map(jnp.copy, start), task.thresholds, multipliers=task.multipliers, copy=False
     )
     # A step's key follows from the seed and the state's own count: nothing more to save.
-    key, reference = jax.random.key(options.seed), pretrained.params
+    key = jax.random.key(options.seed)
     mesh = _mesh(options) if jax.device_count() > 1 and not by_pmap else None
     if mesh is not None:
         like = state, reference
@@ -363,7 +395,8 @@ def _run(
             floor=None if floor is None else Estimate(floor.value, floor.stderr),
         )
         rows = report.read_rows(out / "metrics.jsonl")
-        mean_multipliers = np.mean([row["multipliers"] for row in rows], axis=0)
+        every = [row["multipliers"] for row in rows] or [np.asarray(state.multipliers)]
+        mean_multipliers = np.mean(every, axis=0)
         timing["all"] = elapsed + time.monotonic() - started
         found = outcome.describe(
             task, options, command, after, certified, floor, mean_multipliers, timing
@@ -545,9 +578,10 @@ def _train(
                 if many.size <= 4
                 else f"{many.min():.2f}…{many.max():.2f}"
             )
-            bar.set_postfix_str(
-                f"objective {float(info.objective):.4g}, violation {worst:+.3g}, λ {shown}"
-            )
+            said = f"objective {float(info.objective):.4g}, violation {worst:+.3g}, λ {shown}"
+            if np.isnan(info.values).all():  # A baseline sees no constraint.
+                said = f"loss {float(info.objective):.4g}"
+            bar.set_postfix_str(said)
             bar.update()
             if after_step is not None:
                 after_step(number)

@@ -11,12 +11,14 @@ the weights. The equal-weight Lagrangian is `primal_dual` with `optax.set_to_zer
 NegGrad: Golatkar et al. 2020 (arXiv 1911.04933). SISS: Alberti et al. 2025, Data Unlearning in
 Diffusion Models (2503.01034). EraseDiff: Wu et al. 2025 (2401.05779). ESD: Gandikota et al. 2023
 (2303.07345). SalUn: Fan et al. 2024 (2310.12508). Selective Amnesia: Heng and Soh 2023
-(2305.10120). Concept Ablation: Kumari et al. 2023 (2303.13516).
+(2305.10120). Concept Ablation: Kumari et al. 2023 (2303.13516). AdvUnlearn: Zhang et
+al. 2024 (2405.15234).
 """
 
-from jax_unlearn.baselines.base import train_step
+from jax_unlearn.baselines.base import loss_problem, train_step
 from jax_unlearn.baselines.concepts import (
     Anchored,
+    adv_unlearn,
     concept_ablation,
     esd,
     esd_target,
@@ -37,11 +39,13 @@ __all__ = [
     "Anchored",
     "MaskedState",
     "Remembered",
+    "adv_unlearn",
     "concept_ablation",
     "erase_diff",
     "esd",
     "esd_target",
     "fisher",
+    "loss_problem",
     "masked",
     "naive_deletion",
     "neg_grad",

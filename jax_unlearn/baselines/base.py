@@ -1,16 +1,17 @@
-"""What the baselines share: the kind of a loss, its training step, the mean denoising loss."""
+"""What the baselines share: the kind of a loss, how it is trained, the mean denoising loss."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from jax_unlearn import losses, schedules
-from jax_unlearn.problem import Images
+from jax_unlearn import losses, multipliers, schedules
+from jax_unlearn.problem import Images, Losses, Problem
 from jax_unlearn.typing import Array, Denoiser, Params
 
-__all__ = ["Loss", "mean_loss", "train_step"]
+__all__ = ["Loss", "loss_problem", "mean_loss", "train_step"]
 
 Loss = Callable[[Params, Any, Array, Any], Array]
 
@@ -45,6 +46,51 @@ def train_step(
         return optax.apply_updates(params, updates), opt_state, value
 
     return step
+
+
+def loss_problem(loss: Loss, *, name: str) -> Problem:
+    """min_θ loss(θ) as a `Problem` whose constraints never have a row: what `primal_dual` trains.
+
+    Values are NaN and violations 0, so that multipliers stay where they began, and weigh nothing.
+    With `optax.set_to_zero()` for the multipliers a step is that of `train_step`.
+
+    Args:
+      loss: (params, reference, key, batch) -> scalar.
+      name: as it stands in a report.
+
+    Returns:
+      A Problem for jit. Under pmap its losses raise ValueError: a loss draws the same noise on
+      each device, and may have a gradient that is no mean over rows.
+
+    Example: one step of ½ from 0 towards 1.
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jax_unlearn import baselines, primal_dual
+      >>> loss = lambda x, reference, key, batch: jnp.square(x - batch)
+      >>> problem = baselines.loss_problem(loss, name="nearer")
+      >>> algorithm = primal_dual(problem, optax.sgd(0.25), optax.set_to_zero())
+      >>> state = algorithm.init(jnp.zeros(()), thresholds=[3.0])
+      >>> state, info = algorithm.step(jax.random.key(0), state, None, 1.0)
+      >>> float(state.params), float(info.objective), info.values.tolist()
+      (0.5, 1.0, [nan])
+    """
+
+    def losses_of(
+        params: Params,
+        reference: Any,
+        key: Array,
+        batch: Any,
+        current: Array,
+        /,
+        *,
+        axis_name: str | None = None,
+    ) -> Losses:
+        del current
+        if axis_name is not None:
+            raise ValueError(f"{name} is a loss of whole batches: use jit and a mesh, not pmap.")
+        value = loss(params, reference, key, batch)
+        return Losses(value[None], jnp.zeros(0), jnp.zeros(0, int))
+
+    return Problem(losses_of, 1.0, multipliers.non_negative(), name)
 
 
 def mean_loss(

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax_unlearn import losses, samplers, schedules
 from jax_unlearn.baselines.base import Loss
 from jax_unlearn.formulations import trajectories
-from jax_unlearn.problem import Conditions
+from jax_unlearn.formulations.robust import Adversary
+from jax_unlearn.problem import Batch, Conditions
 from jax_unlearn.typing import Array, ArrayLike, Condition, Denoiser, Params
 
-__all__ = ["Anchored", "concept_ablation", "esd", "esd_target", "partial_sample"]
+__all__ = ["Anchored", "adv_unlearn", "concept_ablation", "esd", "esd_target", "partial_sample"]
 
 
 def partial_sample(
@@ -130,30 +131,128 @@ def esd(
       >>> round(float(loss(theta, theta, jax.random.key(0), rows)), 4)
       4.0
     """
+    states = _guided_states(apply, schedule, shape, guidance, steps)
+    regression = _against_guided(apply, schedule, strength)
 
     def loss(params: Params, reference: Params, key: Array, batch: Conditions) -> Array:
+        x_t, t = states(params, key, batch.cond, batch.base)
+        return regression(params, reference, x_t, t, batch)
+
+    return loss
+
+
+def _guided_states(
+    apply: Denoiser,
+    schedule: schedules.NoiseSchedule,
+    shape: tuple[int, ...],
+    guidance: float,
+    steps: int,
+) -> Callable[[Params, Array, Condition, Condition], tuple[Array, Array]]:
+    """(params, key, cond, null) -> x_t and t of `esd`, a row of each condition."""
+
+    def states(params: Params, key: Array, cond: Condition, null: Condition) -> tuple[Array, Array]:
         count_key, noise_key = jax.random.split(key)
-        keys = losses.example_keys(noise_key, jax.tree.leaves(batch.target)[0].shape[0])
+        keys = losses.example_keys(noise_key, jax.tree.leaves(cond)[0].shape[0])
+        still = jax.lax.stop_gradient(params)
         x_t, time = partial_sample(
-            samplers.guided(
-                apply,
-                jax.lax.stop_gradient(params),
-                batch.cond,
-                unconditional=batch.base,
-                scale=guidance,
-            ),
+            samplers.guided(apply, still, cond, unconditional=null, scale=guidance),
             schedule,
             jax.vmap(lambda key: jax.random.normal(key, shape))(keys),
             steps=steps,
             count=jax.random.randint(count_key, (), 0, steps),
         )
-        t = jnp.full(x_t.shape[:1], time)
-        target = esd_target(apply, reference, batch.target, null=batch.base, strength=strength)
+        return x_t, jnp.full(x_t.shape[:1], time)
+
+    return states
+
+
+def _against_guided(
+    apply: Denoiser, schedule: schedules.NoiseSchedule, strength: float
+) -> Callable[..., Array]:
+    """(params, reference, x_t, t, rows) -> mean ‖ε_θ(x_t, cond) − `esd_target`‖²."""
+
+    def regression(
+        params: Params, reference: Params, x_t: Array, t: Array, rows: Conditions
+    ) -> Array:
+        target = esd_target(apply, reference, rows.target, null=rows.base, strength=strength)
         wanted = losses.predict_epsilon(
             lambda params, x_t, t, cond: target(x_t, t), None, schedule, x_t=x_t, t=t, cond=None
         )
-        ours = losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=batch.cond)
+        ours = losses.predict_epsilon(apply, params, schedule, x_t=x_t, t=t, cond=rows.cond)
         return losses.squared_error(ours, wanted).mean()
+
+    return regression
+
+
+def adv_unlearn(
+    apply: Denoiser,
+    schedule: schedules.NoiseSchedule,
+    adversary: Adversary,
+    *,
+    shape: tuple[int, ...],
+    retention: float = 0.3,
+    strength: float = 1.0,
+    guidance: float = 3.0,
+    steps: int = 50,
+) -> Loss:
+    """AdvUnlearn: ESD's loss at the condition c* of an attack, and γ E‖ε_θ(x_t, k) − ε_q(x_t, k)‖².
+
+    E‖ε_θ(x_t, c*) − (ε_q(x_t, ∅) − η (ε_q(x_t, c) − ε_q(x_t, ∅)))‖²,   c* ≈ argmin over c′ of
+    E‖ε_θ(x_t, c′) − ε_q(x_t, c)‖²,   and k is what is kept. x_t are as in `esd`, of c and of k.
+
+    Published attacks learn words of a prompt, by 30 steps of Adam (Zhang et al. 2024), and train
+    the text encoder. Here conditions themselves are moved, and the denoiser trains.
+
+    Args:
+      apply: the denoiser, of conditions as the adversary gives them.
+      schedule: its noise schedule.
+      adversary: gives c* as `cond` of the rows to forget; `formulations.worst_conditions` with the
+        aim "trajectory" lowers what the published attack does. No gradient goes through it.
+      shape: of one example, without the batch axis.
+      retention: γ.
+      strength: η.
+      guidance: scale of guidance of the partial sampling.
+      steps: of the whole sampler.
+
+    Returns:
+      A loss over a `Batch` of `Conditions`. In `forget`, c is `target` and ∅ is `base`; in `kept`,
+      k is `cond` and ∅ is `target`, where x_t are guided away from it.
+
+    Example: a network that says its condition times θ; the attack doubles c = 1. At θ = 1, where
+      η = 0, the first term is (2 − 0)², and what is kept is 0.5 · (3 − 3)².
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_unlearn import baselines, schedules
+      >>> from jax_unlearn.problem import Batch, Conditions
+      >>> def doubled(params, reference, key, batch):
+      ...     forget = batch.forget
+      ...     return batch._replace(forget=forget._replace(cond=2 * forget.cond))
+      >>> loss = baselines.adv_unlearn(
+      ...     lambda theta, x_t, t, cond: theta * cond, schedules.noise_schedule(), doubled,
+      ...     shape=(1,), retention=0.5, strength=0.0, steps=2,
+      ... )
+      >>> one = jnp.ones((4, 1))
+      >>> batch = Batch(Conditions(3 * one, 3 * one, 0 * one), Conditions(one, 0 * one, one))
+      >>> float(loss(1.0, 1.0, jax.random.key(0), batch))
+      4.0
+      >>> float(loss(1.5, 1.0, jax.random.key(0), batch))  # 3² + 0.5 · 1.5²
+      10.125
+    """
+    states = _guided_states(apply, schedule, shape, guidance, steps)
+    regression = _against_guided(apply, schedule, strength)
+
+    def loss(params: Params, reference: Params, key: Array, batch: Batch) -> Array:
+        attack_key, forget_key, kept_key = jax.random.split(key, 3)
+        still = jax.lax.stop_gradient((params, reference))
+        kept, worst, _ = adversary(*still, attack_key, batch)
+        x_t, t = states(params, forget_key, worst.target, worst.base)
+        forgetting = regression(params, reference, x_t, t, worst)
+        x_t, t = states(params, kept_key, kept.cond, kept.target)
+        ours, theirs = (
+            losses.predict_epsilon(apply, of, schedule, x_t=x_t, t=t, cond=kept.cond)
+            for of in (params, reference)
+        )
+        return forgetting + retention * losses.squared_error(ours, theirs).mean()
 
     return loss
 

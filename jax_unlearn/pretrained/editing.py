@@ -16,6 +16,7 @@ def edit_cross_attention(
     sources: ArrayLike,
     targets: ArrayLike,
     kept: ArrayLike,
+    weight: float = 1.0,
     ridge: float = 1e-3,
 ) -> Params:
     """Makes keys and values of the sources' tokens those of the targets', and keeps the others'.
@@ -23,12 +24,12 @@ def edit_cross_attention(
     Every key and value kernel W_0 of attention to the text becomes W_0 M (acting on hidden states
     as W_0 M h) with
 
-      M = argmin Σ ‖M c − b‖² + Σ ‖M k − k‖² + ρ ‖M − I‖²
-        = I + (Σ (b − c) cᵀ) (Σ c cᵀ + Σ k kᵀ + ρ I)⁻¹
+      M = argmin s Σ ‖M c − b‖² + Σ ‖M k − k‖² + ρ ‖M − I‖²
+        = I + s (Σ (b − c) cᵀ) (s Σ c cᵀ + Σ k kᵀ + ρ I)⁻¹
 
     over pairs (c, b) of a source's and its target's hidden states at the same token, and kept ones
-    k; ρ is `ridge` times the mean eigenvalue of the sums. One M serves all layers, since each
-    kernel's own least squares has the minimiser W_0 M (Gandikota et al. 2024, 2308.14761, with
+    k; ρ is `ridge` times the mean eigenvalue of the weighted sums. One M serves all layers, since
+    each kernel's own least squares has the minimiser W_0 M (Gandikota et al. 2024, 2308.14761, with
     their regulariser on M). It is exact where the sources' hidden states are linearly
     independent of the kept ones', for instance for one prompt in fewer tokens than dimensions;
     SDXL's pooled text is not edited.
@@ -38,11 +39,12 @@ def edit_cross_attention(
       sources: hidden states of prompts to be moved, [n, tokens, width].
       targets: of the prompts that each becomes, of the same shape.
       kept: hidden states of prompts that stay as they are, [k, tokens, width].
+      weight: s ≥ 0, of the sources beside the kept ones; 0 changes nothing.
       ridge: how far M is held to I where the prompts leave it free, > 0.
 
     Raises:
-      ValueError: for shapes that do not fit, a ridge that is not positive, or a network without
-        attention to a text of that width.
+      ValueError: for shapes that do not fit, a negative weight, a ridge that is not positive, or a
+        network without attention to a text of that width.
     """
     sources, targets, kept = (jnp.asarray(part, jnp.float32) for part in (sources, targets, kept))
     width = sources.shape[-1]
@@ -51,9 +53,12 @@ def edit_cross_attention(
             "expected hidden states [n, tokens, width] of as many sources as targets and of kept "
             f"prompts, not {sources.shape}, {targets.shape} and {kept.shape}."
         )
-    if not ridge > 0:
-        raise ValueError(f"ridge must be positive, not {ridge}.")
-    change = _change(*(part.reshape(-1, width) for part in (sources, targets, kept)), ridge)
+    if not ridge > 0 or not weight >= 0:
+        raise ValueError(
+            f"ridge must be positive, not {ridge}, and weight at least 0, not {weight}."
+        )
+    rows = (part.reshape(-1, width) for part in (sources, targets, kept))
+    change = _change(*rows, weight, ridge)
     edited = 0
 
     def edit(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -73,11 +78,11 @@ def edit_cross_attention(
 
 
 @jax.jit
-def _change(sources: Array, targets: Array, kept: Array, ridge: float) -> Array:
+def _change(sources: Array, targets: Array, kept: Array, weight: float, ridge: float) -> Array:
     """M − I."""
     with jax.default_matmul_precision("highest"):
-        moved = (targets - sources).T @ sources
-        sums = sources.T @ sources + kept.T @ kept
+        moved = weight * (targets - sources).T @ sources
+        sums = weight * sources.T @ sources + kept.T @ kept
         damping = ridge * jnp.trace(sums) / len(sums)
         sums = sums + damping * jnp.eye(len(sums))
         return jax.scipy.linalg.solve(sums, moved.T, assume_a="pos").T

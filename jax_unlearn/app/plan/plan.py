@@ -139,6 +139,9 @@ def plan(
       NotPlanned: if the process that compiles dies.
     """
     compiled = compile_in or (lambda job: _in_child(job, progress))
+    method = getattr(options, "method", "constrained")
+    if method != "constrained":
+        raise ValueError(f"plan is of constrained problems, not of --method {method}.")
     job = Job(options, parse_topology(asked.topology))
     if job.topology.devices is not None:
         sharding.mesh_sizes(job.topology.devices, **sharding.parse_mesh(options.mesh))

@@ -108,7 +108,13 @@ def _panel(axes: Axes, label: str) -> None:
 
 
 def draw_curves(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """Constraint values, multipliers and the objective over steps, as a PNG."""
+    """Constraint values, multipliers and the objective over steps, as a PNG.
+
+    Of a baseline, which sees no constraint, its own loss alone.
+    """
+    method = report.get("method")
+    if method is not None and not method["multipliers"]:
+        rows = [{"step": row["step"], "objective": row["objective"]} for row in rows]
     values, thresholds, violations, multipliers, objective = (
         _series(rows, key)
         for key in ("values", "thresholds", "violations", "multipliers", "objective")
@@ -127,7 +133,10 @@ def draw_curves(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         panels.append(("multiplier λ", multipliers))
     if objective is not None:
         unit = report["objective"].get("unit")
-        panels.append((f"objective ({unit})" if unit else "objective", objective))
+        label = f"objective ({unit})" if unit else "objective"
+        if method is not None and not method["multipliers"]:
+            label = f"loss of {method['title']}"
+        panels.append((label, objective))
     if not panels:
         return None
     figure = Figure(figsize=(7.6, 0.5 + 2.05 * len(panels)), dpi=200, layout="constrained")

@@ -109,8 +109,10 @@ def write_report(
         "floor" and "gap" (value, stderr, unit, effective), "constraints" (a list of
         name, value, stderr, unit, threshold, reference_value, slack, multiplier, satisfied),
         "feasible", "complementary_slackness", "steps", "seconds", "timing", "seed", "device",
-        "versions", and optionally "metrics", "identity", "legs" and "files". Numbers that are not
-        finite become null, and their paths are listed under "non_finite".
+        "versions", and optionally "metrics", "identity", "legs", "files" and "method" (of a
+        baseline: title, formula, source, symbol, strength, meaning, and whether it had
+        multipliers; without them multiplier and slackness are null). Numbers that are not finite
+        become null, and their paths are listed under "non_finite".
       rows: what `metrics.jsonl` holds: "step", "objective", and "values", "violations",
         "multipliers", "thresholds" of [m] each; see `read_rows`. May be empty.
       grids: samples before and after, from the same noise. May be empty.

@@ -12,6 +12,7 @@ __all__ = [
     "certificate_of",
     "environment",
     "formulation_of",
+    "method_of",
     "number",
     "render",
     "render_comparison",
@@ -159,6 +160,16 @@ def formulation_of(report: Mapping[str, Any]) -> tuple[str, str]:
     return _FORMULATIONS.get(name, name), report.get("formula", "")
 
 
+def method_of(report: Mapping[str, Any]) -> str:
+    """What trained the model, where its constraints only measured it; else ""."""
+    method = report.get("method")
+    if method is None:
+        return ""
+    if method["strength"] is None:
+        return method["title"]
+    return f"{method['title']}, {method['symbol']} = {number(float(method['strength']))}"
+
+
 def _side(report: Mapping[str, Any]) -> str:
     return "at most" if report["formulation"] in ("likelihood", "without") else "at least"
 
@@ -199,15 +210,19 @@ def verdict(report: Mapping[str, Any]) -> str:
         subject = f"the {'worst' if violated else 'tightest'} is “{worst['name']}”"
     unit = f" {worst['unit']}" if worst.get("unit") else ""
     threshold = f"threshold {_side(report)} {number(worst['threshold'])}"
-    multiplier = f"multiplier {number(worst['multiplier'])}"
+    multiplier = f", multiplier {number(worst['multiplier'])}"
+    if worst["multiplier"] is None:  # of a baseline
+        multiplier = ""
     value, slack = worst["value"], worst["slack"]
     if value is None or slack is None or not (math.isfinite(value) and math.isfinite(slack)):
-        return f"{head}; {subject} at no finite value ({threshold}{unit}, {multiplier})."
+        return f"{head}; {subject} at no finite value ({threshold}{unit}{multiplier})."
     gap = f"{'missed by' if slack < 0 else 'slack'} {number(abs(slack))}"
     value = f"{number(value, worst['stderr'])}{unit}"
-    sentence = f"{head}; {subject} at {value} ({threshold}, {gap}, {multiplier})."
+    sentence = f"{head}; {subject} at {value} ({threshold}, {gap}{multiplier})."
     if _unresolved(worst):
         sentence += " That is within two standard errors of the threshold, too close to call."
+    if method := method_of(report):
+        sentence += f" The model was trained by {method}."
     return sentence
 
 
@@ -320,6 +335,7 @@ def render(
             verdict=verdict(report),
             state=standing_of(report),
             formulation=formulation_of(report),
+            method=method_of(report),
             enough=_ENOUGH,
             certificate=certificate_of(report),
             tables=_metric_tables(report),

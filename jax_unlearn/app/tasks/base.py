@@ -21,6 +21,7 @@ from jax_unlearn.typing import Array, ArrayLike, Estimate, Params
 
 __all__ = [
     "Adversary",
+    "Baseline",
     "Measured",
     "Setup",
     "Task",
@@ -72,6 +73,24 @@ class Adversary(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
+class Baseline(NamedTuple):
+    """A method that trains in the place of the constrained problem, which still measures.
+
+    Attributes:
+      about: what the report says of it.
+      problem: what trains.
+      reference: what its losses take for the reference; None is the reference's parameters.
+      optimizer: makes its own of the run's.
+    """
+
+    about: dict[str, Any]
+    problem: Problem
+    reference: Any = None
+    optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = (
+        lambda optimizer: optimizer
+    )
+
+
 class Setup(NamedTuple):
     """What the algorithm runs.
 
@@ -87,6 +106,7 @@ class Setup(NamedTuple):
       dual_steps: numbers of steps done at which they do.
       prepare: from a batch to what the losses take; traced with the step.
       adversary: who chooses the conditions of the rows to forget.
+      baseline: what trains instead of `problem`.
     """
 
     problem: Problem
@@ -100,6 +120,7 @@ class Setup(NamedTuple):
     dual_steps: tuple[int, ...] = ()
     prepare: Callable[[Batch], Batch] = lambda brought: brought
     adversary: Adversary | None = None
+    baseline: Baseline | None = None
 
 
 class Task(NamedTuple):
@@ -130,6 +151,7 @@ class Task(NamedTuple):
       dual_batch: rows of fresh samples that move the multipliers; None where batches do.
       dual_steps: numbers of steps done at which they do.
       adversary: who chooses the conditions of the rows to forget; None where batches name them.
+      baseline: what trains instead of `problem`; None where that does.
     """
 
     pretrained: Pretrained
@@ -155,6 +177,7 @@ class Task(NamedTuple):
     dual_batch: Batch | None = None
     dual_steps: tuple[int, ...] = ()
     adversary: Adversary | None = None
+    baseline: Baseline | None = None
 
 
 def controller(options: RunOptions, sizes: np.ndarray) -> optax.GradientTransformation:

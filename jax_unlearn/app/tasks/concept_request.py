@@ -26,6 +26,7 @@ from jax_unlearn.typing import Params
 __all__ = [
     "ConceptRequest",
     "Separation",
+    "edited",
     "make_prompt_request",
     "make_request",
     "prompt_lines",
@@ -321,6 +322,23 @@ def _start(
     keys_train = rank is None and part != "no-cross-attention"
     if options.start == "reference" or not keys_train:
         return pretrained.params
+    return edited(pretrained, separated, kept)
+
+
+def edited(
+    pretrained: Pretrained,
+    separated: Sequence[Separation],
+    kept: Sequence[int],
+    weight: float = 1.0,
+) -> Params:
+    """The reference's parameters, of which cross-attention reads conditions as their bases.
+
+    Args:
+      pretrained: a model of prompts, by number.
+      separated: what is read as its base, where that is another.
+      kept: what is read as before.
+      weight: as in `edit_cross_attention`.
+    """
     apply: Any = pretrained.apply
     hidden = apply.table
     if isinstance(hidden, dict):
@@ -331,6 +349,7 @@ def _start(
         sources=hidden[np.array([one.cond for one in moved])],
         targets=hidden[np.array([one.base for one in moved])],
         kept=hidden[np.array(kept)],
+        weight=weight,
     )
 
 

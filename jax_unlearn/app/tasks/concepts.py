@@ -43,6 +43,7 @@ from jax_unlearn.app.tasks.concept_formulations import (
     reverse_kl_setup,
     stored_samples,
 )
+from jax_unlearn.app.tasks.concept_methods import concept_method
 from jax_unlearn.app.tasks.concept_request import ConceptRequest
 from jax_unlearn.app.tasks.drawing import CAPTIONS, drawing, sample_grids
 from jax_unlearn.models.judge import JudgeFunctions
@@ -241,7 +242,7 @@ def concept_task(
     distances = {}
     if before.samples is not None:
         distances = _distances(request, options, kind.reference.measurements)
-    return Task(
+    task = Task(
         pretrained=pretrained,
         params=request.start,
         names=request.concepts,
@@ -295,6 +296,7 @@ def concept_task(
         dual_steps=setup.dual_steps,
         adversary=setup.adversary,
     )
+    return concept_method(task, request, options)
 
 
 def _distances(

@@ -13,6 +13,7 @@ from jax_unlearn.app.tasks import images
 from jax_unlearn.app.tasks.base import Measured, Setup, Task, controller
 from jax_unlearn.app.tasks.drawing import CAPTIONS, sample_grids
 from jax_unlearn.app.tasks.evaluation import Evaluation, evaluator, make_weighting
+from jax_unlearn.app.tasks.image_methods import image_method
 from jax_unlearn.app.tasks.images import ImageRequest
 from jax_unlearn.formulations import forward_kl
 from jax_unlearn.losses import TimeWeighting
@@ -35,7 +36,7 @@ def image_task(request: ImageRequest, options: ImageOptions, judge: JudgeFunctio
     dimensions = int(np.prod(pretrained.config.sample_shape))
     unit = "mean squared error a dimension" if simple else "nats an image"
     bits = "bits/dim" if request.captions is None else "bits/dim of the latents' density"
-    return Task(
+    task = Task(
         pretrained=pretrained,
         params=pretrained.params,
         names=tuple(constraint.name for constraint in request.constraints),
@@ -57,6 +58,7 @@ def image_task(request: ImageRequest, options: ImageOptions, judge: JudgeFunctio
         captions=CAPTIONS | {"nelbo": {"unit": bits}},
         grids=lambda after: _grids(request, evaluation, before, after),
     )
+    return image_method(task, request, options, weighting)
 
 
 def image_setup(

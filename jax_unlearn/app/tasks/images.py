@@ -22,6 +22,7 @@ __all__ = [
     "Constraint",
     "ImageRequest",
     "batch",
+    "forgotten_rows",
     "from_captioned",
     "from_embedded",
     "from_paths",
@@ -356,8 +357,24 @@ def batch(request: ImageRequest, options: ImageOptions, step: int) -> Batch:
     if based < options.batch_size:
         share = 0.0 if based else options.null_share
         kept = Images(chosen.stored[based:], cond(under_null(labels, null, share, rng)))
+    forget, constraint = forgotten_rows(request, options, step)
+    return Batch(
+        kept,
+        Images(
+            forget.stored,
+            cond(under_null(forget.labels, null, options.null_share, rng)),
+            constraint,
+        ),
+        base,
+    )
+
+
+def forgotten_rows(
+    request: ImageRequest, options: ImageOptions, step: int
+) -> tuple[data.Images, np.ndarray]:
+    """The images to forget of a step, and the constraint of each, int32 [n]."""
     constraint, image = data.balanced_indices(
-        seed=seed,
+        seed=options.seed,
         step=step,
         size=options.forget_batch_size,
         counts=[len(one.indices) for one in request.constraints],
@@ -365,13 +382,4 @@ def batch(request: ImageRequest, options: ImageOptions, step: int) -> Batch:
     index = np.array(
         [request.constraints[c].indices[i] for c, i in zip(constraint, image, strict=True)]
     )
-    forget = data.take(request.forget, index)
-    return Batch(
-        kept,
-        Images(
-            forget.stored,
-            cond(under_null(forget.labels, null, options.null_share, rng)),
-            constraint.astype(np.int32),
-        ),
-        base,
-    )
+    return data.take(request.forget, index), constraint.astype(np.int32)
