@@ -398,6 +398,8 @@ REFUSED = {
         (["--method", "erase-diff", "--train", "cross-attention"], "it trains full"),
         (["--method", "neg-grad", "--estimator", "importance"], "--estimator is of constraints"),
         (["--method", "equal-weights", "--strength", "1.5"], "must lie in [0, 1), not 1.5"),
+        (["--method", "siss-no-is", "--accumulate", "2"], "a loss of whole batches"),
+        (["--method", "neg-grad", "--parallel", "pmap"], "a loss of whole batches"),
     ],
 }  # fmt: skip
 
