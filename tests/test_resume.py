@@ -312,6 +312,7 @@ def test_the_digest_of_rows_is_that_of_the_file(tmp_path):
     log = rows.RowLog(path, 0)
     for step in (1, 2, 3):
         log.append({"step": step, "seconds": 0.5 * step})
+        assert (log.count, log.seconds) == (step, 0.5 * step)
     assert (log.count, log.digest) == (3, rows.rows_digest(path, 3))
     log.close()
     again = rows.RowLog(path, 2)

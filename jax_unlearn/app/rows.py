@@ -58,6 +58,7 @@ class RowLog:
         self._file.flush()
         self._digest.update(line)
         self.count += 1
+        self.seconds = float(row["seconds"])
 
     @property
     def digest(self) -> str:
