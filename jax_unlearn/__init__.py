@@ -73,7 +73,7 @@ if TYPE_CHECKING:
         zero_shot,
     )
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 _LAZY = (
     "CLIP",
