@@ -23,6 +23,7 @@ import time
 import jax
 import numpy as np
 
+import jax_unlearn
 from jax_unlearn.app import cli, run
 from jax_unlearn.app.audit import attacks, measures
 from jax_unlearn.app.audit.options import AuditOptions
@@ -94,6 +95,7 @@ def main():
 
     def keep(row):
         """Rows that were not measured anew stay."""
+        row = row | {"version": jax_unlearn.__version__}
         which = [row[name] for name in ("model", "seed", "threshold", "steps")]
         rows[:] = [
             one

@@ -310,7 +310,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 48,
         "forget_batch_size": 16,
         "learning_rate": 3e-4,
-        "threshold": ("0.1x",),
+        "threshold": ("0.05x",),
         "dual_learning_rate": 0.02,
     },
     "uce": {"steps": 0},

@@ -411,8 +411,8 @@ class ConceptOptions(ModelOptions):
     threshold: tuple[str, ...] = ("calibrated",)
     """A number (nats; for likelihoods a share), "1.2x" (that many times the value that --base
     itself has) or "calibrated" (as far from c, or as unlikely to be c, as samples of --anchor; n
-    samples do not show a probability below 1/(n + 2)). "without" takes "0.1x" by default, a
-    tenth of the reference's own value under attack, and is never calibrated."""
+    samples do not show a probability below 1/(n + 2)). "without" takes "0.05x" by default, a
+    twentieth of the reference's own value under attack, and is never calibrated."""
     separate_null: bool = False
     """Separate the null label, or no prompt, from the concepts too: it also generates them."""
     start: Literal["edited", "reference"] | None = None
@@ -488,8 +488,8 @@ class ConceptOptions(ModelOptions):
                 )
             if "calibrated" in self.threshold:
                 raise ValueError(
-                    '--formulation without needs a --threshold: a number, or "0.1x" for a '
-                    "tenth of the reference's value under attack."
+                    '--formulation without needs a --threshold: a number, or "0.05x" for '
+                    "a twentieth of the reference's value under attack."
                 )
         part, rank = parse_subset(self.train)
         if self.start == "edited" and (rank is not None or part == "no-cross-attention"):

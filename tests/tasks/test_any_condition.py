@@ -366,4 +366,4 @@ def test_the_robust_demo_is_one_run_of_concept(tmp_path):
         with pytest.raises(ValueError, match="--robust is for --text"):
             DemoOptions(robust=True, **given).validate()
     parsed = cli._parse("concept", ["--forget", "dog", "--formulation", "without"])
-    assert (parsed.threshold, parsed.attack_steps) == (("0.1x",), 400)
+    assert (parsed.threshold, parsed.attack_steps) == (("0.05x",), 400)
