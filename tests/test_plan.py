@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import write_tiny_model
 from pipelines import write_pipeline
+from tiny_models import write_tiny_model
 
 from jax_unlearn.app import cli
 from jax_unlearn.app.options import ConceptOptions, DataOptions

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import write_tiny_model
+from tiny_models import write_tiny_model
 
 pytestmark = pytest.mark.slow
 

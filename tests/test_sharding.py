@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import write_tiny_model
+from tiny_models import write_tiny_model
 
 from jax_unlearn import formulations, losses, schedules, sharding
 from jax_unlearn.minibatched import minibatched
