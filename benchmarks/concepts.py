@@ -29,8 +29,8 @@ import optax
 
 from jax_unlearn import baselines
 from jax_unlearn.app import data, embedded
+from jax_unlearn.app.algorithm import dual_schedule
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.run import dual_schedule
 from jax_unlearn.app.tasks import concept_request, concepts
 from jax_unlearn.formulations import reverse_kl
 from jax_unlearn.pretrained import load_pretrained

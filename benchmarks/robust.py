@@ -28,6 +28,7 @@ from jax_unlearn.app import cli, run
 from jax_unlearn.app.audit import attacks, measures
 from jax_unlearn.app.audit.options import AuditOptions
 from jax_unlearn.app.audit.subject import load_subject
+from jax_unlearn.app.jobs import jobs_of
 from jax_unlearn.app.options import DemoOptions
 
 ATTACKS = ("inversion", "unlearndiffatk", "relearning")
@@ -37,7 +38,7 @@ def train(folder, forget, threshold, seed, steps):
     """The command's run: what its report says of it. A model that is there is not made again."""
     if not (folder / "report.json").is_file():
         asked = DemoOptions(text=True, robust=True, forget=(forget,), seed=seed, out=folder)
-        ((command, options),) = cli._jobs("demo", asked)
+        ((command, options),) = jobs_of("demo", asked)
         options = dataclasses.replace(options, threshold=(threshold,), samples=0)
         if steps is not None:
             options = dataclasses.replace(options, steps=steps)

@@ -14,13 +14,13 @@ from pipelines import write_pipeline
 from tiny_models import write_tiny_model
 
 from jax_unlearn.app import cli
+from jax_unlearn.app.algorithm import algorithm_of
 from jax_unlearn.app.options import ConceptOptions, DataOptions
 from jax_unlearn.app.plan import plan as plans
 from jax_unlearn.app.plan import without_weights, worker
 from jax_unlearn.app.plan.chips import CHIPS, Chip, larger, parse_topology
 from jax_unlearn.app.plan.options import PlanOptions
 from jax_unlearn.app.plan.plan import Plan, plan, table
-from jax_unlearn.app.run import algorithm_of
 from jax_unlearn.app.tasks import any_condition, concept_formulations, image_task, images
 from jax_unlearn.app.tasks.base import Measured
 from jax_unlearn.app.tasks.evaluation import Evaluation

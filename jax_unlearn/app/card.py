@@ -103,7 +103,7 @@ def render_card(report: Mapping[str, Any], pictures: Sequence[tuple[str, str, st
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     found = environment()
     found.filters.update(markdown=_markdown, fenced=_fenced, number=number)
-    return found.get_template("card.md").render(
+    return found.get_template("card.md.jinja").render(
         report=report,
         front=_front(report, kind == "lora"),
         lora=kind == "lora",

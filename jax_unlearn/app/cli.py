@@ -67,6 +67,7 @@ def _take(arguments: list[str], flag: str) -> str | None:
 def _parse(command: str, arguments: list[str]) -> Any:
     import tyro
 
+    from jax_unlearn.app.jobs import DEFAULTS
     from jax_unlearn.app.options import RunOptions
     from jax_unlearn.app.run_file import load_run
 
@@ -83,7 +84,7 @@ def _parse(command: str, arguments: list[str]) -> Any:
     if default is None:
         chosen: dict[str, Any] = {}
         for flag in ("--formulation", "--method") if command == "concept" else ():
-            chosen |= _DEFAULTS.get(_take(list(arguments), flag) or "", {})
+            chosen |= DEFAULTS.get(_take(list(arguments), flag) or "", {})
         default = kind(**chosen)
     # A repeated option starts from nothing, not from its default.
     given: dict[str, Any] = {
@@ -233,11 +234,12 @@ def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, A
       ValueError: for what cannot be run.
     """
     from jax_unlearn.app.identity import check_options
+    from jax_unlearn.app.jobs import jobs_of
     from jax_unlearn.app.memory import check_run
     from jax_unlearn.app.run import check_batches, check_method
 
     check_options(options)
-    asked = _jobs(command, options)
+    asked = jobs_of(command, options)
     for option in ("push_to_hub", "coordinator"):
         if len(asked) > 1 and getattr(options, option):
             flag = option.replace("_", "-")
@@ -299,90 +301,6 @@ def _unlearn(command: str, options: "RunOptions") -> int:
     if sys.stdout.isatty() and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
         webbrowser.open(page.absolute().as_uri())
     return 0
-
-
-# Of `concept`, where they are not those of reverse KL: steps that do not sample are cheaper, and
-# closed forms have none.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "likelihood": {"steps": 300},
-    "without": {
-        "steps": 1500,
-        "batch_size": 48,
-        "forget_batch_size": 16,
-        "learning_rate": 3e-4,
-        "threshold": ("0.05x",),
-        "dual_learning_rate": 0.02,
-    },
-    "uce": {"steps": 0},
-}
-# What the side-by-side demo gives the formulations that `concept` runs: minutes, not hours. In so
-# few steps reverse KL can keep nine tenths of the base's separation, and not reach an anchor's.
-_DEMO: dict[str, dict[str, Any]] = {
-    "reverse-kl": {
-        "steps": 12,
-        "batch_size": 12,
-        "forget_batch_size": 6,
-        "threshold": ("0.9x",),
-    },
-    "likelihood": {
-        "stored_samples": 160,
-        "classifier_draws": 2,
-        "target_steps": 0,
-        "corrections": 0,
-        "learning_rate": 2e-4,
-    },
-}
-_DEMO_TEXT: dict[str, dict[str, Any]] = {
-    "reverse-kl": {
-        "steps": 12,
-        "batch_size": 16,
-        "forget_batch_size": 8,
-        "threshold": ("0.9x",),
-    },
-    "likelihood": {
-        "steps": 40,
-        "stored_samples": 160,
-        "classifier_draws": 2,
-        "target_steps": 0,
-        "corrections": 0,
-        "threshold": ("0.25x",),
-        "learning_rate": 2e-4,
-    },
-}
-
-
-def _jobs(command: str, options: "RunOptions") -> list[tuple[str, "RunOptions"]]:
-    """The runs that a command makes: its name in run.json, and its options."""
-    from jax_unlearn.app.embedded import captions
-    from jax_unlearn.app.options import ConceptOptions, DemoOptions, RunOptions
-
-    if not isinstance(options, DemoOptions):
-        return [(command, options)]
-    options = dataclasses.replace(options, forget=options.asked)
-    if "repeated" in options.forget and not options.text:
-        return [(command, options)]
-    settings = _DEMO_TEXT if options.text else _DEMO
-    many = options.formulation == "all" and not options.robust
-    jobs: list[tuple[str, RunOptions]] = []
-    every = [*settings] if options.text else ["forward-kl", *settings]
-    alone = "without" if options.robust else options.formulation
-    for formulation in every if many else [alone]:
-        out = options.out / formulation if many else options.out
-        if formulation == "forward-kl":
-            one = dataclasses.replace(options, out=out, formulation=formulation)
-            jobs.append((command, one))
-            continue
-        shared = ("seed", "samples", "sampling_steps", "guidance", "forget", "resume", "overwrite",
-                  "tensorboard", "mesh", "parallel")  # fmt: skip
-        given: dict[str, Any] = {name: getattr(options, name) for name in shared}
-        given |= {"out": out, "formulation": formulation, "evaluation_images": 132}
-        if options.text:
-            given |= captions.forgetting(options.forget)
-            given |= {"model": "embedded-text", "samples": 6, "sampling_steps": 15}
-            given["evaluation_images"] = 440
-        given |= _DEFAULTS["without"] if options.robust else settings[formulation]
-        jobs.append(("concept", ConceptOptions(**given)))
-    return jobs
 
 
 def _sample(options: "SampleOptions") -> int:

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jax_unlearn import sharding
-from jax_unlearn.accumulated import accumulated
 from jax_unlearn.app import data, outcome, processes, report, verify
 from jax_unlearn.app import identity as identities
+from jax_unlearn.app.algorithm import algorithm_of
 from jax_unlearn.app.card import write_card
 from jax_unlearn.app.checkpoint import Checkpoints
 from jax_unlearn.app.files import DiskFull, is_full
@@ -34,34 +33,20 @@ from jax_unlearn.app.tasks import (
     image_task,
     images,
 )
-from jax_unlearn.app.tasks.base import Measured, Setup, Task
+from jax_unlearn.app.tasks.base import Measured, Task
 from jax_unlearn.app.tensorboard import event_log
 from jax_unlearn.app.terminal import say
-from jax_unlearn.formulations import Pooled, against_pool, optimizer_pair
-from jax_unlearn.minibatched import minibatched
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.pretrained import Pretrained, save_pretrained, save_unet
-from jax_unlearn.pretrained.subsets import (
-    lora_attack,
-    lora_init,
-    lora_merge,
-    lora_problem,
-    parse_subset,
-    save_lora,
-    subset_optimizer,
-    subset_problem,
-)
-from jax_unlearn.primal_dual import PrimalDual, PrimalDualState, certificate, primal_dual
+from jax_unlearn.pretrained.subsets import lora_merge, parse_subset, save_lora
+from jax_unlearn.primal_dual import PrimalDualState, certificate
 from jax_unlearn.typing import Array, Estimate, Params
 
 __all__ = [
     "NotFinite",
     "Result",
-    "algorithm_of",
     "check_batches",
     "check_method",
-    "dual_schedule",
-    "learning_rate",
     "run",
 ]
 
@@ -205,79 +190,6 @@ def _advice(options: RunOptions, command: str) -> str:
             another = "; or start anew with --estimator bounded"
     again = f"jax-unlearn {command} --out {options.out} --continue"
     return f"Go on with a lower {knobs}{another}: {again} --learning-rate NUMBER"
-
-
-def dual_schedule(task: Task | Setup) -> Callable[[Array], Array] | None:
-    """Steps done -> whether the multipliers move: in all, unless fresh samples move them."""
-    if task.dual_batch is None:
-        return None
-    marks = jnp.array(task.dual_steps, jnp.int32)
-    return lambda done: (done == marks).any()
-
-
-def _updates(options: RunOptions) -> int:
-    """Of the parameters, in one step."""
-    return options.training.minibatches
-
-
-def learning_rate(options: RunOptions) -> optax.Schedule:
-    """Updates done -> step size: a warm-up of a tenth, at most 20 steps, then a cosine to 0."""
-    updates, warmup = _updates(options), min(20, max(options.steps // 10, 1))
-    return optax.warmup_cosine_decay_schedule(
-        0.0, options.learning_rate, warmup * updates, max(options.steps, warmup + 1) * updates
-    )
-
-
-def algorithm_of(
-    task: Task | Setup, options: RunOptions, params: Params, *, axis_name: str | None = None
-) -> tuple[PrimalDual, Any, Callable[..., Any]]:
-    """What trains, and its step; nothing is measured.
-
-    Args:
-      task: the problem, and what goes with it.
-      options: of the run.
-      params: of the network, to start from.
-      axis_name: as in `primal_dual`.
-
-    Returns:
-      The algorithm; what it starts from (the parameters, or a low-rank change of them, and a pool
-      beside these where there is one); and the step that is compiled, a function of the key, the
-      state, the reference, and the batch with the dual batch where there is one.
-    """
-    optimizer = optax.adam(learning_rate(options), b1=0.9, b2=0.99)
-    part, rank = parse_subset(options.training.train)
-    problem, start = task.problem, params
-    if task.baseline is not None:
-        problem, optimizer = task.baseline.problem, task.baseline.optimizer(optimizer)
-    if rank is not None:
-        problem = lora_problem(problem)
-        start = lora_init(start, jax.random.key(options.seed), rank=rank, part=part)
-    elif part != "full":
-        problem = subset_problem(problem, part)
-        optimizer = subset_optimizer(optimizer, part)
-    if task.adversary is not None:
-        attack = task.adversary.loss if rank is None else lora_attack(task.adversary.loss)
-        problem = against_pool(problem, attack)
-        optimizer = optimizer_pair(optimizer, task.adversary.optimizer)
-        start = Pooled(start, task.adversary.pool)
-    problem = accumulated(problem, options.accumulate)
-    if task.visit is None:
-        algorithm = primal_dual(
-            problem, optimizer, task.dual, dual_schedule=dual_schedule(task), axis_name=axis_name
-        )
-    else:
-        merge = None if rank is None else lora_merge
-        algorithm = minibatched(
-            problem, optimizer, task.dual, task.visit, parts=_updates(options), merge=merge,
-            axis_name=axis_name,
-        )  # fmt: skip
-
-    def step(key: Array, state: PrimalDualState, reference: Params, brought: Any) -> Any:
-        batch, *dual_batch = brought
-        key = jax.random.fold_in(key, state.step)
-        return algorithm.step(key, state, reference, task.prepare(batch), *dual_batch)
-
-    return algorithm, start, step
 
 
 class _Loop(NamedTuple):

@@ -10,8 +10,10 @@ import optax
 import pytest
 
 from jax_unlearn import attacks, schedules
+from jax_unlearn.app import algorithm as algorithms
 from jax_unlearn.app import cli
 from jax_unlearn.app import run as running
+from jax_unlearn.app.jobs import jobs_of
 from jax_unlearn.app.options import ConceptOptions, DemoOptions
 from jax_unlearn.app.run_file import load_run
 from jax_unlearn.app.tasks import any_condition, concept_request, concepts
@@ -320,10 +322,10 @@ def test_model_and_attackers_train_and_nothing_else_does(tiny_model, tmp_path):
     request, options = request_of(tiny_model, tmp_path)
     task = concepts.concept_task(request, options, None)
     assert task.adversary is not None
-    problem = running.against_pool(task.problem, task.adversary.loss)
-    algorithm = running.primal_dual(
+    problem = algorithms.against_pool(task.problem, task.adversary.loss)
+    algorithm = algorithms.primal_dual(
         problem,
-        running.optimizer_pair(optax.adam(1e-3), task.adversary.optimizer),
+        algorithms.optimizer_pair(optax.adam(1e-3), task.adversary.optimizer),
         task.dual,
     )
     start = Pooled(task.params, task.adversary.pool)
@@ -359,7 +361,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path, given, word):
 
 
 def test_the_robust_demo_is_one_run_of_concept(tmp_path):
-    ((command, one),) = cli._jobs("demo", DemoOptions(text=True, robust=True, out=tmp_path))
+    ((command, one),) = jobs_of("demo", DemoOptions(text=True, robust=True, out=tmp_path))
     assert (command, one.formulation, one.out) == ("concept", "without", tmp_path)
     one.validate()
     for given in ({}, {"text": True, "formulation": "likelihood"}):

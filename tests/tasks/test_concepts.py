@@ -14,8 +14,10 @@ import optax
 import pytest
 
 from jax_unlearn import divergences, likelihoods, losses, quantification, sharding
+from jax_unlearn.app import algorithm as algorithms
 from jax_unlearn.app import cli, report
 from jax_unlearn.app import run as running
+from jax_unlearn.app.jobs import jobs_of
 from jax_unlearn.app.options import ConceptOptions, DemoOptions
 from jax_unlearn.app.run_file import load_run, save_run
 from jax_unlearn.app.tasks import (
@@ -131,13 +133,13 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, monke
         if step == 3:
             raise KeyboardInterrupt
 
-    dealt, minibatched = [], running.minibatched
+    dealt, minibatched = [], algorithms.minibatched
 
     def recorded(*given, parts, **named):
         dealt.append(parts)
         return minibatched(*given, parts=parts, **named)
 
-    monkeypatch.setattr(running, "minibatched", recorded)
+    monkeypatch.setattr(algorithms, "minibatched", recorded)
     with pytest.raises(KeyboardInterrupt):
         running.run(request, options, command="concept", progress=False, after_step=stop)
     assert dealt == ([3] if name == "minibatches" else [])
@@ -390,7 +392,7 @@ def test_steps_of_likelihoods_on_a_mesh_are_those_of_one_device(tiny_model, tmp_
     assert len(task.dual_batch.forget.cond) == 64
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.02))
     algorithm = primal_dual(
-        task.problem, optimizer, task.dual, dual_schedule=running.dual_schedule(task)
+        task.problem, optimizer, task.dual, dual_schedule=algorithms.dual_schedule(task)
     )
 
     def step(key, state, reference, brought):
@@ -520,7 +522,7 @@ def test_the_formula_is_that_of_the_problem_that_was_solved(finished, tiny_model
 @pytest.mark.parametrize("minibatches", [1, 3])
 def test_the_learning_rate_ends_with_the_last_update(tiny_model, tmp_path, minibatches):
     options = options_of(tiny_model, tmp_path, minibatches=minibatches, steps=30, learning_rate=0.5)
-    rate = running.learning_rate(options)
+    rate = algorithms.learning_rate(options)
     assert rate(3 * minibatches) == pytest.approx(0.5)  # a tenth is the warm-up
     assert rate(16.5 * minibatches) == pytest.approx(0.25)
     assert rate(30 * minibatches) == pytest.approx(0, abs=1e-8)
@@ -567,21 +569,21 @@ def test_a_likelihood_threshold_out_of_reach_says_what_is_within(tiny_model, tmp
 
 
 def test_the_demo_runs_all_formulations_in_folders_of_their_own(tmp_path):
-    jobs = cli._jobs("demo", DemoOptions(out=tmp_path, seed=3))
+    jobs = jobs_of("demo", DemoOptions(out=tmp_path, seed=3))
     assert [(name, one.out.name) for name, one in jobs] == [
         ("demo", "forward-kl"),
         ("concept", "reverse-kl"),
         ("concept", "likelihood"),
     ]
     assert {one.seed for _, one in jobs} == {3}
-    ((_, alone),) = cli._jobs("demo", DemoOptions(out=tmp_path, formulation="likelihood"))
+    ((_, alone),) = jobs_of("demo", DemoOptions(out=tmp_path, formulation="likelihood"))
     assert alone.out == tmp_path
-    ((_, images),) = cli._jobs("demo", DemoOptions(out=tmp_path, forget=("repeated",)))
+    ((_, images),) = jobs_of("demo", DemoOptions(out=tmp_path, forget=("repeated",)))
     assert images.out == tmp_path
 
 
 def test_the_demo_of_prompts_keeps_all_other_pairs(tmp_path):
-    jobs = cli._jobs("demo", DemoOptions(out=tmp_path, text=True, forget=("blueprint",)))
+    jobs = jobs_of("demo", DemoOptions(out=tmp_path, text=True, forget=("blueprint",)))
     assert [one.out.name for _, one in jobs] == ["reverse-kl", "likelihood"]
     for _, one in jobs:
         one.validate()
@@ -589,7 +591,7 @@ def test_the_demo_of_prompts_keeps_all_other_pairs(tmp_path):
     with pytest.raises(ValueError, match="--text"):
         DemoOptions(text=True, formulation="forward-kl").validate()
     with pytest.raises(ValueError, match="forget some of"):
-        cli._jobs("demo", DemoOptions(out=tmp_path, text=True, forget=("hat",)))
+        jobs_of("demo", DemoOptions(out=tmp_path, text=True, forget=("hat",)))
 
 
 def test_options_survive_a_round_trip(finished):
@@ -617,7 +619,7 @@ def test_the_demo_goes_on_with_what_is_left(finished, tmp_path, monkeypatch, cap
             for name, one in zip(names, saved, strict=True)
         ]
 
-    monkeypatch.setattr(cli, "_jobs", jobs)
+    monkeypatch.setattr("jax_unlearn.app.jobs.jobs_of", jobs)
     assert cli.main(["demo", "--out", str(out), "--resume"]) == 0
     assert "likelihood/report.html" in (out / "report.html").read_text()
     assert (out / "reverse-kl" / "report.json").stat().st_mtime_ns == untouched

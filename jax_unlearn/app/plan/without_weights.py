@@ -16,8 +16,8 @@ import numpy as np
 
 from jax_unlearn import losses, sharding
 from jax_unlearn.app import embedded
+from jax_unlearn.app.algorithm import algorithm_of
 from jax_unlearn.app.options import ConceptOptions, DataOptions, ModelOptions
-from jax_unlearn.app.run import algorithm_of
 from jax_unlearn.app.tasks import concept_request, images
 from jax_unlearn.app.tasks.any_condition import any_condition_setup, unmeasured_points
 from jax_unlearn.app.tasks.base import Setup, unmeasured
