@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import write_tiny_model
 
 from jax_unlearn.app import cli, report
 from jax_unlearn.app import run as running
@@ -280,6 +281,32 @@ def wrapped(error):
         raise OSError(errno.ENOSPC, "No space left on device")
     except OSError as full:
         raise error from full
+
+
+@pytest.mark.parametrize(
+    ("given", "devices"), [([], 8), (["--mesh", "fsdp=4"], 2), (["--parallel", "pmap"], None)]
+)
+def test_the_step_runs_as_it_was_asked_to(tiny_images, tmp_path, monkeypatch, given, devices):
+    """`devices` hold the same part of the largest parameter; pmap is given it whole."""
+    model = write_tiny_model(tmp_path / "model", 16)
+    seen = []
+
+    def stopped(lying):
+        def make(*args, **kwargs):
+            seen.append(lying(**kwargs))
+            raise ValueError("seen")
+
+        return make
+
+    def whole_on(like):
+        params = jax.tree.leaves(like[0].params)
+        shards = max(params, key=lambda leaf: leaf.size).addressable_shards
+        return len({shard.device for shard in shards if shard.index == shards[0].index})
+
+    monkeypatch.setattr(running.sharding, "jit_step", stopped(whole_on))
+    monkeypatch.setattr(running.sharding, "pmap_step", stopped(lambda: None))
+    assert cli.main(arguments(model, tiny_images, tmp_path / "out", *given)) == 2
+    assert seen == [devices]
 
 
 @pytest.mark.parametrize(
