@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from jax_unlearn.app import cli, data, memory, sampling
-from jax_unlearn.app.data import reading
+from jax_unlearn.app.data import arrays
 from jax_unlearn.app.memory import Memory, check_run
 from jax_unlearn.app.options import (
     ConceptOptions,
@@ -190,7 +190,7 @@ def test_a_gzip_that_claims_or_hides_too_much(tmp_path, shape, zeros, words):
 
 def test_more_images_than_memory_has_names_for(tmp_path, monkeypatch):
     """A sparse file of a thousand million images of a pixel: their names alone take 150 GB."""
-    monkeypatch.setattr(reading, "machine_memory", lambda: 64 * 10**9)
+    monkeypatch.setattr(arrays, "machine_memory", lambda: 64 * 10**9)
     path, count = tmp_path / "a-images-idx3-ubyte", 10**9
     path.write_bytes(bytes((0, 0, 8, 3)) + struct.pack(">3I", count, 1, 1))
     os.truncate(path, 16 + count)
@@ -201,7 +201,7 @@ def test_more_images_than_memory_has_names_for(tmp_path, monkeypatch):
 
 def test_an_npz_larger_than_memory(tmp_path, monkeypatch):
     np.savez(tmp_path / "a.npz", images=np.zeros((1000, 8, 8), np.uint8))
-    monkeypatch.setattr(reading, "machine_memory", lambda: 100_000)
+    monkeypatch.setattr(arrays, "machine_memory", lambda: 100_000)
     assert "half of this machine's memory" in refused_at_once(tmp_path / "a.npz")
 
 

@@ -5,60 +5,30 @@ a file declares is compared with its bytes and with the machine's memory before 
 """
 
 import functools
-import gzip
-import io
 import math
 import os
 import re
 import stat
-import struct
 import unicodedata
-import warnings
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from jax_unlearn.app.data.images import Images, to_pixels
+from jax_unlearn.app.data.arrays import Found, check_memory, read_idx_set, read_npz
+from jax_unlearn.app.data.decoding import MODES, conform, decode
+from jax_unlearn.app.data.images import Images
 from jax_unlearn.models.files import check_file, shown
-from jax_unlearn.models.memory import machine_memory
 
 __all__ = ["Source", "fold", "parse_source", "read_captions", "read_images", "read_text"]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Named, so that a file's content cannot call up another decoder (EPS would start Ghostscript).
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _IDX = re.compile(r"idx\d-ubyte(\.gz)?$")
-_MODES = {1: "L", 3: "RGB"}
-# Decoded by Pillow to 8 bits a channel without a word: the low byte would be lost.
-_DEEP = re.compile(r"(L|LA|RGB|RGBA|RGBX|RGBa|CMYK)X*;16")
-
-# Of an image file: 64 megapixels, which is what 8192 x 8192 has, and 512 MB.
-_MAX_PIXELS = 2**26
-_MAX_FILE = 2**29
 _MAX_CAPTION = 2**16
 _MAX_FOLDERS = 64
-# Deflate makes up to 1032 bytes of one; real sets of images reach 120. Small ones may be blank.
-_MAX_RATIO = 500
-_SMALL = 2**26
-# Bytes that Python keeps for the name of an image, beside its letters.
-_NAME = 120
-# NumPy's own limit is 10,000 bytes, but it reads the header before it looks.
-_HEADER = 2**14
-_STEP = 2**20
-_READ_HEADER = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-
-
-class _TooLarge(ValueError):
-    """A file whose content would not fit, or whose claim cannot be true."""
 
 
 class Source(NamedTuple):
@@ -92,15 +62,6 @@ class _Labels(NamedTuple):
             meant = " or ".join(f"{i} ({self.names.get(i, 'no name')})" for i in sorted(named))
             raise ValueError(f"label {text!r} is ambiguous: it may mean {meant}.")
         return named.pop() if named else None
-
-
-class _Found(NamedTuple):
-    """Images before selection; where `arrays` is None, the names are files to decode."""
-
-    names: tuple[str, ...]
-    labels: np.ndarray | None = None
-    arrays: np.ndarray | None = None
-    kind: str = "the source"
 
 
 def parse_source(text: str) -> Source:
@@ -152,38 +113,7 @@ def read_text(path: Path, most: int) -> str:
         raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
 
 
-def _check_memory(what: str | Path, count: int, size: int, name: int = _NAME) -> None:
-    """Refuses `count` images of `size` bytes each, and their names, that would fill the memory."""
-    need, most = count * (size + name), machine_memory() // 2
-    if need > most:
-        raise _TooLarge(
-            f"{what} holds {count} images, which take {need / 1e9:,.1f} GB: expected at most half "
-            f"of this machine's memory, {most / 1e9:,.1f} GB."
-        )
-
-
-def _check_ratio(path: Path, declared: int, compressed: int) -> None:
-    if declared > max(_SMALL, _MAX_RATIO * compressed):
-        raise _TooLarge(
-            f"{path} says that {compressed} bytes hold {declared}: no set of images is compressed "
-            f"by more than {_MAX_RATIO}."
-        )
-
-
-def _said(error: Exception) -> str:
-    return str(error).removesuffix(".") or type(error).__name__
-
-
-def _fill(file: BinaryIO | gzip.GzipFile, size: int) -> np.ndarray:
-    """The next `size` bytes, or as many as there are: a claim takes no memory before they come."""
-    content, filled = np.empty(size, np.uint8), 0
-    while filled < size and (part := file.read(min(_STEP, size - filled))):
-        content[filled : filled + len(part)] = np.frombuffer(part, np.uint8)
-        filled += len(part)
-    return content[:filled]
-
-
-def _list_folder(folder: Path, labels: _Labels) -> _Found:
+def _list_folder(folder: Path, labels: _Labels) -> Found:
     def refuse(error: OSError) -> NoReturn:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}.") from error
 
@@ -207,204 +137,39 @@ def _list_folder(folder: Path, labels: _Labels) -> _Found:
     files.sort(key=lambda file: file.parts)
     names = tuple(str(folder / file) for file in files)
     if labels.count is None:
-        return _Found(names)
+        return Found(names)
     tops = [file.parts[0] if len(file.parts) > 1 else "" for file in files]
     known = {top: labels.find(top) for top in tops}
     if set(known.values()) == {None}:
         held = shown(", ".join(filter(None, known))) or "none"
-        return _Found(names, kind=f"the folder, with sub-folders {held},")
+        return Found(names, kind=f"the folder, with sub-folders {held},")
     if None in known.values():
         stray = next(name for name, top in zip(names, tops, strict=True) if known[top] is None)
         raise ValueError(
             f"folder {folder} holds folders named for labels, but {stray} is in none of them: "
             f"{labels.describe()}. Move it, or give each folder as its own PATH:LABEL."
         )
-    return _Found(names, np.array([known[top] for top in tops]))
+    return Found(names, np.array([known[top] for top in tops]))
 
 
-def _read_member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of an .npz, once its header, the archive's directory and the memory agree."""
-    info = archive.getinfo(name)
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name} is neither stored nor deflated, as NumPy writes arrays")
-    with archive.open(info) as member:
-        head = io.BytesIO(member.read(_HEADER))
-    version = np.lib.format.read_magic(head)
-    if version not in _READ_HEADER:
-        raise ValueError(f"{name} has a header of version {version}")
-    shape, _, dtype = _READ_HEADER[version](head)
-    if dtype.hasobject:
-        raise ValueError("it holds pickled objects, which are never loaded")
-    size = math.prod(shape) * dtype.itemsize
-    if head.tell() + size != info.file_size:
-        raise ValueError(f"{name} should have {head.tell() + size} bytes, not {info.file_size}")
-    _check_ratio(path, info.file_size, min(info.compress_size, path.stat().st_size))
-    count = shape[0] if shape else 1
-    _check_memory(path, count, size // max(count, 1), _NAME + len(str(path)))
-    with archive.open(info) as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
-
-
-def _read_npz(path: Path) -> _Found:
-    check_file(path)
-    try:
-        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-            warnings.simplefilter("ignore")  # Of Python's parser, about a header.
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            arrays = {
-                name: _read_member(path, archive, f"{name}.npy")
-                for name in ("images", "labels")
-                if f"{name}.npy" in archive.namelist()
-            }
-    except _TooLarge:
-        raise
-    except Exception as error:  # Damage shows as any of a dozen errors of zip, zlib and NumPy.
-        why = shown(_said(error))
-        raise ValueError(f"{path} is not a readable .npz file: {why}.") from error
-    held = shown(", ".join(names)) or "nothing"
-    images, labels = arrays.get("images", np.empty(0)), arrays.get("labels")
-    if images.ndim not in (3, 4) or not images.size:
-        raise ValueError(
-            f"{path} needs `images` [n, height, width] or [n, height, width, channels]; it holds "
-            f"{held}, with images of shape {images.shape}."
-        )
-    given = shown(str(images.dtype))
-    if images.dtype.kind == "f":
-        low, high = float(images.min()), float(images.max())
-        given += f" from {low:g} to {high:g}"
-        # Floats without a negative value could as well lie in [0, 1], and would come out half grey.
-        images = to_pixels(images) if -1 <= low < 0 and high <= 1 else images
-    if images.dtype != np.uint8:
-        raise ValueError(
-            f"`images` of {path} are {given}: expected uint8, or floats in [-1, 1] with negative "
-            "values (others are ambiguous)."
-        )
-    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
-        raise ValueError(
-            f"`labels` of {path} are {shown(str(labels.dtype))} of shape {labels.shape}: expected "
-            f"integers, one for each of the {len(images)} images."
-        )
-    names = tuple(f"{path}[{i}]" for i in range(len(images)))
-    return _Found(names, labels, images.reshape(*images.shape[:3], -1), f"the .npz, with {held},")
-
-
-def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    check_file(path)
-    stored, packed = path.stat().st_size, path.suffix == ".gz"
-    content = np.empty(0, np.uint8)
-    try:
-        with gzip.open(path) if packed else open(path, "rb") as file:
-            magic = file.read(4)
-            if magic != (expected := bytes((0, 0, 8, dimensions))):
-                raise ValueError(
-                    f"{path} starts with {magic.hex()!r}, not idx magic {expected.hex()}."
-                )
-            sizes = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
-            size, held = math.prod(sizes), stored - 4 - 4 * dimensions
-            if packed:
-                _check_ratio(path, size, stored)
-            if packed or held == size:
-                _check_memory(path, sizes[0], size // max(sizes[0], 1), _NAME + len(str(path)))
-                content = _fill(file, size)
-                held = len(content) + len(file.read(_STEP))
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise ValueError(f"{path} is not a readable idx file: {_said(error)}.") from error
-    if held != size or not held:
-        held = f"{'at least ' * (held == size + _STEP)}{held}"
-        raise ValueError(f"{path} is damaged: its header says {sizes} bytes, and {held} follow.")
-    return content.reshape(sizes)
-
-
-def _find_idx(path: Path) -> _Found:
-    pixels = _read_idx(path, 3)
-    names = tuple(f"{path}[{i}]" for i in range(len(pixels)))
-    stem = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    for sibling in (path.with_name(stem), path.with_name(stem + ".gz")):
-        if os.path.lexists(sibling) and sibling.name != path.name:
-            labels = _read_idx(sibling, 1)
-            if len(labels) == len(pixels):
-                return _Found(names, labels, pixels[..., None])
-            raise ValueError(f"{sibling} has {len(labels)} labels for {len(pixels)} images.")
-    return _Found(names, None, pixels[..., None], f"the idx file, with no {stem}[.gz] beside,")
-
-
-def _decode(path: str) -> Image.Image:
-    check_file(path, _MAX_FILE)
-    try:
-        with warnings.catch_warnings():
-            # Decompression bombs, damaged metadata and truncated files are mere warnings at first.
-            warnings.simplefilter("error", UserWarning)
-            warnings.simplefilter("error", RuntimeWarning)
-            with Image.open(path, formats=_FORMATS) as image:
-                if math.prod(image.size) > _MAX_PIXELS:
-                    raise ValueError(
-                        f"it has {image.width} x {image.height} pixels, and {_MAX_PIXELS} in all "
-                        "are read at most"
-                    )
-                raw = [t.args[0] if isinstance(t.args, tuple) else t.args for t in image.tile]
-                frames = 1 if image.format in ("GIF", "MPO") else getattr(image, "n_frames", 1)
-                decoded = ImageOps.exif_transpose(image)
-                decoded.load()
-    except Exception as error:  # A decoder fed with damage raises whatever it trips over.
-        raise ValueError(f"{path} cannot be decoded as an image: {shown(_said(error))}.") from error
-    if any(_DEEP.match(str(mode)) for mode in raw):
-        raise ValueError(f"{path} has 16 bits a channel: convert it to 8 bits.")
-    if frames > 1:
-        raise ValueError(f"{path} has {frames} frames: save the one to use on its own.")
-    return decoded
-
-
-def _conform(image: Image.Image, name: str, shape: tuple[int, ...], resize: bool) -> np.ndarray:
-    """The pixels of an image in the model's shape; without `resize`, exact or refused."""
-    height, width, channels = shape
-    alpha = image.has_transparency_data
-    if image.mode.startswith("I;16"):
-        deep = np.asarray(image)
-        if alpha or (deep % 257).any():  # v·257 is how 8 bits are written in 16.
-            raise ValueError(f"{name} has 16 bits a pixel: convert it to 8 bits.")
-        image = Image.fromarray((deep // 257).astype(np.uint8))
-    if image.mode in ("I", "F") or channels not in _MODES:
-        raise ValueError(
-            f"{name} has mode {image.mode} and the model {channels} channels: images have 8 bits, "
-            "and 1 or 3 channels; give an .npz."
-        )
-    if alpha and resize:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    elif image.mode in ("1", "P") and not alpha:
-        rgb = np.asarray(image.convert("RGB"))
-        grey = image.mode == "1" or (channels == 1 and np.ptp(rgb, axis=-1).max() == 0)
-        image = Image.fromarray(rgb[..., 0] if grey else rgb)
-    mode = _MODES[channels]
-    if resize and image.mode != "LAB":  # Pillow alone does not convert these to RGB.
-        image = ImageOps.fit(image.convert(mode), (width, height), Image.Resampling.LANCZOS)
-    elif alpha or image.mode != mode or image.size != (width, height):
-        given = f"{image.height} x {image.width} {image.mode}" + " with transparency" * alpha
-        raise ValueError(
-            f"{name} is {given}: the model takes {height} x {width} {mode} (height x width). Give "
-            "--resize to convert the channels, crop to the centre and resample."
-        )
-    return np.asarray(image, np.uint8).reshape(shape)
-
-
-def _load(found: _Found, chosen: np.ndarray, shape: tuple[int, ...], resize: bool) -> np.ndarray:
+def _load(found: Found, chosen: np.ndarray, shape: tuple[int, ...], resize: bool) -> np.ndarray:
     names, arrays = [found.names[i] for i in chosen], found.arrays
-    _check_memory(f"the source of {names[0]}", len(names), math.prod(shape))
+    check_memory(f"the source of {names[0]}", len(names), math.prod(shape))
     if arrays is not None and arrays.shape[1:] == shape:
         return arrays[chosen]
     if arrays is None:
-        images = map(_decode, names)
-    elif 1 <= arrays.shape[3] <= 4 and shape[2] in _MODES:
+        images = map(decode, names)
+    elif 1 <= arrays.shape[3] <= 4 and shape[2] in MODES:
         images = (Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays[chosen])
     else:
         raise ValueError(
             f"{names[0]} is {' x '.join(map(str, arrays.shape[1:]))}: the model takes "
             f"{' x '.join(map(str, shape))} (height x width x channels)."
         )
-    return np.stack([_conform(*pair, shape, resize) for pair in zip(images, names, strict=True)])
+    return np.stack([conform(*pair, shape, resize) for pair in zip(images, names, strict=True)])
 
 
-def _choose(found: _Found, source: Source, labels: _Labels) -> tuple[np.ndarray, np.ndarray | None]:
+def _choose(found: Found, source: Source, labels: _Labels) -> tuple[np.ndarray, np.ndarray | None]:
     """Which images the source means, and the label of each, [k] and [k] or None."""
     chosen, bears = np.arange(len(found.names)), found.labels
     if bears is not None and labels.count is not None:
@@ -484,11 +249,11 @@ def read_images(
     if _is_folder(path):
         found = _list_folder(path, labels)
     elif path.name.lower().endswith(_SUFFIXES):
-        found = _Found((str(path),), kind="an image")
+        found = Found((str(path),), kind="an image")
     elif path.suffix.lower() == ".npz":
-        found = _read_npz(path)
+        found = read_npz(path)
     elif _IDX.search(path.name):
-        found = _find_idx(path)
+        found = read_idx_set(path)
     else:
         kinds = f"a folder, {', '.join(_SUFFIXES)}, .npz, or *-images-idx3-ubyte[.gz]"
         raise ValueError(f"{path} is no kind of file that is read: expected {kinds}.")
