@@ -12,9 +12,10 @@ from jax_unlearn.pretrained.networks import write_network
 UNET = {
     "_class_name": "UNet2DConditionModel",
     "sample_size": 8,
-    "block_out_channels": [8, 16],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [8],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "mid_block_type": None,
+    "up_block_types": ["CrossAttnUpBlock2D"],
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "attention_head_dim": 2,

@@ -15,11 +15,12 @@ def write_tiny_model(path, channels):
         "in_channels": 1,
         "out_channels": 1,
         "layers_per_block": 1,
-        "block_out_channels": [channels, channels],
-        "down_block_types": ["DownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+        "block_out_channels": [channels],
+        "down_block_types": ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
         "norm_num_groups": 4,
         "add_attention": False,
+        "mid_block_type": None,
         "num_class_embeds": 4,
     }
     scheduler = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50}
