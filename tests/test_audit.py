@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from audited import refused, report_of, rows_of
-from pipelines import write_pipeline
+from pipelines import ONE_LEVEL, write_pipeline
 from safetensors.numpy import load_file, save_file
 
 from jax_unlearn import metrics
@@ -229,7 +229,7 @@ def test_too_few_images(command, other, tmp_path, capsys):
 @pytest.mark.slow
 def test_prompts(tmp_path, capsys):
     """A pipeline against itself; a UNet alone is that pipeline; each attack is made."""
-    reference = write_pipeline(tmp_path / "reference")
+    reference = write_pipeline(tmp_path / "reference", unet=ONE_LEVEL)
     given = ["--reference", str(reference), "--model", str(reference / "unet")]
     given += ["--oracle", str(reference), "--clip", str(embedded.clip_path())]
     given += [
@@ -257,7 +257,7 @@ def test_prompts(tmp_path, capsys):
 
 
 def test_another_tokenizer_or_autoencoder_is_refused(tmp_path, capsys):
-    reference = write_pipeline(tmp_path / "reference")
+    reference = write_pipeline(tmp_path / "reference", unet=ONE_LEVEL)
     given = ["--reference", str(reference), "--clip", str(embedded.clip_path()), "--forget", "cat"]
     given += ["--template", "a {}", "--retain", "a dog", "--out", str(tmp_path / "audit"), *SMALL]
     for part, said in (("vae", "autoencoder"), ("tokenizer", "tokenizer")):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from audited import refused, report_of, rows_of
-from pipelines import write_pipeline
+from pipelines import ONE_LEVEL, write_pipeline
 from safetensors.numpy import load_file, save_file
 
 from jax_unlearn import metrics
@@ -313,7 +313,7 @@ def test_labels_restarts_and_one_image(command, tiny_model, sets, tmp_path):
 @pytest.mark.slow
 def test_captions_and_no_captions(tmp_path, capsys):
     """Images of a pipeline, under a caption and under none; IRA and CRA of given prompts."""
-    reference = write_pipeline(tmp_path / "reference")
+    reference = write_pipeline(tmp_path / "reference", unet=ONE_LEVEL)
     rng = np.random.default_rng(3)
 
     def write(name, count):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pipelines import write_pipeline
+from pipelines import ONE_LEVEL, write_pipeline
 from tiny_models import write_tiny_model
 
 from jax_unlearn.app import cli
@@ -38,7 +38,7 @@ PROMPTS = {"forget": ("cat|kitty", "dog"), "threshold": ("0.5",), "retain": ("a 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny")
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny", unet=ONE_LEVEL)
 
 
 @pytest.fixture(scope="module")

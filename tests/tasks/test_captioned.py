@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from pipelines import write_pipeline
+from pipelines import ONE_LEVEL, write_pipeline
 
 from jax_unlearn.app import cli, data
 from jax_unlearn.app.options import DataOptions
@@ -178,7 +178,7 @@ def test_a_run_leaves_a_pipeline_and_what_it_says(pipeline, pictures, tmp_path):
 
 @pytest.mark.slow
 def test_the_unet_of_an_sdxl_pipeline_is_written_alone(pictures, tmp_path):
-    pipeline = write_pipeline(tmp_path / "xl", xl=True)
+    pipeline = write_pipeline(tmp_path / "xl", xl=True, unet=ONE_LEVEL)
     out = tmp_path / "out"
     given = ["--save", "unet", "--samples", "0", "--dtype", "bfloat16"]
     assert cli.main(arguments(pipeline, pictures, out, *given)) == 0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clip_vocabulary import write_tokenizer
-from pipelines import write_pipeline
+from pipelines import ONE_LEVEL, write_pipeline
 
 from jax_unlearn import likelihoods, quantification
 from jax_unlearn.app import cli
@@ -311,7 +311,7 @@ def test_kept_conditions_are_ordered_by_their_distance(model, monkeypatch):
 
 @pytest.mark.slow
 def test_an_sdxl_pipeline_is_unlearned_in_bfloat16(tmp_path):
-    pipeline = write_pipeline(tmp_path / "xl", xl=True)
+    pipeline = write_pipeline(tmp_path / "xl", xl=True, unet=ONE_LEVEL)
     given = ["--forget", "cat", "--threshold", "1.1x", "--dtype", "bfloat16", "--remat"]
     given += ["--retain", "a hen", "--estimator", "stop_gradient"]
     assert cli.main(arguments(pipeline, tmp_path / "out", *given)) == 0
