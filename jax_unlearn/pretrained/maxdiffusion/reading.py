@@ -32,8 +32,8 @@ from jax_unlearn.pretrained.maxdiffusion.layout import (
     tokenizers,
     torch_config,
 )
-from jax_unlearn.pretrained.networks import kind_of, write_network
-from jax_unlearn.pretrained.weights import write_json
+from jax_unlearn.pretrained.networks import kind_of
+from jax_unlearn.pretrained.weights import write_json, write_params
 from jax_unlearn.typing import Params
 
 __all__ = ["find_checkpoint"]
@@ -169,12 +169,13 @@ def _write_descriptions(folder: pathlib.Path, described: Mapping[str, dict[str, 
 def _write_weights(
     folder: pathlib.Path, step: pathlib.Path, part: str, config: dict[str, Any]
 ) -> None:
-    """Writes one network into a folder."""
+    """Writes one network's safetensors into a folder."""
     kind, item = kind_of(config), step / f"{part}_state"
     shapes = kind.param_shapes(kind.read_config(config))
     check_parameters(shapes, os.fspath(_item(step, part)))
     try:
-        write_network(folder, config, _read_params(item, part, shapes))
+        params = _read_params(item, part, shapes)
+        write_params(folder / f"{kind.stem}.safetensors", shapes, params)
     except ValueError as error:
         raise ValueError(f"{item}: {error}") from error
 
@@ -186,7 +187,7 @@ def _read_params(item: pathlib.Path, part: str, shapes: Params) -> Params:
     from etils import epath
 
     wanted, path = stored(part, shapes), epath.Path(item.absolute())
-    to_host = ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32)
+    to_host = ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.dtype("float32"))
     args = ocp.args.PyTreeRestore(
         item={"params": unflatten_dict(wanted)},
         restore_args={"params": unflatten_dict(dict.fromkeys(wanted, to_host))},

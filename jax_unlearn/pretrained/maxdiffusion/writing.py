@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_unlearn.models.files import shown
 from jax_unlearn.models.unet_2d_condition import UNet2DConditionConfig
@@ -56,18 +56,19 @@ def save_maxdiffusion(
     others = [part for part in TEXT_TO_IMAGE[config.pipeline["_class_name"]] if part != "unet"]
     source = fetch_parts(config, others)
     networks = {part: read_network(source / part) for part in others if part in CLASSES}
+    states = {part: _named(part, network.params) for part, network in networks.items()}
+    states["unet"] = _train_state(config.unet, pretrained.params)
     configs = {part: network.config for part, network in networks.items()}
-    params = {part: network.params for part, network in networks.items()}
-    configs["unet"], params["unet"] = config.unet, pretrained.params
+    configs["unet"] = {"_class_name": "UNet2DConditionModel"} | config.unet
     configs["scheduler"] = {"_class_name": "DDPMScheduler"} | config.scheduler
     place = config.source if is_hub_name(config.source) else os.path.abspath(path)
     items: dict[str, Any] = {"tokenizer_config": ocp.args.JsonSave({"path": place})}
     for part, raw in configs.items():
         items[f"{part}_config"] = ocp.args.JsonSave(flax_config(part, raw))
-    for part, tree in params.items():
-        items[f"{part}_state"] = ocp.args.PyTreeSave(_state(part, configs[part], tree))
+    for part, state in states.items():
+        items[f"{part}_state"] = ocp.args.PyTreeSave(state)
     with new_folder(path, overwrite=overwrite) as folder:
-        for part in tokenizers(params):
+        for part in tokenizers(states):
             (folder / part).mkdir()
             copy_files(source / part, folder / part)
         here = jax.process_index()  # Of many processes only this one may be saving.
@@ -104,18 +105,21 @@ def check_writable(config: PretrainedConfig) -> None:
         raise ValueError(f"maxdiffusion's UNet has not this model's options {shown(passed)}.")
 
 
-def _state(part: str, config: Mapping[str, Any], params: Params) -> dict[str, Any]:
-    """What maxdiffusion stores of a network, checked."""
-    kind = kind_of(config)
-    wanted = stored(part, kind.param_shapes(kind.read_config(config)))
+def _named(part: str, params: Params) -> dict[str, Any]:
+    """A state of parameters alone, by maxdiffusion's names."""
     given = {key: np.asarray(leaf, np.float32) for key, leaf in stored(part, params).items()}
+    return {"params": unflatten_dict(given)}
+
+
+def _train_state(config: Mapping[str, Any], params: Params) -> dict[str, Any]:
+    """A UNet's parameters, checked, before the first step of maxdiffusion's AdamW."""
+    state = _named("unet", params)
+    kind, given = kind_of(config), flatten_dict(state["params"])
+    wanted = stored("unet", kind.param_shapes(kind.read_config(config)))
     check_stored(wanted, {key: (leaf.shape, leaf.dtype) for key, leaf in given.items()})
     if broken := ["/".join(key) for key, leaf in given.items() if not np.isfinite(leaf).all()]:
         raise ValueError(f"these parameters cannot be saved: {listed({'not finite': broken})}.")
-    tree = unflatten_dict(given)
-    if part != "unet":
-        return {"params": tree}
     # Its rate is a schedule, whose count is part of the state.
-    optimizer = jax.eval_shape(optax.adamw(optax.constant_schedule(0.0)).init, tree)
+    optimizer = jax.eval_shape(optax.adamw(optax.constant_schedule(0.0)).init, state["params"])
     fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), optimizer)
-    return {"step": np.zeros((), np.int32), "params": tree, "opt_state": fresh}
+    return {"step": np.zeros((), np.int32), **state, "opt_state": fresh}

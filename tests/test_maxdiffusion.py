@@ -1,0 +1,411 @@
+"""maxdiffusion's checkpoints against the diffusers folders of the same weights."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from maxdiffusion_checkpoints import configs, flax_params, states, write_checkpoint
+from pipelines import write_pipeline
+
+from jax_unlearn.app import cli
+from jax_unlearn.pretrained import load_text_to_image, save_maxdiffusion, save_pretrained
+from jax_unlearn.pretrained.digests import folder_digests
+from jax_unlearn.pretrained.hub import find_model
+from jax_unlearn.pretrained.text_to_image import encode_prompts, is_text_to_image
+
+SD2 = {
+    "unet": {"use_linear_projection": True, "attention_head_dim": [2, 4]},
+    "text_encoder": {"hidden_act": "gelu"},
+}
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+def halved(params):
+    """As saved with `weights_dtype: bfloat16`."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+
+
+def spread(params):
+    """As saved by a run over several devices: split along the last axis where it divides."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("fsdp",))
+
+    def put(leaf):
+        last = "fsdp" if leaf.shape[-1] % 2 == 0 else None
+        spec = PartitionSpec(*[None] * (leaf.ndim - 1), last)
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, params)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "jax_unlearn" / "maxdiffusion"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    made = {
+        "sd1": write_pipeline(root / "sd1"),
+        "sd2": write_pipeline(root / "sd2", **SD2),
+        "xl": write_pipeline(root / "xl", xl=True),
+    }
+    path = made["sd2"] / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def saved(folders, tmp_path_factory):
+    """A checkpoint of Stable Diffusion 1 at step 40."""
+    return write_checkpoint(tmp_path_factory.mktemp("sd1") / "run", folders["sd1"], step=40)
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def networks(model):
+    return [(model.pretrained.apply, model.pretrained.params)] + [
+        (network.module, network.params) for network in (model.vae, *model.text_encoders)
+    ]
+
+
+def assert_same(model, other, rounded=lambda leaf: leaf):
+    for (module, params), (expected, values) in zip(networks(model), networks(other), strict=True):
+        assert module == expected
+        assert jax.tree.structure(params) == jax.tree.structure(values)
+        jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(rounded, values))
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.pretrained.params)} == {jnp.dtype("f4")}
+    for name in ("alphas_cumprod", "prediction_type"):
+        found = getattr(model.pretrained.schedule, name)
+        np.testing.assert_array_equal(found, getattr(other.pretrained.schedule, name))
+
+
+def refused(path, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_text_to_image(f"maxdiffusion:{path}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "save", "put"),
+    [
+        ("sd1", ocp.args.PyTreeSave, None),
+        ("sd2", ocp.args.StandardSave, halved),
+        ("xl", ocp.args.PyTreeSave, spread),
+    ],
+)
+def test_it_is_the_diffusers_folder_of_the_same_weights(folders, tmp_path, kind, save, put):
+    put = put or (lambda params: params)
+    path = write_checkpoint(tmp_path / "run", folders[kind], save=save, put=put)
+    assert is_text_to_image(f"maxdiffusion:{path}")
+    model, other = load_text_to_image(f"maxdiffusion:{path}"), load_text_to_image(folders[kind])
+    rounded = (lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)) if put is halved else put
+    assert_same(model, other, rounded)
+    # The second of SDXL's tokenizers pads in another way than the first.
+    prompts = ["the cat", None]
+    if put is not halved:
+        given, expected = encode_prompts(model, prompts), encode_prompts(other, prompts)
+        jax.tree.map(np.testing.assert_array_equal, given, expected)
+        noise = jax.random.normal(jax.random.key(0), (2, *other.pretrained.config.sample_shape))
+        found, wanted = (
+            jax.jit(one.pretrained.apply)(one.pretrained.params, noise, jnp.arange(2), expected)
+            for one in (model, other)
+        )
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_saved_model_is_diffusers(folders, saved, tmp_path):
+    model, other = load_text_to_image(f"maxdiffusion:{saved}"), load_text_to_image(folders["sd1"])
+    for name, pretrained in (("from", model.pretrained), ("as", other.pretrained)):
+        save_pretrained(tmp_path / name, pretrained)
+    files = {path.relative_to(tmp_path / "as") for path in (tmp_path / "as").rglob("*")}
+    assert {path.relative_to(tmp_path / "from") for path in (tmp_path / "from").rglob("*")} == files
+    for path in files:
+        if path.suffix in (".safetensors", ".txt"):
+            assert (tmp_path / "from" / path).read_bytes() == (tmp_path / "as" / path).read_bytes()
+    assert_same(load_text_to_image(tmp_path / "from"), other)
+
+
+def test_the_latest_step_is_taken_or_the_one_that_is_named(folders, copy, tmp_path):
+    doubled = write_checkpoint(
+        copy, folders["sd1"], step=100, put=lambda params: jax.tree.map(lambda x: 2 * x, params)
+    )
+    (copy / "7.orbax-checkpoint-tmp-3").mkdir()
+    other = load_text_to_image(folders["sd1"])
+    assert_same(load_text_to_image(f"maxdiffusion:{doubled}"), other, lambda leaf: 2 * leaf)
+    assert_same(load_text_to_image(f"maxdiffusion:{doubled / '40'}"), other)
+
+
+def test_nothing_is_converted_before_it_is_asked_for_nor_twice(saved, cache, monkeypatch):
+    found = find_model(f"maxdiffusion:{saved}")
+    assert found.folder.parent == cache
+    assert not list(found.folder.rglob("*.safetensors"))
+    found.fetch(["unet/diffusion_pytorch_model*.safetensors", "model*.safetensors"])
+    assert [path.parent.name for path in found.folder.rglob("*.safetensors")] == ["unet"]
+    load_text_to_image(f"maxdiffusion:{saved}")
+    before = folder_digests(found.folder)
+    monkeypatch.setattr(ocp, "PyTreeCheckpointHandler", None)
+    load_text_to_image(f"maxdiffusion:{saved}")
+    assert folder_digests(found.folder) == before
+    # Elsewhere and at another time it is the same model.
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "other"))
+    other = find_model(f"maxdiffusion:{shutil.copytree(saved, cache / 'run')}")
+    assert other.folder != found.folder
+    other.fetch([f"{part}/*" for part in (*PARTS, "tokenizer")])
+    assert folder_digests(other.folder) == before
+    assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_optimizer_is_not_read(folders, copy):
+    """In the layout without OCDBT, where each array is a folder that can be taken away."""
+    item = copy / "40" / "unet_state"
+    shutil.rmtree(item)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
+        writer.save(item.absolute(), args=ocp.args.PyTreeSave(states(folders["sd1"])["unet"]))
+    moments = [path for path in item.iterdir() if path.name.startswith("opt_state.0.")]
+    assert len(moments) > 100
+    for path in moments:
+        shutil.rmtree(path)
+    assert_same(load_text_to_image(f"maxdiffusion:{copy}"), load_text_to_image(folders["sd1"]))
+
+
+@pytest.mark.parametrize("kind", ["sd2", "xl"])
+def test_writing_is_the_inverse_of_reading(folders, tmp_path, kind):
+    other = load_text_to_image(folders[kind])
+    save_maxdiffusion(tmp_path / "out", other.pretrained)
+    model = load_text_to_image(f"maxdiffusion:{tmp_path / 'out'}")
+    assert_same(model, other)
+    prompts = ["the cat", None]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        encode_prompts(model, prompts),
+        encode_prompts(other, prompts),
+    )
+    save_maxdiffusion(tmp_path / "again", model.pretrained)
+    parts = [part for part in PARTS if (folders[kind] / part).is_dir()]
+    for part in parts:
+        first, second = (
+            json.loads((tmp_path / name / "0" / f"{part}_config" / "metadata").read_text())
+            for name in ("out", "again")
+        )
+        assert first.items() <= second.items() | {("_diffusers_version", "0.35.0")}
+
+    # As maxdiffusion restores it: whole states to train on, and parameters alone to sample from.
+    wanted = states(folders[kind])
+    with ocp.CheckpointManager(
+        tmp_path / "out", item_names=[f"{part}_state" for part in parts]
+    ) as manager:
+        assert manager.latest_step() == 0
+        for part in parts:
+            abstract = jax.eval_shape(lambda part=part: wanted[part])
+            item = {f"{part}_state": ocp.args.PyTreeRestore(item=abstract)}
+            found = manager.restore(0, args=ocp.args.Composite(**item))[f"{part}_state"]
+            jax.tree.map(np.testing.assert_array_equal, found, wanted[part])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        flax_params(folders[kind], "unet"),
+    )
+    with ocp.PyTreeCheckpointer() as reader:
+        found = reader.restore(
+            tmp_path / "out" / "0" / "unet_state",
+            item={"params": abstract},
+            transforms={},
+            restore_args={"params": ocp.checkpoint_utils.construct_restore_args(abstract)},
+        )["params"]
+    assert {leaf.sharding for leaf in jax.tree.leaves(found)} == {device}
+    jax.tree.map(np.testing.assert_array_equal, found, flax_params(folders[kind], "unet"))
+    named = configs(folders[kind], parts, "")
+    for part in parts:
+        path = tmp_path / "out" / "0" / f"{part}_config" / "metadata"
+        assert json.loads(path.read_text()).get("_class_name") == named[part].get("_class_name")
+    named = json.loads((tmp_path / "out" / "0" / "tokenizer_config" / "metadata").read_text())
+    assert pathlib.Path(named["path"], "tokenizer", "merges.txt").is_file()
+
+
+def test_what_maxdiffusion_has_not_is_not_written(tiny_model, folders, tmp_path):
+    from jax_unlearn.pretrained import load_pretrained
+
+    with pytest.raises(ValueError, match="no such model: expected one of StableDiffusionPipeline"):
+        save_maxdiffusion(tmp_path / "out", load_pretrained(tiny_model))
+    odd = write_pipeline(tmp_path / "odd", unet={"act_fn": "gelu", "upcast_attention": True})
+    with pytest.raises(ValueError, match=r"has not this model's options \['act_fn'\]"):
+        save_maxdiffusion(tmp_path / "out", load_pretrained(odd))
+    pretrained = load_pretrained(folders["sd1"])
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, pretrained.params)
+    with pytest.raises(ValueError, match="cannot be saved: .* not finite"):
+        save_maxdiffusion(tmp_path / "out", pretrained._replace(params=params))
+    assert not (tmp_path / "out").exists()
+    save_maxdiffusion(tmp_path / "out", pretrained)
+    with pytest.raises(ValueError, match="exists"):
+        save_maxdiffusion(tmp_path / "out", pretrained)
+    save_maxdiffusion(tmp_path / "out", pretrained, overwrite=True)
+
+
+def test_tokenizers_are_looked_for_beside_the_steps_first(folders, copy):
+    described = copy / "40" / "tokenizer_config" / "metadata"
+    for named in ("gs://bucket/model", "/nowhere", None):
+        described.write_text(json.dumps({"path": named}))
+        refused(
+            copy, "names its tokenizer as .*: put the folder `tokenizer` of its pipeline beside"
+        )
+    for named in (folders["sd1"], folders["sd1"] / "tokenizer"):
+        described.write_text(json.dumps({"path": str(named)}))
+        assert load_text_to_image(f"maxdiffusion:{copy}").tokenizers[0].length == 77
+    shutil.copytree(folders["sd1"] / "tokenizer", copy / "tokenizer")
+    config = copy / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 50}))
+    assert load_text_to_image(f"maxdiffusion:{copy}").tokenizers[0].length == 50
+
+
+def test_a_tokenizer_on_the_hub_is_fetched(folders, copy, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name, *, revision, allow_patterns):
+        asked.append((name, [one for one in allow_patterns if one.startswith("tokenizer")]))
+        return str(folders["sd1"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    path = copy / "40" / "tokenizer_config" / "metadata"
+    path.write_text(json.dumps({"path": "owner/name"}))
+    load_text_to_image(f"maxdiffusion:{copy}")
+    assert {name for name, _ in asked} == {"owner/name"}
+    assert "tokenizer/merges.txt" in asked[-1][1]
+
+
+def without(*items):
+    return lambda step: [shutil.rmtree(step / item) for item in items]
+
+
+def described(part, **changes):
+    def change(step):
+        path = step / f"{part}_config" / "metadata"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def restated(part, change):
+    """Another tree in place of a network's state."""
+
+    def write(step):
+        item = step / f"{part}_state"
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore(item)
+            shutil.rmtree(item)
+            checkpointer.save(item, change(tree))
+
+    return write
+
+
+def with_params(change):
+    return lambda tree: {**tree, "params": change(tree["params"])}
+
+
+def cut(step):
+    for path in (step / "vae_state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:-20])
+
+
+def linked(step):
+    path = next(path for path in (step / "unet_state").rglob("*") if path.is_file())
+    target = step.parent / "elsewhere"
+    path.rename(target)
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "has no checkpoint of maxdiffusion's: expected folders named by their"),
+        (without("vae_state"), r"has no vae_state: expected a Stable Diffusion 1, 2 or XL that"),
+        (without("unet_config", "unet_state"), "has no unet_config, unet_state: expected a Stable"),
+        (described("unet", _class_name="FluxTransformer"), "of class 'FluxTransformer': expected"),
+        (described("unet", lora_rank=4), r"unknown UNet2DConditionModel options \['lora_rank'\]"),
+        (described("vae", block_out_channels=[4, 16]), r"vae_state: .* \d+ misshapen \("),
+        (described("text_encoder", num_hidden_layers=4), r"text_encoder_state: .* missing \(text_"),
+        (described("text_encoder", num_hidden_layers=2), r"of no parameter \(text_model/encoder/"),
+        (restated("unet", lambda tree: tree["params"]), "no train state with params can be read"),
+        (
+            restated("vae", with_params(lambda tree: tree | {"lora-a": {"kernel": np.ones(2)}})),
+            r"vae_state: its params do not fit its configuration: 1 of no parameter \(lora-a/ker",
+        ),
+        (
+            restated("vae", with_params(lambda t: t | {"quant_conv": {"kernel": 1, "bias": 2}})),
+            r"2 misshapen \(quant_conv/bias \[\] instead of \[8\].*; 2 not of floats \(quant",
+        ),
+        (
+            restated("vae", with_params(lambda t: jax.tree.map(lambda x: x * np.nan, t))),
+            "vae_state: these parameters cannot be saved: .* not finite",
+        ),
+        (cut, "vae_state: no train state with params can be read: "),
+        (linked, "is a link, or no file: put a copy there"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(copy, damage, message):
+    damage(copy / "40")
+    refused(copy, message)
+
+
+def test_no_folder(saved, tmp_path, monkeypatch):
+    refused(tmp_path / "nowhere", "nowhere is no folder: maxdiffusion: takes that of its checkp")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "12").symlink_to(saved / "40")
+    refused(tmp_path / "run", "12 is a link: give maxdiffusion: the folder that it leads to")
+    with pytest.raises(ValueError, match="only a name on the hub has revisions"):
+        load_text_to_image(f"maxdiffusion:{saved}", revision="40")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(saved / "40" / "_CHECKPOINT_METADATA"))
+    refused(saved, "cannot be written: Not a directory. Set XDG_CACHE_HOME to another folder")
+
+
+def test_a_model_of_labels_is_refused_before_the_run(tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["concept", "--model", str(tiny_model), "--out", str(out), "--forget", "cat"]
+    assert cli.main([*arguments, "--save", "maxdiffusion"]) == 2
+    assert "maxdiffusion has no such model" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_run_in_and_out(folders, saved, tmp_path):
+    sizes = [
+        "--steps=1", "--batch-size=8", "--forget-batch-size=8", "--samples=2", "--sampling-steps=2",
+        "--evaluation-images=16", "--chain-steps=2", "--forget=cat", "--retain=dog",
+    ]  # fmt: skip
+    digests = {}
+    for name, model in (("in", f"maxdiffusion:{saved}"), ("folder", folders["sd1"])):
+        out = tmp_path / name
+        arguments = ["concept", "--model", str(model), "--out", str(out), *sizes]
+        assert cli.main([*arguments, "--save=maxdiffusion"]) == 0
+        assert (out / "model" / "0" / "unet_state" / "_METADATA").is_file()
+        run = json.loads((out / "run.json").read_text())
+        assert "unet/config.json" in run["identity"]["model"]["files"]
+        digests[name] = run["identity"]["model"]["parameters"]
+        card = (out / "model" / "README.md").read_text()
+        assert 'load_text_to_image("maxdiffusion:PATH OF THIS MODEL")' in card
+        assert str(tmp_path) not in card
+        assert cli.main(["verify", str(out)]) == 0
+    assert digests["in"] == digests["folder"]
+    first, second = (
+        load_text_to_image(f"maxdiffusion:{tmp_path / name / 'model'}") for name in digests
+    )
+    assert_same(first, second)
+    # Once more, on what was saved.
+    arguments = [f"--model=maxdiffusion:{tmp_path / 'in' / 'model'}", "--columns=1", "--steps=2"]
+    grid = tmp_path / "grid.png"
+    assert cli.main(["sample", *arguments, "--prompts=a cat", f"--out={grid}"]) == 0
+    assert grid.is_file()
