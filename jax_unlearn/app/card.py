@@ -43,6 +43,9 @@ unet = {network}.from_pretrained("PATH OR NAME OF THIS MODEL")""",
 
 pipeline = DiffusionPipeline.from_pretrained({base})
 pipeline.load_lora_weights("PATH OR NAME OF THIS MODEL")""",
+    "maxdiffusion": """from jax_unlearn import load_text_to_image
+
+model = load_text_to_image("maxdiffusion:PATH OF THIS MODEL")""",
 }
 
 
@@ -107,6 +110,7 @@ def render_card(report: Mapping[str, Any], pictures: Sequence[tuple[str, str, st
         report=report,
         front=_front(report, kind == "lora"),
         lora=kind == "lora",
+        library="jax" if kind == "maxdiffusion" else "diffusers",
         model=asked["model"],
         subject=", ".join(names[:3]) + more,
         state=standing_of(report),

@@ -184,14 +184,16 @@ def _load(options: "RunOptions") -> tuple[Any, "RunOptions", Any]:
 
 
 def _announce(options: Any) -> None:
-    """Says that a model is asked for on the hub, before it is."""
+    """Says that a model is asked for on the hub, or converted, before it is."""
     from jax_unlearn.app.terminal import say
-    from jax_unlearn.pretrained.hub import is_hub_name
+    from jax_unlearn.pretrained.hub import MAXDIFFUSION, is_hub_name
 
     model = getattr(options, "model", "embedded")
     if model not in ("embedded", "embedded-text") and is_hub_name(model):
         at = f" at {options.revision}" if options.revision else ""
         say(f"{model} is no folder here: asking the Hugging Face hub for it{at} ...")
+    if model.startswith(MAXDIFFUSION):
+        say(f"{model}: converted at its first use, into the user's cache ...")
 
 
 def _named(pretrained: Any, name: str) -> Any:
@@ -237,6 +239,7 @@ def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, A
     from jax_unlearn.app.jobs import jobs_of
     from jax_unlearn.app.memory import check_run
     from jax_unlearn.app.run import check_batches, check_method
+    from jax_unlearn.pretrained.maxdiffusion import check_writable
 
     check_options(options)
     asked = jobs_of(command, options)
@@ -251,6 +254,8 @@ def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, A
             f"{options.out} with --out {jobs[0][2].out}, say."
         )
     for _, request, one, _ in jobs:
+        if one.training.save == "maxdiffusion":
+            check_writable(request.pretrained.config)
         check_method(request, one)
         check_run(request.pretrained, one)
         check_batches(request, one)

@@ -284,6 +284,7 @@ class ModelOptions(RunOptions):
 
     model: str = ""
     """Pipeline folder (model_index.json), model folder (config.json) or name on the hub;
+    maxdiffusion:FOLDER for a Stable Diffusion that maxdiffusion saved, at its latest step;
     "embedded" is the embedded model of labels, "embedded-text" that of prompts."""
     revision: str = ""
     """Models on the hub: branch, tag or commit; the report names the commit that was loaded."""
@@ -299,9 +300,9 @@ class ModelOptions(RunOptions):
     train: str = "full"
     """What trains: full, cross-attention, cross-attention-kv, no-cross-attention (ESD's esd-x,
     esd-x-strict, esd-u), or lora:RANK, or lora:RANK:SUBSET. Models of labels train in full."""
-    save: Literal["pipeline", "unet", "lora"] = "pipeline"
+    save: Literal["pipeline", "unet", "lora", "maxdiffusion"] = "pipeline"
     """What OUT/model is: the whole pipeline, the UNet alone, or, of --train lora:RANK, the change
-    that diffusers' load_lora_weights reads."""
+    that diffusers' load_lora_weights reads; or the pipeline as a checkpoint of maxdiffusion's."""
     link: bool = False
     """Link the files of the pipeline's unchanged parts (hard links) instead of copying them."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -37,7 +37,7 @@ from jax_unlearn.app.tasks.base import Measured, Task
 from jax_unlearn.app.tensorboard import event_log
 from jax_unlearn.app.terminal import say
 from jax_unlearn.models.judge import JudgeFunctions
-from jax_unlearn.pretrained import Pretrained, save_pretrained, save_unet
+from jax_unlearn.pretrained import Pretrained, save_maxdiffusion, save_pretrained, save_unet
 from jax_unlearn.pretrained.subsets import lora_merge, parse_subset, save_lora
 from jax_unlearn.primal_dual import PrimalDualState, certificate
 from jax_unlearn.typing import Array, Estimate, Params
@@ -445,6 +445,8 @@ def _save(options: RunOptions, unlearned: Pretrained, trained: Params) -> None:
         save_lora(folder, trained, base_model=base, overwrite=True)
     elif kind == "unet":
         save_unet(folder, unlearned, overwrite=True)
+    elif kind == "maxdiffusion":
+        save_maxdiffusion(folder, unlearned, overwrite=True)
     else:
         save_pretrained(folder, unlearned, overwrite=True, hard_links=options.training.link)
 

@@ -8,6 +8,7 @@ from jax_unlearn.pretrained.clip import (
     load_clip,
     zero_shot,
 )
+from jax_unlearn.pretrained.maxdiffusion import save_maxdiffusion
 from jax_unlearn.pretrained.text_to_image import (
     TextToImage,
     decode_latents,
@@ -41,6 +42,7 @@ __all__ = [
     "load_pretrained",
     "load_text_to_image",
     "relabelled",
+    "save_maxdiffusion",
     "save_pretrained",
     "save_unet",
     "zero_shot",

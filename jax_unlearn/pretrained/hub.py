@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 __all__ = [
+    "MAXDIFFUSION",
     "SUFFIXES",
     "FoundModel",
     "check_folder",
@@ -21,6 +22,9 @@ __all__ = [
 
 SUFFIXES = (".json", ".txt", ".safetensors")
 """Of what a model is read from; the rest of a folder are pickles and other frameworks' files."""
+
+MAXDIFFUSION = "maxdiffusion:"
+"""What the name of a folder of maxdiffusion's checkpoints begins with."""
 
 _CARD = "README.md"
 _CARD_BYTES = 2**16
@@ -66,25 +70,33 @@ def find_model(path_or_name: str | os.PathLike[str], revision: str | None = None
     """Finds a model's folder, and fetches its descriptions if it is on the hub.
 
     Args:
-      path_or_name: a folder, or `owner/name` on the hub.
+      path_or_name: a folder, `owner/name` on the hub, or `maxdiffusion:FOLDER`, the checkpoints
+        that maxdiffusion saved of a Stable Diffusion: the latest, or that whose folder it is.
       revision: branch, tag or commit on the hub; None is its main branch. Everything is fetched
         from the commit that it is at first.
 
     Returns:
-      The folder, `check_folder` passed, and how to fetch its other files.
+      The folder, `check_folder` passed, and how to fetch its other files. Those of
+      `maxdiffusion:FOLDER` are converted into the user's cache.
 
     Raises:
       ValueError: if there is no such model, if a revision of a folder here is asked for, or as
-        `check_folder`.
+        `check_folder` and `maxdiffusion.find_checkpoint`.
     """
     name = os.fspath(path_or_name)
     if not is_hub_name(name):
-        folder = _local(name)
+        converted = name.startswith(MAXDIFFUSION)
+        folder = pathlib.Path(name) if converted else _local(name)
         if revision is not None:
             raise ValueError(
                 f"revision {revision} is given for {name}, a folder here: only a name on the hub "
                 "has revisions."
             )
+        if converted:
+            # Only here: it opens the tokenizers of its models by this function.
+            from jax_unlearn.pretrained.maxdiffusion import find_checkpoint
+
+            return find_checkpoint(name.removeprefix(MAXDIFFUSION))
         check_folder(folder)
         return FoundModel(folder, lambda patterns: None, "")
 

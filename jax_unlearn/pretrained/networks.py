@@ -29,6 +29,7 @@ from jax_unlearn.typing import Params
 
 __all__ = [
     "Network",
+    "kind_of",
     "load_network",
     "read_network",
     "read_weights",
@@ -129,7 +130,7 @@ def read_network(folder: pathlib.Path, *, dtype: Any = None, variant: str | None
     """As `load_network`, from a folder that was checked."""
     raw = read_json(folder / "config.json")
     try:
-        kind = _kind(raw)
+        kind = kind_of(raw)
         config = kind.read_config(raw)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
@@ -146,7 +147,7 @@ def read_weights(
     variant: str | None = None,
 ) -> Params:
     """The parameters, of these shapes, of the network in a folder with this `config.json`."""
-    kind = _kind(config)
+    kind = kind_of(config)
     return read_params(
         shapes, weight_files(folder, kind.stem, variant, torch_class=kind.torch_class)
     )
@@ -172,7 +173,7 @@ def save_network(
 
 def write_network(folder: pathlib.Path, config: Mapping[str, Any], params: Params) -> None:
     """Writes config and parameters into a folder that is there; errors as `save_network`."""
-    kind = _kind(config)
+    kind = kind_of(config)
     shapes = kind.param_shapes(kind.read_config(config))
     # transformers would otherwise round what it reads to the type that was stored before.
     stored = {name: "float32" for name in ("dtype", "torch_dtype") if name in config}
@@ -180,7 +181,7 @@ def write_network(folder: pathlib.Path, config: Mapping[str, Any], params: Param
     write_params(folder / f"{kind.stem}.safetensors", shapes, params)
 
 
-def _kind(config: Mapping[str, Any]) -> _Kind:
+def kind_of(config: Mapping[str, Any]) -> _Kind:
     """The network's class: diffusers and transformers name it by different keys."""
     name = config.get("_class_name", listed_class(config))
     if not isinstance(name, str) or name not in _KINDS:

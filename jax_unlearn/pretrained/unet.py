@@ -42,6 +42,7 @@ __all__ = [
     "TEXT_TO_IMAGE",
     "UNet2DDenoiser",
     "describe_denoiser",
+    "fetch_parts",
     "load_denoiser",
     "load_pretrained",
     "relabelled",
@@ -401,13 +402,23 @@ def save_pretrained(
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         write_network(network, names | config.unet, pretrained.params)
         if unchanged := sorted(_parts(config.pipeline) - {"unet", "scheduler"}):
-            # The commit, since a branch may have moved.
-            at = (config.commit or config.revision) if is_hub_name(config.source) else None
-            source, fetch, _ = find_model(config.source, at or None)
-            fetch([f"{part}/*{suffix}" for part in unchanged for suffix in SUFFIXES])
-            check_digests(source, unchanged)
+            source = fetch_parts(config, unchanged)
             for part in unchanged:
                 _copy_part(source / part, folder / part, hard_links)
+
+
+def fetch_parts(config: PretrainedConfig, parts: Sequence[str]) -> pathlib.Path:
+    """The folder that a pipeline was read from, with these parts of it, checked.
+
+    Raises:
+      ValueError: if it is gone, or as `check_digests`.
+    """
+    # The commit, since a branch may have moved.
+    at = (config.commit or config.revision) if is_hub_name(config.source) else None
+    source, fetch, _ = find_model(config.source, at or None)
+    fetch([f"{part}/*{suffix}" for part in parts for suffix in SUFFIXES])
+    check_digests(source, parts)
+    return source
 
 
 def save_unet(

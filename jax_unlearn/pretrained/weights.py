@@ -25,13 +25,14 @@ import numpy as np
 from jax_unlearn.models.files import read_json, shown
 from jax_unlearn.models.memory import check_parameters
 from jax_unlearn.models.tensors import StoredTensor, check_float, read_header, read_tensor
-from jax_unlearn.pretrained.digests import write_digests
+from jax_unlearn.pretrained.digests import DIGESTS_FILE, write_digests
 from jax_unlearn.pretrained.hub import is_plain_name
 from jax_unlearn.typing import Array, Params
 
 __all__ = [
     "clean_leftovers",
     "diffusers_key",
+    "listed",
     "new_folder",
     "read_params",
     "weight_files",
@@ -71,7 +72,7 @@ def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-_MODEL_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
+_MODEL_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors", DIGESTS_FILE)
 
 
 @contextlib.contextmanager
@@ -276,7 +277,7 @@ def read_params(shapes: Params, files: list[pathlib.Path]) -> Params:
     }
     if any(problems.values()):
         raise ValueError(
-            f"tensors in {files[0].parent} do not fit its config.json: {_describe(problems)}."
+            f"tensors in {files[0].parent} do not fit its config.json: {listed(problems)}."
         )
     params: dict[str, Array] = {}
     for key, (name, stored) in found.items():
@@ -322,7 +323,7 @@ def write_params(
         ],
     }
     if any(problems.values()):
-        raise ValueError(f"these parameters cannot be saved: {_describe(problems)}.")
+        raise ValueError(f"these parameters cannot be saved: {listed(problems)}.")
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for key in sorted(expected):
@@ -381,7 +382,7 @@ def _other_names(key: str) -> list[str]:
     ]
 
 
-def _describe(problems: Mapping[str, list[str]]) -> str:
+def listed(problems: Mapping[str, list[str]]) -> str:
     """The first few of every kind of problem, and how many there are."""
     return "; ".join(
         f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
