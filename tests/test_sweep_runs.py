@@ -1,5 +1,6 @@
 """Sweeps of tiny models: each problem as its own run, resumed bit for bit, refused in one line."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -61,8 +62,7 @@ def swept(asked, options, **more):
     return sweeps.sweep(request_of(options), asked, options, progress=False, **more)
 
 
-@pytest.fixture
-def cheap(monkeypatch):
+def measure_cheaply(patch):
     """A measure without a network: distances of the parameters. Returns what was measured."""
     calls = []
 
@@ -79,8 +79,28 @@ def cheap(monkeypatch):
 
         return Evaluation(measure, None)
 
-    monkeypatch.setattr(image_task, "evaluator", evaluator)
+    patch.setattr(image_task, "evaluator", evaluator)
     return calls
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    return measure_cheaply(monkeypatch)
+
+
+ASKED = SweepOptions("data", ("1.2x", "1.6x"), (), (0, 5), keep_models=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tiny_images, tmp_path_factory):
+    """The folder of a sweep that was not disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        calls = measure_cheaply(patch)
+        found = swept(ASKED, of_images(tiny_model, tiny_images, out))
+    assert len(calls) == 5  # The reference once, and four models.
+    assert found == json.loads((out / "fronts.json").read_text())
+    return out
 
 
 def leaves(folder):
@@ -102,14 +122,9 @@ def rows_of(folder):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def test_a_killed_sweep_goes_on_and_measures_nothing_twice(
-    tiny_model, tiny_images, tmp_path, cheap, monkeypatch
-):
-    asked = SweepOptions("data", ("1.2x", "1.6x"), (), (0, 5), keep_models=True)
-    whole = swept(asked, of_images(tiny_model, tiny_images, tmp_path / "whole"))
-    assert len(cheap) == 5  # The reference once, and four models.
-    assert whole == json.loads((tmp_path / "whole" / "fronts.json").read_text())
-    problems = whole["problems"]
+def test_a_sweep_leaves_what_is_promised(whole):
+    found = json.loads((whole / "fronts.json").read_text())
+    problems = found["problems"]
     assert [one["name"] for one in problems] == [
         f"threshold-{text}-seed-{seed}" for text in ("1.2x", "1.6x") for seed in (0, 5)
     ]
@@ -117,19 +132,23 @@ def test_a_killed_sweep_goes_on_and_measures_nothing_twice(
         [0.36, 0.36, 0.48, 0.48], rel=1e-6
     )
     assert len({one["objective"]["value"] for one in problems}) == 4
-    assert whole["devices"] == 4
-    with Image.open(tmp_path / "whole" / "fronts.png") as picture:
+    assert found["devices"] == 4
+    with Image.open(whole / "fronts.png") as picture:
         assert picture.size[0] > 500
-    assert not verify.verify(tmp_path / "whole")[0]
+    assert not verify.verify(whole)[0]
 
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_measures_nothing_twice(
+    whole, tiny_model, tiny_images, tmp_path, cheap, monkeypatch
+):
     def kill(step):
         if step == 3:
             raise KeyboardInterrupt
 
-    out = tmp_path / "killed"
-    options = of_images(tiny_model, tiny_images, out)
+    options = of_images(tiny_model, tiny_images, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        swept(asked, options, after_step=kill)
+        swept(ASKED, options, after_step=kill)
     put = sweeps.Kept.put
 
     def killing(kept, name, measure):
@@ -137,33 +156,31 @@ def test_a_killed_sweep_goes_on_and_measures_nothing_twice(
             raise KeyboardInterrupt
         return put(kept, name, measure)
 
+    options = dataclasses.replace(options, resume=True)
     with monkeypatch.context() as patch:
         patch.setattr(sweeps.Kept, "put", killing)
         with pytest.raises(KeyboardInterrupt):
-            swept(asked, options.__class__(**{**vars(options), "resume": True}))
+            swept(ASKED, options)
     del cheap[:]
-    again = swept(asked, options.__class__(**{**vars(options), "resume": True}))
+    found = swept(ASKED, options)
     assert len(cheap) == 3  # The reference, and two of four models.
-    assert without_time(again) == without_time(whole)
-    assert rows_of(out) == rows_of(tmp_path / "whole")
-    for one in (tmp_path / "whole" / "models").iterdir():
-        for ours, theirs in zip(leaves(one), leaves(out / "models" / one.name), strict=True):
+    assert without_time(found) == without_time(json.loads((whole / "fronts.json").read_text()))
+    assert rows_of(tmp_path) == rows_of(whole)
+    for one in (whole / "models").iterdir():
+        for ours, theirs in zip(leaves(one), leaves(tmp_path / "models" / one.name), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_each_problem_is_its_own_run(tiny_model, tiny_images, tmp_path, cheap):
+def test_each_problem_is_its_own_run(whole, tiny_model, tiny_images, tmp_path, cheap):
     """Of the command's seed: with another one a run also measures on other images."""
-    asked = SweepOptions("data", ("1.2x", "1.6x"), (), (0, 5), keep_models=True)
-    swept(asked, of_images(tiny_model, tiny_images, tmp_path / "sweep"))
-    options = of_images(tiny_model, tiny_images, tmp_path / "run", threshold=("1.6x",))
+    options = of_images(tiny_model, tiny_images, tmp_path, threshold=("1.6x",))
     request = request_of(options)
-    # The cheap measure has no pictures to show.
     task = running.TASKS[images.ImageRequest](request, options, None)
     alone = trained_alone(task, options, request)
-    ours = leaves(tmp_path / "sweep" / "models" / "threshold-1.6x-seed-0")
+    ours = leaves(whole / "models" / "threshold-1.6x-seed-0")
     for a, b in zip(ours, jax.tree.leaves(alone.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    rows = rows_of(tmp_path / "sweep")
+    rows = rows_of(whole)
     assert rows[-1]["multipliers"][2] == pytest.approx(alone.multipliers.tolist(), abs=1e-6)
     pairs = zip(ours, jax.tree.leaves(request.pretrained.params), strict=True)
     moved = [np.abs(a - b).max() for a, b in pairs]
@@ -287,12 +304,11 @@ def test_a_problem_that_is_lost_is_told_and_takes_no_other_with_it(
         return states._replace(thresholds=thresholds)
 
     monkeypatch.setattr(sweeps, "sweep_init", ruined)
-    asked = SweepOptions("data", ("1.2x", "1.6x"))
-    found = swept(asked, of_images(tiny_model, tiny_images, tmp_path, steps=1))
-    assert "lost" not in found["problems"][0]
-    assert found["problems"][1]["lost"] == "step 1: a loss or gradient was not finite"
-    assert [one["swept"] for one in found["curve"]] == ["1.2x"]
-    assert "threshold-1.6x-seed-0: step 1" in made.table(found)
+    found = swept(ASKED, of_images(tiny_model, tiny_images, tmp_path))
+    lost = "step 1: a loss or gradient was not finite"
+    assert [one.get("lost") for one in found["problems"]] == [None, lost, None, None]
+    assert [one["seeds"] for one in found["curve"]] == [1, 2]
+    assert f"threshold-1.2x-seed-5: {lost}" in made.table(found)
 
 
 # ---- numbers

@@ -38,6 +38,7 @@ from jax_unlearn.app.tasks.base import Task
 from jax_unlearn.app.terminal import say
 from jax_unlearn.models.files import read_json
 from jax_unlearn.models.judge import JudgeFunctions
+from jax_unlearn.pretrained.weights import clean_leftovers
 from jax_unlearn.primal_dual import PrimalDualState, certificate
 from jax_unlearn.sharding import AXIS
 from jax_unlearn.sweep import sweep_devices, sweep_init, sweep_step
@@ -279,6 +280,7 @@ def _sweep(
                 folder = folder_of(out, point)
                 if asked.keep_models and "lost" not in found[-1] and not folder.is_dir():
                     folder.parent.mkdir(exist_ok=True)
+                    clean_leftovers(folder)
                     trained, params = _params_of(problems, states, place, options)
                     unlearned = task.pretrained._replace(params=params)
                     save_model(folder, options, unlearned, trained)
