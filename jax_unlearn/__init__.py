@@ -22,6 +22,7 @@ from jax_unlearn import (
     samplers,
     schedules,
     sharding,
+    sweep,
 )
 from jax_unlearn.accumulated import accumulated
 from jax_unlearn.formulations import (

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from jax_unlearn import metrics
 from jax_unlearn.app import cli, embedded, verify
-from jax_unlearn.app.audit import page, phases
+from jax_unlearn.app.audit import page
 from jax_unlearn.app.audit.options import ATTACKS, AuditOptions
+from jax_unlearn.app.kept import Kept
 from jax_unlearn.models.judge import Judge, save_judge
 
 SMALL = (
@@ -94,7 +95,7 @@ def test_what_was_measured_is_not_measured_again(command, other, tmp_path, capsy
     """Stopped in a phase, an audit goes on with it, and ends in the same report."""
     few = ("--attacks", "rounding", "--attacks", "noise")
     assert command(other, *few, out="whole") == 0
-    done, put = [], phases.Kept.put
+    done, put = [], Kept.put
 
     def stop(self, name, measure):
         if len(done) == 3:
@@ -102,12 +103,12 @@ def test_what_was_measured_is_not_measured_again(command, other, tmp_path, capsy
         done.append(name)
         return put(self, name, measure)
 
-    monkeypatch.setattr(phases.Kept, "put", stop)
+    monkeypatch.setattr(Kept, "put", stop)
     with pytest.raises(KeyboardInterrupt):
         command(other, *few)
     again = []
     monkeypatch.setattr(
-        phases.Kept,
+        Kept,
         "put",
         lambda self, name, measure: (again.append(name), put(self, name, measure))[1],
     )

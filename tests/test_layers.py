@@ -26,7 +26,7 @@ BLOCKED = (
 BOUND = (
     "attacks", "baselines", "divergences", "duality", "formulations", "likelihoods", "losses",
     "metrics", "mixtures", "multipliers", "problem", "quantification", "samplers", "schedules",
-    "sharding",
+    "sharding", "sweep",
 )  # fmt: skip
 
 

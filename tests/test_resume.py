@@ -476,7 +476,7 @@ def test_a_signal_while_measuring_is_answered(inputs, tmp_path):
         "def measuring(*given):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    raise AssertionError('not stopped')\n"
-        "run._TASKS[images.ImageRequest] = measuring\n"
+        "run.TASKS[images.ImageRequest] = measuring\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     found = subprocess.run(

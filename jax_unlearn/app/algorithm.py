@@ -22,7 +22,7 @@ from jax_unlearn.pretrained.subsets import (
     subset_problem,
 )
 from jax_unlearn.primal_dual import PrimalDual, PrimalDualState, primal_dual
-from jax_unlearn.typing import Array, Params
+from jax_unlearn.typing import Array, ArrayLike, Params
 
 __all__ = ["algorithm_of", "dual_schedule", "learning_rate"]
 
@@ -49,7 +49,12 @@ def learning_rate(options: RunOptions) -> optax.Schedule:
 
 
 def algorithm_of(
-    task: Task | Setup, options: RunOptions, params: Params, *, axis_name: str | None = None
+    task: Task | Setup,
+    options: RunOptions,
+    params: Params,
+    *,
+    axis_name: str | None = None,
+    strength: ArrayLike | None = None,
 ) -> tuple[PrimalDual, Any, Callable[..., Any]]:
     """What trains, and its step; nothing is measured.
 
@@ -58,6 +63,7 @@ def algorithm_of(
       options: of the run.
       params: of the network, to start from.
       axis_name: as in `primal_dual`.
+      strength: of a baseline, in place of its own; may be traced.
 
     Returns:
       The algorithm; what it starts from (the parameters, or a low-rank change of them, and a pool
@@ -68,7 +74,8 @@ def algorithm_of(
     part, rank = parse_subset(options.training.train)
     problem, start = task.problem, params
     if task.baseline is not None:
-        problem, optimizer = task.baseline.problem, task.baseline.optimizer(optimizer)
+        own = task.baseline.about["strength"] if strength is None else strength
+        problem, optimizer = task.baseline.problem(own), task.baseline.optimizer(optimizer)
     if rank is not None:
         problem = lora_problem(problem)
         start = lora_init(start, jax.random.key(options.seed), rank=rank, part=part)

@@ -1,4 +1,4 @@
-"""The command line: jax-unlearn demo | data | concept | plan | audit | sample | verify."""
+"""The command line: jax-unlearn demo | data | concept | sweep | plan | audit | sample | verify."""
 
 import dataclasses
 import errno
@@ -22,6 +22,7 @@ _COMMANDS = {
     "demo": "options.DemoOptions",
     "data": "options.DataOptions",
     "concept": "options.ConceptOptions",
+    "sweep": "sweep.options.SweepOptions",
     "plan": "plan.options.PlanOptions",
     "audit": "audit.options.AuditOptions",
     "sample": "options.SampleOptions",
@@ -38,6 +39,8 @@ _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
            embedded model from text to image; needs no network
   data     forget images that a diffusers checkpoint of yours was trained on
   concept  forget labels or prompts that a diffusers checkpoint is conditioned on; needs no images
+  sweep    before data or concept and its options: that at many thresholds, or strengths of a
+           method, and seeds, in one program; writes their front
   plan     before data or concept and its options: what that will cost, and whether it fits; no
            weights are read, and a TPU is planned for without one
   audit    measure what a model that was made to forget still shows, and what brings it back
@@ -64,7 +67,45 @@ def _take(arguments: list[str], flag: str) -> str | None:
     return None
 
 
-def _parse(command: str, arguments: list[str]) -> Any:
+def _split(kind: type, command: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments of a command that has another after its name: its own, and those of the other.
+
+    Raises:
+      ValueError: if no command follows, or an option has no value.
+    """
+    import tyro
+
+    name = next(iter(arguments), "--help")
+    if name in ("-h", "--help"):
+        tyro.cli(kind, args=["--help"], prog=f"jax-unlearn {command}")
+    if name not in ("concept", "data"):
+        raise ValueError(
+            f"{command} {name}: give the command to {command}, concept or data, and then its "
+            "options."
+        )
+    flags = {
+        f"--{field.name.replace('_', '-')}": field.default is False
+        for field in dataclasses.fields(kind)[1:]
+    }
+    own, rest, taken = [name], [], None
+    for argument in arguments[1:]:
+        if argument.startswith("--"):
+            flag, _, value = argument.partition("=")
+            taken = flag if flag in flags else None
+            if taken is not None:
+                own += [flag] + [value] * ("=" in argument)
+                continue
+        # What follows an option, up to the next, is its value.
+        (rest if taken is None else own).append(argument)
+    for place, flag in enumerate(own):
+        following = own[place + 1] if place + 1 < len(own) else "--"
+        if flags.get(flag) is False and following.startswith("--"):
+            raise ValueError(f"{flag} needs a value.")
+    return own, rest
+
+
+def _parse(command: str, arguments: list[str], before: str = "") -> Any:
+    """The options of a command; `before` it stands in run.json, as "sweep " does."""
     import tyro
 
     from jax_unlearn.app.jobs import DEFAULTS
@@ -74,13 +115,13 @@ def _parse(command: str, arguments: list[str]) -> Any:
     module, name = _COMMANDS[command].rsplit(".", 1)
     kind = getattr(importlib.import_module(f"jax_unlearn.app.{module}"), name)
     config = _take(arguments, "--config") if issubclass(kind, RunOptions) else None
-    default = None if config is None else load_run(pathlib.Path(config), command, kind)
+    default = None if config is None else load_run(pathlib.Path(config), before + command, kind)
     if default is None and {"--resume", "--continue"} & set(arguments):
         out = _take(list(arguments), "--out")
         saved = pathlib.Path(out or kind.out) / "run.json"
         if not saved.is_file():
             raise ValueError(f"nothing to resume: {saved} is not there.")
-        default = load_run(saved, command, kind)
+        default = load_run(saved, before + command, kind)
     if default is None:
         chosen: dict[str, Any] = {}
         for flag in ("--formulation", "--method") if command == "concept" else ():
@@ -239,7 +280,6 @@ def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, A
     from jax_unlearn.app.jobs import jobs_of
     from jax_unlearn.app.memory import check_run
     from jax_unlearn.app.run import check_batches, check_method
-    from jax_unlearn.pretrained.maxdiffusion import check_writable
 
     check_options(options)
     asked = jobs_of(command, options)
@@ -254,8 +294,6 @@ def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, A
             f"{options.out} with --out {jobs[0][2].out}, say."
         )
     for _, request, one, _ in jobs:
-        if one.training.save == "maxdiffusion":
-            check_writable(request.pretrained.config)
         check_method(request, one)
         check_run(request.pretrained, one)
         check_batches(request, one)
@@ -335,26 +373,65 @@ def _plan(arguments: list[str]) -> int:
     from jax_unlearn.app.plan.options import PlanOptions
     from jax_unlearn.app.terminal import printable
 
-    planned = next(iter(arguments), "--help")
-    if planned in ("-h", "--help"):
-        tyro.cli(PlanOptions, args=["--help"], prog="jax-unlearn plan")
-    if planned not in ("concept", "data"):
-        raise ValueError(
-            f"plan {planned}: give the command to plan, concept or data, and then its options."
-        )
-    rest, own = arguments[1:], [planned]
-    for field in dataclasses.fields(PlanOptions)[1:]:
-        name = f"--{field.name.replace('_', '-')}"
-        while (value := _take(rest, name)) is not None:
-            own += [name, value]
+    own, rest = _split(PlanOptions, "plan", arguments)
     asked = tyro.cli(PlanOptions, args=own, prog="jax-unlearn plan")
     asked.validate()
-    options = _parse(planned, rest)
+    options = _parse(asked.command, rest)
     _announce(options)
 
     from jax_unlearn.app.plan.plan import plan, table
 
     print(printable(table(plan(asked, options))))
+    return 0
+
+
+def _sweep(arguments: list[str]) -> int:
+    import tyro
+
+    from jax_unlearn.app.run_file import fitted
+    from jax_unlearn.app.sweep.options import SweepOptions
+    from jax_unlearn.models.files import read_json
+
+    own, rest = _split(SweepOptions, "sweep", arguments)
+    for flag in ("--threshold", "--strength"):
+        if _take(list(rest), flag) is not None and f"{flag}s" in own:
+            raise ValueError(f"{flag}s are swept: leave {flag} out.")
+    path, default = _take(list(rest), "--config"), SweepOptions(own[0])  # pyrefly: ignore
+    options = _parse(own[0], rest, "sweep ")
+    if path is None and options.resume:
+        path = str(options.out / "run.json")
+    if path is not None:
+        saved = pathlib.Path(path)
+        default = fitted(saved, read_json(saved).get("sweep"), SweepOptions)
+    asked = tyro.cli(SweepOptions, args=own, default=default, prog="jax-unlearn sweep")
+    asked.validate()
+    options = asked.applied(options)
+    _cache_compilations()
+
+    from jax_unlearn.app import verify
+    from jax_unlearn.app.folder import check_folder
+    from jax_unlearn.app.identity import check_options
+    from jax_unlearn.app.memory import check_run, check_sweep
+    from jax_unlearn.app.run import check_batches, check_method
+    from jax_unlearn.app.sweep.fronts import table
+    from jax_unlearn.app.sweep.run import check_sweep_options, devices_of, sweep
+    from jax_unlearn.app.terminal import printable
+
+    check_folder(options)
+    devices = devices_of(asked, options)
+    check_options(options)
+    check_sweep_options(asked, options)
+    request, _, judge = _load(options)
+    check_method(request, options)
+    check_run(request.pretrained, options)
+    problems = len(asked.points(options))
+    check_sweep(
+        request.pretrained, options, problems=problems, devices=devices, at_once=asked.at_once
+    )
+    check_batches(request, options, 1)
+    print(printable(table(sweep(request, asked, options, judge=judge))))
+    out = options.out
+    print(printable(f"front:  {out / 'fronts.json'}\nseal:   {verify.seal(out)}"))
     return 0
 
 
@@ -374,8 +451,8 @@ def _verify(options: "VerifyOptions") -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command == "plan":
-        return _plan(arguments)
+    if command in ("plan", "sweep"):
+        return _plan(arguments) if command == "plan" else _sweep(arguments)
     options = _parse(command, arguments)
     if command == "verify":
         return _verify(options)

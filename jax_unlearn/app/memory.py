@@ -17,7 +17,7 @@ from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.pretrained.subsets import parse_subset, subset_labels
 from jax_unlearn.typing import Params
 
-__all__ = ["Memory", "available", "check_run", "check_samples"]
+__all__ = ["Memory", "available", "check_run", "check_samples", "check_sweep"]
 
 _FLOAT = 4
 
@@ -67,6 +67,59 @@ def check_run(pretrained: Pretrained, options: RunOptions, memory: Memory | None
     size = _FLOAT * (_count(pretrained.params) + 4 * _trained(pretrained.params, train))
     base = _Part(f"the model with --train {train}", size, True)
     _check(base, _parts(pretrained, options), memory)
+
+
+def check_sweep(
+    pretrained: Pretrained,
+    options: RunOptions,
+    *,
+    problems: int,
+    devices: int,
+    at_once: int,
+    memory: Memory | None = None,
+) -> None:
+    """Refuses a sweep that would need more memory than there is.
+
+    Counted are the reference on each device; the parameters that train, with two moments, of each
+    problem; and gradients and rows of a batch of those that are computed together.
+
+    Args:
+      pretrained: the model; parameters may be `jax.ShapeDtypeStruct`.
+      options: of the swept command.
+      problems: of all devices.
+      devices: that they are spread over.
+      at_once: problems of a device that are computed together.
+      memory: what there is; default `available()`.
+
+    Raises:
+      ValueError: naming what is needed, what there is, and the most that fits.
+    """
+    machine, device = available() if memory is None else memory
+    # Devices that are parts of one machine have its memory together.
+    copies, most = (devices, machine) if device is None else (1, device)
+    fixed = _FLOAT * _count(pretrained.params)
+    own = _FLOAT * _trained(pretrained.params, options.training.train)
+    rows = [part for part in _parts(pretrained, options, 1) if part.on_device]
+    together = own + max(part.size for part in rows)
+
+    def need(each: int, at_once: int) -> int:
+        return copies * (fixed + 3 * each * own + at_once * together)
+
+    each = problems // devices
+    if need(each, at_once) <= most:
+        return
+    where = "this machine" if device is None else "a device"
+    said = (
+        f"{problems} problems, {at_once} at once, need {_gigabytes(need(each, at_once))}: {where} "
+        f"has {_gigabytes(most)}."
+    )
+    fewer = [k for k in range(1, at_once) if each % k == 0 and need(each, k) <= most]
+    if fewer:
+        raise ValueError(f"{said} They fit with --at-once {fewer[-1]}.")
+    left = [n for n in range(1, each) if need(n, 1) <= most]
+    if left:
+        raise ValueError(f"{said} {left[-1] * devices} problems fit, with --at-once 1.")
+    raise ValueError(f"{said} Not even {devices} fit: --train lora:8 trains fewer parameters.")
 
 
 def check_samples(
@@ -123,9 +176,10 @@ def _trained(params: Params, text: str) -> int:
     )
 
 
-def _parts(pretrained: Pretrained, options: RunOptions) -> list[_Part]:
-    """What the options ask for, in bytes."""
-    config, devices = pretrained.config, jax.device_count()
+def _parts(pretrained: Pretrained, options: RunOptions, devices: int | None = None) -> list[_Part]:
+    """What the options ask for, in bytes; batches are split over devices, by default all."""
+    config = pretrained.config
+    devices = jax.device_count() if devices is None else devices
     elements = math.prod(config.sample_shape)
     # Pixels are kept as bytes, latents as floats.
     stored = elements * (_FLOAT if config.text_conditional else 1)

@@ -16,7 +16,7 @@ from jax_unlearn.pretrained.hub import license_of
 from jax_unlearn.primal_dual import Certificate
 from jax_unlearn.typing import Estimate
 
-__all__ = ["describe", "device"]
+__all__ = ["certified_parts", "describe", "device", "metrics_of"]
 
 
 def describe(
@@ -41,25 +41,8 @@ def describe(
       mean_multipliers: over the steps, [m].
       timing: seconds by part; "all" of them, those before a resume included.
     """
-    before = task.before
     method = {} if task.baseline is None else {"method": task.baseline.about}
-    # A baseline's own loss weighs no constraint, so that there is nothing to price it by.
-    weighed = task.baseline is None or task.baseline.about["multipliers"]
     saved, folder = plain_options(options), task.pretrained.config.folder
-    metrics: dict[str, Any] = {
-        name: task.captions.get(name, {})
-        | {"before": _plain(before.metrics.get(name)), "after": _plain(value)}
-        for name, value in after.metrics.items()
-    }
-    for name, parts in after.paired.items():
-        metrics[name] = dict(task.captions.get(name, {}))
-        for part, values in parts.items():
-            first = before.paired[name][part]
-            metrics[name][part] = {
-                "before": _plain(estimate(first)),
-                "after": _plain(estimate(values)),
-                "change": _plain(estimate(values - first)),
-            }
     return {
         "asked": {
             "command": f"jax-unlearn {command} --config {options.out / 'run.json'} --out NEW",
@@ -77,8 +60,60 @@ def describe(
         "formulation": task.problem.name,
         "formula": task.formula,
         **method,
+        **certified_parts(task, certified, floor, mean_multipliers),
+        "complementary_slackness": float(np.abs(certified.complementary_slackness).max())
+        if _weighed(task)
+        else None,
+        "metrics": metrics_of(task, after),
+        "steps": options.steps,
+        "seconds": round(timing["all"], 2),
+        "timing": {name: round(value, 2) for name, value in timing.items() if name != "all"},
+        "seed": options.seed,
+        "device": device(),
+        "versions": versions(),
+    }
+
+
+def metrics_of(task: Task, after: Measured) -> dict[str, Any]:
+    """What a report says of a model but for its certificate, before and after: plain values.
+
+    Args:
+      task: with the measurements of the reference.
+      after: measurements of the model.
+    """
+    before = task.before
+    metrics: dict[str, Any] = {
+        name: task.captions.get(name, {})
+        | {"before": _plain(before.metrics.get(name)), "after": _plain(value)}
+        for name, value in after.metrics.items()
+    }
+    for name, parts in after.paired.items():
+        metrics[name] = dict(task.captions.get(name, {}))
+        for part, values in parts.items():
+            first = before.paired[name][part]
+            metrics[name][part] = {
+                "before": _plain(estimate(first)),
+                "after": _plain(estimate(values)),
+                "change": _plain(estimate(values - first)),
+            }
+    return metrics
+
+
+def certified_parts(
+    task: Task, certified: Certificate, floor: Floor | None, mean_multipliers: np.ndarray
+) -> dict[str, Any]:
+    """Objective, floor and gap, constraints, and whether these hold: plain values.
+
+    Args:
+      task: what was to be done.
+      certified: the certificate.
+      floor: the dual value under it, in the objective's unit.
+      mean_multipliers: over the steps, [m].
+    """
+    weighed = _weighed(task)
+    return {
         "objective": {
-            **_plain(after.objective),
+            **_plain(certified.objective),
             "unit": task.units[0],
             "description": task.objective,
         },
@@ -99,17 +134,12 @@ def describe(
             for i, name in enumerate(task.names)
         ],
         "feasible": bool(certified.feasible),
-        "complementary_slackness": float(np.abs(certified.complementary_slackness).max())
-        if weighed
-        else None,
-        "metrics": metrics,
-        "steps": options.steps,
-        "seconds": round(timing["all"], 2),
-        "timing": {name: round(value, 2) for name, value in timing.items() if name != "all"},
-        "seed": options.seed,
-        "device": device(),
-        "versions": versions(),
     }
+
+
+def _weighed(task: Task) -> bool:
+    """Whether constraints have a price: a baseline's own loss weighs none."""
+    return task.baseline is None or task.baseline.about["multipliers"]
 
 
 def _pipeline_tag(config: PretrainedConfig) -> str | None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,10 +20,11 @@ from jax_unlearn.app.card import write_card
 from jax_unlearn.app.checkpoint import Checkpoints
 from jax_unlearn.app.files import DiskFull, is_full
 from jax_unlearn.app.identity import Identity, Leg
+from jax_unlearn.app.loop import Loop, restore, train
 from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions
-from jax_unlearn.app.rows import RowLog, rows_digest
+from jax_unlearn.app.rows import RowLog
 from jax_unlearn.app.run_file import save_run
-from jax_unlearn.app.stopping import Interrupted, StopSignals, stop_signals
+from jax_unlearn.app.stopping import StopSignals, stop_signals
 from jax_unlearn.app.tasks import (
     concept_methods,
     concept_request,
@@ -38,19 +38,23 @@ from jax_unlearn.app.tensorboard import event_log
 from jax_unlearn.app.terminal import say
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.pretrained import Pretrained, save_maxdiffusion, save_pretrained, save_unet
+from jax_unlearn.pretrained.maxdiffusion import check_writable
 from jax_unlearn.pretrained.subsets import lora_merge, parse_subset, save_lora
 from jax_unlearn.primal_dual import PrimalDualState, certificate
-from jax_unlearn.typing import Array, Estimate, Params
+from jax_unlearn.typing import Estimate, Params
 
 __all__ = [
+    "TASKS",
     "NotFinite",
     "Result",
     "check_batches",
     "check_method",
     "run",
+    "save_model",
+    "trained_of",
 ]
 
-_TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
+TASKS: dict[type, Callable[[Any, Any, Any], Task]] = {
     images.ImageRequest: image_task.image_task,
     concept_request.ConceptRequest: concepts.concept_task,
 }
@@ -68,9 +72,16 @@ class Result(NamedTuple):
 
 
 def check_batches(
-    request: images.ImageRequest | concept_request.ConceptRequest, options: RunOptions
+    request: images.ImageRequest | concept_request.ConceptRequest,
+    options: RunOptions,
+    ways: int | None = None,
 ) -> None:
     """Refuses batches that do not divide over the devices, before anything is measured.
+
+    Args:
+      request: with the images, if any.
+      options: of the run.
+      ways: parts that the rows of a batch are split into; default those of the mesh.
 
     Raises:
       ValueError: naming the size.
@@ -80,7 +91,8 @@ def check_batches(
         assert isinstance(options, ImageOptions)
         parts = jax.tree.leaves(images.batch(request, options, 0))
         sizes = [len(leaf) for leaf in parts]
-    ways = sharding.batch_ways(_mesh(options))
+    if ways is None:
+        ways = sharding.batch_ways(_mesh(options))
     for size in sizes:
         sharding.check_rows(size, ways)
         if size % (ways * options.accumulate):
@@ -97,11 +109,13 @@ def _mesh(options: RunOptions) -> Mesh:
 def check_method(
     request: images.ImageRequest | concept_request.ConceptRequest, options: RunOptions
 ) -> None:
-    """Refuses a --method that this model or these images do not have what it takes for.
+    """Refuses a --method or --save that this model or these images do not have what it takes for.
 
     Raises:
       ValueError: naming what is missing.
     """
+    if options.training.save == "maxdiffusion":
+        check_writable(request.pretrained.config)
     if isinstance(request, images.ImageRequest):
         assert isinstance(options, ImageOptions)
         image_methods.check_images(request, options)
@@ -192,19 +206,6 @@ def _advice(options: RunOptions, command: str) -> str:
     return f"Go on with a lower {knobs}{another}: {again} --learning-rate NUMBER"
 
 
-class _Loop(NamedTuple):
-    """What the training loop needs of the compiled step and of the run around it."""
-
-    step: Callable[[PrimalDualState, Any], Any]
-    place: Callable[[Any], Any]
-    checkpoints: Checkpoints
-    log: RowLog
-    digest: str
-    stop: StopSignals
-    anyone: Callable[[bool], Array] | None = None
-    events: Callable[[Mapping[str, Any]], None] | None = None
-
-
 def _run(
     request: images.ImageRequest | concept_request.ConceptRequest,
     options: RunOptions,
@@ -223,7 +224,7 @@ def _run(
     identity = identities.identify(request, options, command)
     changed = _begin(options, command, identity)
     tell("measuring the reference model ...")
-    task = _TASKS[type(request)](request, options, judge)
+    task = TASKS[type(request)](request, options, judge)
     timing = {"reference": time.monotonic() - started}
     by_pmap = options.parallel == "pmap" and jax.device_count() > 1
     axis_name = sharding.AXIS if by_pmap else None
@@ -265,38 +266,37 @@ def _run(
         log = stack.enter_context(
             contextlib.closing(RowLog(out / "metrics.jsonl", int(state.step)))
         )
-        loop = _Loop(
+        loop = Loop(
             lambda state, brought: compiled(key, state, reference, brought),
-            place,
+            lambda number: place(task.batch(number)),
+            lambda number, info: None,
             checkpoints,
             log,
             legs[-1].digest,
             stop,
+            f"jax-unlearn {command} --out {options.out} --resume",
             None if mesh is None or jax.process_count() == 1 else processes.any_of(mesh),
         )
-        elapsed = log.seconds
+        elapsed, events = log.seconds, None
         with stop.hold(), contextlib.ExitStack() as while_training:
             if options.tensorboard:
                 steps = report.read_rows(out / "metrics.jsonl")
-                events = event_log(out / "tensorboard", task.names, steps)
-                loop = loop._replace(events=while_training.enter_context(events))
+                events = while_training.enter_context(
+                    event_log(out / "tensorboard", task.names, steps)
+                )
             state, timing["first_step"] = _train(
-                loop, task, options, command, state, elapsed, progress, after_step
+                loop, options, command, state, elapsed, progress, events, after_step
             )
         timing["train"] = log.seconds
         tell("measuring the unlearned model ...")
         measuring = time.monotonic()
-        trained = jax.tree.map(processes.fetch, state.params)
-        if task.adversary is not None:
-            trained = trained.params
-        low_rank = parse_subset(options.training.train).rank is not None
-        params = lora_merge(pretrained.params, trained) if low_rank else trained
+        trained, params = trained_of(task, options, state.params)
         after = _measure(task, params, options, command, checkpoints)
         floor = None if task.floor is None else task.floor()
         timing["unlearned"] = time.monotonic() - measuring
         checkpoints.wait()
         if processes.is_main():
-            _save(options, pretrained._replace(params=params), trained)
+            save_model(out / "model", options, pretrained._replace(params=params), trained)
         certified = certificate(
             task.problem,
             objective=after.objective,
@@ -377,28 +377,10 @@ def _restore(
     Raises:
       ValueError: if there is no whole one, or it is of another run.
     """
-    path = options.out / "metrics.jsonl"
     known = {leg.digest for leg in identities.saved_legs(options.out / "run.json")}
-
-    def beside(record: Mapping[str, Any]) -> str | None:
-        if record["identity"] not in known:
-            raise ValueError(
-                f"the checkpoints of {options.out} are not of the run in its run.json."
-            )
-        if rows_digest(path, record["rows"]) != record["rows_digest"]:
-            return f"the first {record['rows']} rows of {path} are not those that it counts on"
-        return None
-
-    found = checkpoints.restore(state, beside)
-    for passed in checkpoints.passed_over:
-        tell(f"note: a checkpoint is damaged and was passed over: {passed}")
-    if found is None:
+    restored = restore(checkpoints, options.out, state, known=known, steps=options.steps, tell=tell)
+    if restored is None:
         return state
-    restored, _ = found
-    done = int(restored.step)
-    if done > options.steps:
-        raise ValueError(f"--steps {options.steps} is below the {done} that are done.")
-    tell(f"resuming after step {done}")
     if "threshold" in changed:
         return restored._replace(thresholds=state.thresholds)
     if not np.allclose(restored.thresholds, state.thresholds, rtol=1e-2):
@@ -437,9 +419,33 @@ def _back_to(checkpoints: Checkpoints) -> str:
     return f"The last checkpoint with a finite loss is that of step {last}."
 
 
-def _save(options: RunOptions, unlearned: Pretrained, trained: Params) -> None:
-    """Writes OUT/model as the options ask: the pipeline, its UNet, or a low-rank change."""
-    folder, kind = options.out / "model", options.training.save
+def trained_of(task: Task, options: RunOptions, params: Any) -> tuple[Params, Params]:
+    """What trained, on the host, and the parameters of the network that it makes.
+
+    Args:
+      task: of the run.
+      options: of the run.
+      params: of the final state.
+    """
+    trained = jax.tree.map(processes.fetch, params)
+    if task.adversary is not None:
+        trained = trained.params
+    low_rank = parse_subset(options.training.train).rank is not None
+    return trained, lora_merge(task.pretrained.params, trained) if low_rank else trained
+
+
+def save_model(
+    folder: pathlib.Path, options: RunOptions, unlearned: Pretrained, trained: Params
+) -> None:
+    """Writes a model as the options ask: the pipeline, its UNet, or a low-rank change.
+
+    Args:
+      folder: where to.
+      options: of the run.
+      unlearned: the model, its parameters those of the network.
+      trained: what trained: these, or a low-rank change of the reference's.
+    """
+    kind = options.training.save
     if kind == "lora":
         base = unlearned.config.source if unlearned.config.commit else ""
         save_lora(folder, trained, base_model=base, overwrite=True)
@@ -452,22 +458,24 @@ def _save(options: RunOptions, unlearned: Pretrained, trained: Params) -> None:
 
 
 def _train(
-    loop: _Loop,
-    task: Task,
+    loop: Loop,
     options: RunOptions,
     command: str,
     state: PrimalDualState,
     elapsed: float,
     progress: bool,
+    events: Callable[[Mapping[str, Any]], None] | None,
     after_step: Callable[[int], None] | None,
 ) -> tuple[PrimalDualState, float]:
-    """Runs the remaining steps; the final state and the seconds that the first step took."""
-    first, started = int(state.step), time.monotonic()
-    thresholds = np.asarray(state.thresholds)
-    first_step = 0.0
+    """Runs the remaining steps, with a row of each; as `train`."""
+    started, thresholds = time.monotonic(), np.asarray(state.thresholds)
     log, checkpoints = loop.log, loop.checkpoints
     bar = tqdm(
-        total=options.steps, initial=first, unit="step", disable=not progress, dynamic_ncols=True
+        total=options.steps,
+        initial=int(state.step),
+        unit="step",
+        disable=not progress,
+        dynamic_ncols=True,
     )
     with bar:
 
@@ -483,8 +491,8 @@ def _train(
             seconds = elapsed + time.monotonic() - started
             row = _row(number, info, thresholds, seconds)
             log.append(row)
-            if loop.events is not None:
-                loop.events(row)
+            if events is not None:
+                events(row)
             worst = float(np.max(info.violations))
             many = np.asarray(info.multipliers)
             shown = (
@@ -500,36 +508,9 @@ def _train(
             if after_step is not None:
                 after_step(number)
 
-        pending, asked, stopping = None, None, False
-        for number in range(first + 1, options.steps + 1):
-            batch = loop.place(task.batch(number - 1))
-            if loop.anyone is not None:
-                # Processes stop after the same step: one after that in which the first was told.
-                stopping = asked is not None and bool(asked)
-                asked = loop.anyone(bool(loop.stop.received))
-            state, info = loop.step(state, batch)
-            # The step before is logged while this one runs.
-            if pending is not None:
-                record(*pending)
-            pending = (number, info)
-            if number == first + 1:
-                jax.block_until_ready(info)
-                first_step = time.monotonic() - started
-            if loop.anyone is None:
-                stopping = bool(loop.stop.received)
-            if stopping or number % options.checkpoint_every == 0 or number == options.steps:
-                record(*pending)
-                pending = None
-                log.sync()
-                counted = {"rows": log.count, "rows_digest": log.digest}
-                checkpoints.save(state, {"identity": loop.digest, **counted})
-            if stopping:
-                checkpoints.wait()
-                raise Interrupted(
-                    f"stopped after step {number}; saved. Go on with: "
-                    f"jax-unlearn {command} --out {options.out} --resume"
-                    if processes.is_main()
-                    else "",  # One process tells.
-                    next(iter(loop.stop.received), signal.SIGTERM),
-                )
-    return state, first_step
+        return train(
+            loop._replace(record=record),
+            state,
+            steps=options.steps,
+            every=options.checkpoint_every,
+        )

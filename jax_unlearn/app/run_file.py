@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import types
+from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import jax_unlearn
@@ -11,7 +12,7 @@ from jax_unlearn.app.files import replace_file
 from jax_unlearn.app.options import flag
 from jax_unlearn.models.files import read_json, shown
 
-__all__ = ["load_run", "plain_options", "save_run"]
+__all__ = ["fitted", "load_run", "plain_options", "save_run"]
 
 
 def _plain(value: Any) -> Any:
@@ -97,9 +98,26 @@ def load_run(path: pathlib.Path, command: str, kind: type) -> Any:
         raise ValueError(f"{path} is not the run.json of a run.")
     if saved != command:
         raise ValueError(f"{path} is of `jax-unlearn {shown(saved)}`, not `jax-unlearn {command}`.")
-    kinds = get_type_hints(kind)
     # Nor may a file that somebody gives start an upload, or move a folder.
-    if unknown := sorted(set(given) - set(kinds) | set(given) & set(_STARTING)):
+    return fitted(path, given, kind, without=_STARTING)
+
+
+def fitted(path: pathlib.Path, given: Any, kind: type, without: Collection[str] = ()) -> Any:
+    """A dataclass of options from the values in a file, as json has them.
+
+    Args:
+      path: of the file.
+      given: name -> value.
+      kind: the dataclass.
+      without: options that no file may give.
+
+    Raises:
+      ValueError: if an option is unknown, or has what the command line would not take.
+    """
+    kinds = get_type_hints(kind)
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} has no options of this command.")
+    if unknown := sorted(set(given) - set(kinds) | set(given) & set(without)):
         raise ValueError(f"{path} has unknown options: {shown(', '.join(unknown))}.")
     fields = {}
     for name, value in given.items():

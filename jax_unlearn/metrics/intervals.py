@@ -1,4 +1,4 @@
-"""Intervals that hold at small counts: an exact one for a share of samples."""
+"""Intervals that hold at small counts: of a share of samples, and of a mean over runs."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_unlearn.typing import ArrayLike
 
-__all__ = ["Interval", "binomial_interval"]
+__all__ = ["Interval", "binomial_interval", "mean_interval"]
 
 # Halvings of [0, 1] until its parts are below float64's spacing at 1/2.
 _HALVINGS = 60
@@ -74,6 +74,68 @@ def binomial_interval(hits: ArrayLike, count: ArrayLike, level: float = 0.95) ->
     value = np.where(n == 0, np.nan, h / np.maximum(n, 1))
     fields = (value, low, high, whole)
     return Interval(*(field.item() if h.ndim == 0 else field for field in fields))
+
+
+def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """The mean of n values, say one a seed, with Student's interval.
+
+      mean ± t s/√n,  P(|T| ≤ t) = level for Student's T of n − 1 degrees of freedom,
+
+    where s is the sample's standard deviation. It holds the mean that further seeds would have as
+    often as `level` says if values are normal, at any n. One value has no interval: nan.
+
+    Computed on the host in float64.
+
+    Args:
+      values: independent values, [n, ...]; the mean is over the first axis.
+      level: how often the interval holds the mean, in (0, 1).
+
+    Returns:
+      An Interval of Python numbers, or of arrays where values have further axes.
+
+    Raises:
+      ValueError: for no value, or a level outside (0, 1).
+
+    References:
+      Student, "The probable error of a mean", 1908.
+
+    Example: of two values t is 12.7 at 95 %.
+      >>> from jax_unlearn import metrics
+      >>> [round(number, 3) for number in metrics.mean_interval([1.0, 3.0])]
+      [2.0, -10.706, 14.706, 2]
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is a probability in (0, 1), not {level}.")
+    many = np.asarray(values, np.float64)
+    if many.ndim == 0 or not len(many):
+        raise ValueError("a mean needs at least one value.")
+    count, mean = len(many), many.mean(axis=0)
+    half = np.full_like(mean, np.nan)
+    if count > 1:
+        half = _student_quantile(level, count - 1) * many.std(axis=0, ddof=1) / math.sqrt(count)
+    fields = (mean, mean - half, mean + half)
+    return Interval(*(field.item() if mean.ndim == 0 else field for field in fields), count)
+
+
+def _student_quantile(level: float, freedom: int) -> float:
+    """The t with P(|T| ≤ t) = level, by bisection of its angle θ = arctan(t/√freedom)."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(_HALVINGS):
+        angle = (low + high) / 2
+        below = _student_within(angle, freedom) < level
+        low, high = (angle, high) if below else (low, angle)
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def _student_within(angle: float, freedom: int) -> float:
+    """P(|T| ≤ √freedom tan θ): a finite series (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    cosine = math.cos(angle)
+    term, total = (cosine, 0.0) if freedom % 2 else (1.0, 0.0)
+    for k in range(1 + freedom % 2, freedom, 2):
+        total += term
+        term *= cosine**2 * k / (k + 1)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if freedom % 2 else total
 
 
 def _beta_quantile(probability: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

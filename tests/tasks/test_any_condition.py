@@ -169,7 +169,7 @@ def test_the_rest_are_the_conditions_that_explain_the_concept_best(
 def test_batches_give_each_concept_as_many_attackers(two):
     request, options, make = two
     options, points = dataclasses.replace(options, forget_batch_size=6), make(24, 24, 7)
-    setup = any_condition.any_condition_setup(request, options, points, np.ones(2))
+    setup = any_condition.any_condition_setup(request, options, points)
     table = np.asarray(by_vectors(request.pretrained)[1])
     shown = np.asarray(
         relabelled(request.pretrained.params, request.forgotten, request.conditions.null)[
@@ -193,9 +193,10 @@ def test_batches_give_each_concept_as_many_attackers(two):
     assert setup.adversary.pool.shape == (6, table.shape[1])
     # Fed with −violation, λ rests where values are a fifth of their thresholds, and falls below.
     thresholds, state = np.array([0.5, 2.0], np.float32), setup.dual.init(jnp.ones(2))
-    setup = any_condition.any_condition_setup(request, options, points, thresholds)
     for share, sign in ((0.2, 0), (0.1, -1), (0.3, 1), (1.0, 1)):
-        change, _ = setup.dual.update(jnp.array((1 - share) * thresholds), state, jnp.ones(2))
+        change, _ = setup.dual.update(
+            jnp.array((1 - share) * thresholds), state, jnp.ones(2), thresholds=thresholds
+        )
         np.testing.assert_array_equal(np.sign(np.round(change, 6)), sign)
 
 

@@ -469,7 +469,7 @@ def test_a_floor_is_of_the_forgotten_conditions_and_their_share(tiny_model, tmp_
 def test_path_log_ratios_are_on_average_the_path_kl_at_the_base(tiny_model, tmp_path):
     options = options_of(tiny_model, tmp_path, forget=("dog", "cat"), separate_null=True)
     request = concept_request.make_request(load_pretrained(tiny_model), options)
-    ratios, separated = concept_formulations._path_log_ratios(request, options)
+    ratios, separated = concept_formulations.path_log_ratios(request, options)
     assert ratios.shape == (513, 2)
     np.testing.assert_array_equal(np.bincount(separated), [171, 171, 171])
     measured = concept_evaluation.evaluator(request, options, None)(request.pretrained.params)

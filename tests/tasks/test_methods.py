@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import types
 import typing
 
 import jax
@@ -151,10 +150,11 @@ def image_methods_of(method, model, files, **more):
     options.validate()
     weighting = losses.time_weighting(losses.simple_weights(50, 64))
     of = (request.pretrained.apply, request.pretrained.schedule, weighting)
-    setting = image_methods._Setting(request, options, of, methods.strength_of(options) or 0.0)
-    task = types.SimpleNamespace(prepare=image_task._prepare)
-    trained = image_methods._METHODS[method](setting, task)
-    return trained, (trained.prepare or task.prepare)(trained.batch(4)), request, options
+    setting = image_methods._Setting(request, options, of, image_task._prepare)
+    trained = image_methods._METHODS[method](setting)
+    prepare = trained.prepare or image_task._prepare
+    trained = trained._replace(loss=trained.loss(methods.strength_of(options)))
+    return trained, prepare(trained.batch(options, 4)), request, options
 
 
 @pytest.mark.parametrize("method", ["naive-deletion", "neg-grad"])
@@ -291,9 +291,9 @@ def test_retained_images_of_baselines_are_under_their_own_labels(tiny_model, tin
 def concept_method_of(method, model, **more):
     request, options = concept_of(model, method=method, **more)
     options.validate()
-    setting = concept_methods._Setting(request, options, methods.strength_of(options))
-    trained = concept_methods._METHODS[method](setting)
-    return trained, trained.batch(4), Torch(request.pretrained.schedule)
+    trained = concept_methods._METHODS[method](concept_methods._Setting(request, options))
+    trained = trained._replace(loss=trained.loss(methods.strength_of(options)))
+    return trained, trained.batch(options, 4), Torch(request.pretrained.schedule)
 
 
 @pytest.mark.parametrize("seed", [5, 8])

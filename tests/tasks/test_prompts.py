@@ -189,8 +189,8 @@ def test_rows_follow_their_own_base(model):
     )
     for batch in (
         partial(concept_formulations.condition_batch, request, options),
-        partial(concept_formulations.sample_batch, request, options, stored),
-        partial(concept_formulations.point_batch, request, options, stored),
+        partial(concept_formulations.sample_batch, request, stored, options),
+        partial(concept_formulations.point_batch, request, stored, options),
     ):
         seen = set()
         for step in range(6):

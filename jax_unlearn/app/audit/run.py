@@ -14,7 +14,7 @@ from jax_unlearn.app.audit.attacks import Tools
 from jax_unlearn.app.audit.drawing import NOISE
 from jax_unlearn.app.audit.options import AuditOptions
 from jax_unlearn.app.audit.page import verdict, write_page
-from jax_unlearn.app.audit.phases import Kept, phases_of
+from jax_unlearn.app.audit.phases import phases_of
 from jax_unlearn.app.audit.report import report_of
 from jax_unlearn.app.audit.subject import Subject, load_subject
 from jax_unlearn.app.files import DiskFull, is_full
@@ -26,6 +26,7 @@ from jax_unlearn.app.identity import (
     leaf_kinds,
     versions,
 )
+from jax_unlearn.app.kept import Kept
 from jax_unlearn.app.run_file import plain_options, save_run
 from jax_unlearn.app.stopping import stop_signals
 from jax_unlearn.models.files import read_json

@@ -189,12 +189,11 @@ def setup_of(
         values = np.ones(len(request.constraints), np.float32)
         return image_setup(request, options, losses.time_weighting(np.ones(steps)), values)
     assert isinstance(options, ConceptOptions)
-    ones = np.ones(len(request.concepts), np.float32)
     if options.formulation == "reverse-kl":
-        return reverse_kl_setup(request, options, ones)
+        return reverse_kl_setup(request, options)
     if options.formulation == "likelihood":
         return likelihood_problem(request, options, unmeasured_samples(request, options))
-    return any_condition_setup(request, options, unmeasured_points(request, options), ones)
+    return any_condition_setup(request, options, unmeasured_points(request, options))
 
 
 def step_of(options: ModelOptions, devices: int) -> Step:

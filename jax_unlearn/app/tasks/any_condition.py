@@ -27,6 +27,7 @@ from jax_unlearn.app.tasks.base import (
     controller,
     estimate,
     in_batches,
+    seeded,
     unmeasured,
 )
 from jax_unlearn.app.tasks.concept_evaluation import classifier, draw, log_posterior
@@ -258,9 +259,7 @@ def unmeasured_points(request: ConceptRequest, options: ConceptOptions) -> Point
     )
 
 
-def any_condition_setup(
-    request: ConceptRequest, options: ConceptOptions, points: Points, thresholds: np.ndarray
-) -> Setup:
+def any_condition_setup(request: ConceptRequest, options: ConceptOptions, points: Points) -> Setup:
     """The problem, its batches, and a pool of attackers of all ages, as many for each concept."""
     apply, table = by_vectors(request.pretrained)
     shown = by_vectors(request.pretrained._replace(params=request.start))[1]
@@ -269,7 +268,7 @@ def any_condition_setup(
     pool = options.forget_batch_size
     constraint = np.arange(pool, dtype=np.int32) % concepts
 
-    def batch(step: int) -> Batch:
+    def batch(options: ConceptOptions, step: int) -> Batch:
         i, j = (
             data.batch_indices(seed=options.seed, step=step, size=size, count=count)
             for size, count in (
@@ -294,9 +293,9 @@ def any_condition_setup(
         )
         return brought._replace(kept=kept._replace(cond=cond, base=base))
 
-    def tightened(updates: Any, _: Any) -> Any:
+    def tightened(updates: Any, state: Any, params: Any, *, thresholds: Any, **extra: Any) -> Any:
         """−violation of the part of the threshold that training asks for."""
-        return updates - (1 - TRAINED_TO) * thresholds
+        return updates - (1 - TRAINED_TO) * thresholds, state
 
     adversary = Adversary(
         denoising_attack(apply, request.pretrained.schedule, points.images, each=SEEN),
@@ -306,11 +305,11 @@ def any_condition_setup(
     return Setup(
         without(apply, request.pretrained.schedule),
         optax.chain(
-            optax.stateless(tightened),
-            controller(options, TRAINED_TO * thresholds),
+            optax.GradientTransformationExtraArgs(optax.init_empty_state, tightened),
+            controller(options, lambda thresholds: TRAINED_TO * thresholds),
         ),
         np.ones(concepts, np.float32),
-        batch,
+        seeded(batch, options),
         FORMULA,
         (
             f"{pool} attackers train beside the model, each for {options.attack_steps} steps from "

@@ -1,5 +1,6 @@
 """What a task is: an unlearning job made ready for the loop that `run` runs."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ __all__ = [
     "controller",
     "estimate",
     "in_batches",
+    "seeded",
     "spread",
     "unmeasured",
 ]
@@ -78,13 +80,13 @@ class Baseline(NamedTuple):
 
     Attributes:
       about: what the report says of it.
-      problem: what trains.
+      problem: what trains, of the strength; a sweep traces it.
       reference: what its losses take for the reference; None is the reference's parameters.
       optimizer: makes its own of the run's.
     """
 
     about: dict[str, Any]
-    problem: Problem
+    problem: Callable[[ArrayLike], Problem]
     reference: Any = None
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = (
         lambda optimizer: optimizer
@@ -98,7 +100,7 @@ class Setup(NamedTuple):
       problem: with its dual domain.
       dual: optimizer of the multipliers.
       multipliers: to start from, [m] or a scalar.
-      batch: step -> the batch of the step.
+      batch: (step, seed=None) -> the batch of the step; see `seeded`.
       formula: what is solved, as the report prints it.
       notes: what the owner should know.
       visit: of `minibatched`, with --minibatches.
@@ -112,7 +114,7 @@ class Setup(NamedTuple):
     problem: Problem
     dual: optax.GradientTransformation
     multipliers: np.ndarray | float
-    batch: Callable[[int], Batch]
+    batch: Callable[..., Batch]
     formula: str
     notes: tuple[str, ...]
     visit: Visit | None = None
@@ -135,7 +137,8 @@ class Task(NamedTuple):
       thresholds: [m].
       multipliers: λ to start from, [m].
       reference_values: of the constraints, as the report puts them beside the thresholds, [m].
-      batch: step -> what the host brings to it; a pure function of the seed and the step.
+      batch: (step, seed=None) -> what the host brings to it, a pure function of these; without a
+        seed that of the options.
       prepare: from that to what the losses take; traced with the step.
       before: the reference model's measurements.
       measure: params -> Measured, the same way.
@@ -145,6 +148,8 @@ class Task(NamedTuple):
       captions: metric -> its "unit" or "description".
       grids: the pictures of the report, from the measurements after.
       formula: what is solved, as the report prints it.
+      at: (threshold=None, strength=None) -> the same job with another threshold for each
+        constraint, as --threshold takes it, or another strength. Nothing is measured again.
       floor: () -> what no model that meets the thresholds can pay less than; None where there is
         no such bound.
       visit: of `minibatched`, to take --minibatches primal steps a step.
@@ -162,7 +167,7 @@ class Task(NamedTuple):
     thresholds: np.ndarray
     multipliers: ArrayLike
     reference_values: np.ndarray
-    batch: Callable[[int], Any]
+    batch: Callable[..., Any]
     prepare: Callable[[Any], Any]
     before: Measured
     measure: Callable[[Params], Measured]
@@ -172,6 +177,7 @@ class Task(NamedTuple):
     captions: dict[str, dict[str, str]]
     grids: Callable[[Measured], list[Grid]]
     formula: str
+    at: "Callable[..., Task]"
     floor: Callable[[], Floor] | None = None
     visit: Visit | None = None
     dual_batch: Batch | None = None
@@ -180,17 +186,43 @@ class Task(NamedTuple):
     baseline: Baseline | None = None
 
 
-def controller(options: RunOptions, sizes: np.ndarray) -> optax.GradientTransformation:
-    """νPI control of the multipliers, for violations relative to the `sizes` of the values, [m].
+def controller(
+    options: RunOptions, sizes: Callable[[Array], ArrayLike]
+) -> optax.GradientTransformationExtraArgs:
+    """νPI control of the multipliers, for violations relative to the sizes of the values.
 
     The rates are shared by the constraints: one rate serves every unit and every number of them.
+
+    Args:
+      options: with the rates.
+      sizes: of the thresholds [m], the sizes [m]. The state's own are given, so that one
+        transformation serves all.
     """
-    scale = 1.0 / np.maximum(sizes, 1e-12) / len(sizes)
-    return multipliers.nu_pi(
-        integral=jnp.asarray(options.dual_learning_rate * scale, jnp.float32),
-        proportional=jnp.asarray(options.dual_damping * scale, jnp.float32),
-        nu=0.9,
-    )
+
+    def update(
+        updates: Array, state: Any, params: Array | None = None, *, thresholds: Array, **extra: Any
+    ) -> tuple[Array, Any]:
+        del extra
+        scale = 1.0 / jnp.maximum(jnp.asarray(sizes(thresholds)), 1e-12) / len(thresholds)
+        scaled = multipliers.nu_pi(
+            integral=jnp.asarray(options.dual_learning_rate * scale, jnp.float32),
+            proportional=jnp.asarray(options.dual_damping * scale, jnp.float32),
+            nu=0.9,
+        )
+        return scaled.update(updates, state, params)  # pyrefly: ignore
+
+    init = multipliers.nu_pi(0.0, proportional=0.0).init
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+def seeded(batch: Callable[[Any, int], Any], options: RunOptions) -> Callable[..., Any]:
+    """(step, seed=None) -> batch(options, step), the options with another seed if one is given."""
+
+    def of(step: int, seed: int | None = None) -> Any:
+        own = options if seed is None else dataclasses.replace(options, seed=seed)
+        return batch(own, step)
+
+    return of
 
 
 def estimate(values: np.ndarray) -> Estimate:

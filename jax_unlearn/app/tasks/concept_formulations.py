@@ -1,5 +1,6 @@
 """The two problems of concepts, and their batches: conditions alone, or stored samples."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,14 @@ import optax
 from jax_unlearn import duality, likelihoods, losses, multipliers, quantification
 from jax_unlearn.app import data
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.tasks.base import Setup, batch_rows, controller, in_batches, unmeasured
+from jax_unlearn.app.tasks.base import (
+    Setup,
+    batch_rows,
+    controller,
+    in_batches,
+    seeded,
+    unmeasured,
+)
 from jax_unlearn.app.tasks.concept_evaluation import (
     Judged,
     classifier,
@@ -37,6 +45,7 @@ __all__ = [
     "has_floor",
     "likelihood_problem",
     "likelihood_setup",
+    "path_log_ratios",
     "point_batch",
     "reverse_kl_setup",
     "sample_batch",
@@ -51,9 +60,7 @@ LEAST_PATHS = 8
 LEAST_SAMPLES = 4
 
 
-def reverse_kl_setup(
-    request: ConceptRequest, options: ConceptOptions, thresholds: np.ndarray
-) -> Setup:
+def reverse_kl_setup(request: ConceptRequest, options: ConceptOptions) -> Setup:
     """On its own trajectories. All concepts constrain each forgotten condition: Σ λ_i < 1."""
     apply, _, schedule, config = request.pretrained
     chain = {"shape": config.sample_shape, "steps": options.chain_steps}
@@ -65,8 +72,8 @@ def reverse_kl_setup(
         **chain,
     )
     visit = sample_trajectories(apply, schedule, **chain) if options.minibatches > 1 else None
-    dual = controller(options, thresholds)
-    batch = partial(condition_batch, request, options)
+    dual = controller(options, lambda thresholds: thresholds)
+    batch = seeded(partial(condition_batch, request), options)
     formula = (
         "minimise KL(p‖q) subject to KL(p‖qᵢ) ≥ bᵢ: path KLs in nats along p's own trajectories, "
         "averaged over conditions"
@@ -300,11 +307,12 @@ def likelihood_problem(
     count = options.corrections
     steps = {options.steps * part // (2 * count) for part in range(1, count + 1)} - {0}
     dual = multipliers.stored_dual(stored.values, groups=groups, margin=1.0)
+    batch = sample_batch if stored.path is None else point_batch
     return Setup(
         problem._replace(fresh=fresh_samples(request, options, h)),
         dual if steps else optax.set_to_zero(),
         0.0,
-        partial(sample_batch if stored.path is None else point_batch, request, options, stored),
+        seeded(partial(batch, request, stored), options),
         _formula(stored),
         (),
         dual_batch=rows_of(request, request.rows(rows)[0]) if steps else None,
@@ -372,11 +380,12 @@ def floor_of(
     thresholds: np.ndarray,
     share: float,
     stored: StoredSamples | None,
+    ratios: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> duality.Floor:
     """What no model that meets the thresholds can pay less than, in the objective's unit.
 
     Of the objective, an average over conditions, the forgotten ones have a `share`; what is kept
-    costs 0 or more.
+    costs 0 or more. `ratios` returns those of `path_log_ratios`, if they are known already.
     """
     key = jax.random.key(options.seed + 5)
     if stored is not None:
@@ -386,13 +395,14 @@ def floor_of(
         groups = bases if enough else None
         found = duality.likelihood_floor(stored.h, thresholds, groups=groups, key=key)
     else:
-        ratios, groups = _path_log_ratios(request, options)
-        found = duality.reverse_kl_floor(ratios, thresholds, groups=groups, key=key)
+        known = partial(path_log_ratios, request, options) if ratios is None else ratios
+        found_ratios, groups = known()
+        found = duality.reverse_kl_floor(found_ratios, thresholds, groups=groups, key=key)
     lower = None if found.lower is None else share * found.lower
     return found._replace(value=share * found.value, stderr=share * found.stderr, lower=lower)
 
 
-def _path_log_ratios(
+def path_log_ratios(
     request: ConceptRequest, options: ConceptOptions
 ) -> tuple[np.ndarray, np.ndarray]:
     """log dQ/dQ_i in nats along paths of the reference at the bases, and whose base each is."""
@@ -419,7 +429,7 @@ def _path_log_ratios(
 
 
 def sample_batch(
-    request: ConceptRequest, options: ConceptOptions, stored: StoredSamples, step: int
+    request: ConceptRequest, stored: StoredSamples, options: ConceptOptions, step: int
 ) -> Batch:
     """The stored samples of a step, each as often as any other."""
     kept, chosen, cond, base = _chosen(request, options, stored, step, len(stored.base))
@@ -429,7 +439,7 @@ def sample_batch(
 
 
 def point_batch(
-    request: ConceptRequest, options: ConceptOptions, stored: StoredSamples, step: int
+    request: ConceptRequest, stored: StoredSamples, options: ConceptOptions, step: int
 ) -> Batch:
     """The points of a step, each of each stored sample as often as any other."""
     assert stored.path is not None

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_unlearn import baselines, formulations, losses
-from jax_unlearn.app import data, methods
+from jax_unlearn.app import data
 from jax_unlearn.app.options import ConceptOptions
-from jax_unlearn.app.tasks.base import Task, batch_rows, in_batches
+from jax_unlearn.app.tasks.base import batch_rows, in_batches
 from jax_unlearn.app.tasks.concept_evaluation import draw
 from jax_unlearn.app.tasks.concept_request import ConceptRequest, Separation, edited
 from jax_unlearn.app.tasks.conditions import by_vectors
-from jax_unlearn.app.tasks.methods import Trained, equal_weights, remembered, summed, trained_by
+from jax_unlearn.app.tasks.methods import Trained, remembered, summed
+from jax_unlearn.baselines.base import Loss
 from jax_unlearn.problem import Batch, Conditions, Images
 
 __all__ = ["check_concepts", "concept_method"]
@@ -38,7 +39,6 @@ class _Setting(NamedTuple):
 
     request: ConceptRequest
     options: ConceptOptions
-    strength: float
 
     @property
     def forgotten(self) -> list[Separation]:
@@ -63,9 +63,6 @@ class _Setting(NamedTuple):
             "steps": self.options.sampling_steps,
         }
 
-    def indices(self, step: int, size: int, count: int) -> np.ndarray:
-        return data.batch_indices(seed=self.options.seed, step=step, size=size, count=count)
-
 
 def check_concepts(request: ConceptRequest, options: ConceptOptions) -> None:
     """Refuses a method that the model does not have what it takes for, before any work.
@@ -84,38 +81,41 @@ def check_concepts(request: ConceptRequest, options: ConceptOptions) -> None:
         raise ValueError("--method uce edits attention to a text: a model of labels has none.")
 
 
-def concept_method(task: Task, request: ConceptRequest, options: ConceptOptions) -> Task:
-    """The task of `concept` as --method trains it.
+def concept_method(request: ConceptRequest, options: ConceptOptions) -> Trained | None:
+    """What --method replaces of the task of `concept`; None of one that replaces no loss.
 
     It starts at the reference, as published, or with --start edited where the constrained run does.
 
     Args:
-      task: of the constrained problem.
       request: what to forget and to keep.
       options: with the method.
     """
-    if options.method == methods.CONSTRAINED:
-        return task
-    if options.method == "equal-weights":
-        return equal_weights(task, options)
-    setting = _Setting(request, options, methods.strength_of(options) or 0.0)
-    trained = _METHODS[options.method](setting)
+    if options.method not in _METHODS:
+        return None
+    trained = _METHODS[options.method](_Setting(request, options))
     if options.start == "edited":
-        trained = trained._replace(params=request.start)
-    return trained_by(task, options, trained)
+        trained = trained._replace(params=lambda _: request.start)
+    return trained
+
+
+def _indices(options: ConceptOptions, step: int, size: int, count: int) -> np.ndarray:
+    return data.batch_indices(seed=options.seed, step=step, size=size, count=count)
 
 
 def _esd(setting: _Setting) -> Trained:
     apply, schedule, _ = setting.of
-    loss = baselines.esd(apply, schedule, strength=setting.strength, **setting.sampler)
+
+    def loss(strength: Any) -> Loss:
+        return baselines.esd(apply, schedule, strength=strength, **setting.sampler)
+
     return Trained(loss, partial(_conditions, setting))
 
 
-def _conditions(setting: _Setting, step: int) -> Conditions:
+def _conditions(setting: _Setting, options: ConceptOptions, step: int) -> Conditions:
     """The forgotten conditions of a step, each as often as any other, and no condition."""
     forgotten = np.array([one.cond for one in setting.forgotten], np.int32)
-    size = setting.options.forget_batch_size
-    cond = forgotten[setting.indices(step, size, len(forgotten))]
+    size = options.forget_batch_size
+    cond = forgotten[_indices(options, step, size, len(forgotten))]
     null = np.full(size, setting.request.conditions.null, np.int32)
     return Conditions(cond, null, cond, np.zeros(size, np.int32))
 
@@ -132,14 +132,16 @@ def _adv_unlearn(setting: _Setting) -> Trained:
         points=min(ATTACK_POINTS, schedule.num_steps),
         table=table,
     )
-    loss = baselines.adv_unlearn(apply, schedule, adversary, retention=setting.strength, **sampler)
     kept = np.array(setting.request.kept, np.int32)
 
-    def batch(step: int) -> Batch:
-        size = setting.options.batch_size
-        cond = kept[setting.indices(step, size, len(kept))]
+    def loss(retention: Any) -> Loss:
+        return baselines.adv_unlearn(apply, schedule, adversary, retention=retention, **sampler)
+
+    def batch(options: ConceptOptions, step: int) -> Batch:
+        size = options.batch_size
+        cond = kept[_indices(options, step, size, len(kept))]
         null = np.full(size, setting.request.conditions.null, np.int32)
-        return Batch(Conditions(cond, cond, null), _conditions(setting, step))
+        return Batch(Conditions(cond, cond, null), _conditions(setting, options, step))
 
     return Trained(loss, batch)
 
@@ -159,15 +161,14 @@ def _distance(setting: _Setting, table: Any) -> float:
 def _neg_grad(setting: _Setting) -> Trained:
     forgotten = [one.cond for one in setting.forgotten]
     shown, kept = _samples(setting, forgotten, 1), _samples(setting, setting.request.kept, 2)
-    options = setting.options
 
-    def batch(step: int) -> Batch:
-        forget = _taken(shown, setting.indices(step, options.forget_batch_size, len(shown.cond)))
+    def batch(options: ConceptOptions, step: int) -> Batch:
+        forget = _taken(shown, _indices(options, step, options.forget_batch_size, len(shown.cond)))
         return Batch(
-            _taken(kept, setting.indices(step, options.batch_size, len(kept.cond))), forget
+            _taken(kept, _indices(options, step, options.batch_size, len(kept.cond))), forget
         )
 
-    return Trained(baselines.neg_grad(*setting.of, scale=setting.strength), batch)
+    return Trained(lambda scale: baselines.neg_grad(*setting.of, scale=scale), batch)
 
 
 def _selective_amnesia(setting: _Setting) -> Trained:
@@ -177,15 +178,15 @@ def _selective_amnesia(setting: _Setting) -> Trained:
     apply, schedule, weighting = setting.of
     weighting = summed(weighting, request.pretrained.config.sample_shape)
 
-    def batch(step: int) -> Batch:
-        rows = setting.indices(step, options.forget_batch_size, len(bases.cond))
+    def batch(options: ConceptOptions, step: int) -> Batch:
+        rows = _indices(options, step, options.forget_batch_size, len(bases.cond))
         surrogates = Images(bases.x_0[rows], bases.cond[rows])
-        own = _taken(kept, setting.indices(step, options.batch_size, len(kept.cond)))
+        own = _taken(kept, _indices(options, step, options.batch_size, len(kept.cond)))
         return Batch(own, None, surrogates)
 
     few = _taken(kept, np.arange(FISHER_IMAGES) % len(kept.cond))
     return Trained(
-        baselines.selective_amnesia(apply, schedule, weighting, strength=setting.strength),
+        lambda strength: baselines.selective_amnesia(apply, schedule, weighting, strength=strength),
         batch,
         reference=remembered(request.pretrained, weighting, few, options.seed),
     )
@@ -193,10 +194,12 @@ def _selective_amnesia(setting: _Setting) -> Trained:
 
 def _concept_ablation(setting: _Setting) -> Trained:
     bases = _samples_of_bases(setting, 1)
-    loss = baselines.concept_ablation(*setting.of, preservation=setting.strength)
 
-    def batch(step: int) -> baselines.Anchored:
-        rows = setting.indices(step, setting.options.forget_batch_size, len(bases.cond))
+    def loss(preservation: Any) -> Loss:
+        return baselines.concept_ablation(*setting.of, preservation=preservation)
+
+    def batch(options: ConceptOptions, step: int) -> baselines.Anchored:
+        rows = _indices(options, step, options.forget_batch_size, len(bases.cond))
         return baselines.Anchored(*(part[rows] for part in bases))
 
     return Trained(loss, batch)
@@ -204,9 +207,12 @@ def _concept_ablation(setting: _Setting) -> Trained:
 
 def _uce(setting: _Setting) -> Trained:
     request = setting.request
-    params = edited(request.pretrained, setting.forgotten, request.kept, setting.strength)
-    # No step is taken, so that nothing is read of this.
-    return Trained(lambda *_: jnp.zeros(()), partial(_conditions, setting), params=params)
+    # No step is taken, so that nothing is read of the loss.
+    return Trained(
+        lambda _: lambda *_: jnp.zeros(()),
+        partial(_conditions, setting),
+        params=partial(edited, request.pretrained, setting.forgotten, request.kept),
+    )
 
 
 def _samples(setting: _Setting, conditions: Sequence[int], number: int) -> Images:

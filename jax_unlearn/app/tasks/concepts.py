@@ -16,6 +16,7 @@ shares of `batch_size` of all rows, the forgotten ones of `forget_batch_size`.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,12 +41,14 @@ from jax_unlearn.app.tasks.concept_formulations import (
     floor_of,
     has_floor,
     likelihood_setup,
+    path_log_ratios,
     reverse_kl_setup,
     stored_samples,
 )
 from jax_unlearn.app.tasks.concept_methods import concept_method
 from jax_unlearn.app.tasks.concept_request import ConceptRequest
 from jax_unlearn.app.tasks.drawing import CAPTIONS, drawing, sample_grids
+from jax_unlearn.app.tasks.methods import by_method, with_strength
 from jax_unlearn.models.judge import JudgeFunctions
 from jax_unlearn.typing import Estimate, Params
 
@@ -64,28 +67,40 @@ class _Found(NamedTuple):
     metrics: dict[str, Any]
 
 
-class _Kind(NamedTuple):
-    """What sets a formulation apart.
+class _At(NamedTuple):
+    """What thresholds make of a formulation.
 
     Attributes:
       setup: what the algorithm runs.
       thresholds: [m].
-      reference: what was measured of the reference.
-      measure: the same of other parameters.
-      units: of the objective and of the constraints.
-      objective: what it is, in words.
-      captions: of its own metrics.
+      found: what is said of measured parameters.
       floor: as `Task.floor`.
     """
 
     setup: Setup
     thresholds: np.ndarray
-    reference: _Found
-    measure: Callable[[Params], _Found]
+    found: Callable[[Any], _Found]
+    floor: Callable[[], duality.Floor] | None
+
+
+class _Kind(NamedTuple):
+    """What sets a formulation apart.
+
+    Attributes:
+      reference: what was measured of the reference.
+      measure: the same of other parameters.
+      at: --threshold -> what it makes of this.
+      units: of the objective and of the constraints.
+      objective: what it is, in words.
+      captions: of its own metrics.
+    """
+
+    reference: Any
+    measure: Callable[[Params], Any]
+    at: Callable[[tuple[str, ...]], _At]
     units: tuple[str, str]
     objective: str
     captions: dict[str, dict[str, str]]
-    floor: Callable[[], duality.Floor] | None
 
 
 def _on_trajectories(request: ConceptRequest, options: ConceptOptions) -> _Kind:
@@ -107,23 +122,20 @@ def _on_trajectories(request: ConceptRequest, options: ConceptOptions) -> _Kind:
     if stored is not None:
         # Laplace's rule of succession: n samples do not show a probability below about 1/n.
         anchored = (np.maximum(at_anchor.sum(axis=0), 0) + 1) / (len(at_anchor) + 2)
-    thresholds = _thresholds(options, at_base.mean(axis=0), anchored)
     share = options.forget_batch_size / (options.batch_size + options.forget_batch_size)
-    if stored is None:
-        setup = reverse_kl_setup(request, options, thresholds)
-    else:
-        setup = likelihood_setup(request, options, stored, thresholds)
     separated = [one.cond for one in request.separated]
     shares = dict.fromkeys(request.kept, (1 - share) / len(request.kept))
     shares |= dict.fromkeys(separated, share / len(separated))
     calibrated = None if stored is None else stored.confusion
 
-    def found(measurements: Measurements) -> _Found:
+    sign = 1.0 if reverse else -1.0
+    ratios = cache(partial(path_log_ratios, request, options))
+
+    def found(thresholds: np.ndarray, measurements: Measurements) -> _Found:
         violation = {
             conditions.names[c]: {
                 concept: estimate(
-                    setup.problem.sign
-                    * (thresholds[i] - measurements.values[measurements.valued == c, i])
+                    sign * (thresholds[i] - measurements.values[measurements.valued == c, i])
                 )
                 for i, concept in enumerate(request.concepts)
             }
@@ -143,12 +155,22 @@ def _on_trajectories(request: ConceptRequest, options: ConceptOptions) -> _Kind:
             {"violation": violation},
         )
 
+    def at(texts: tuple[str, ...]) -> _At:
+        thresholds = _thresholds(texts, request, at_base.mean(axis=0), anchored)
+        if stored is None:
+            setup = reverse_kl_setup(request, options)
+        else:
+            setup = likelihood_setup(request, options, stored, thresholds)
+        floor = None
+        if has_floor(stored):
+            floor = partial(floor_of, request, options, thresholds, share, stored, ratios)
+        return _At(setup, thresholds, partial(found, thresholds), floor)
+
     unit = "nats" if reverse else "mean probability" if calibrated is None else "share of samples"
     return _Kind(
-        setup,
-        thresholds,
-        found(at_reference),
-        lambda params: found(evaluate(params)),
+        at_reference,
+        evaluate,
+        at,
         ("nats", unit),
         "path KL from the unlearned model to what each condition is held to, over its own "
         f"trajectories of {options.chain_steps} steps, averaged over conditions as in training",
@@ -159,9 +181,6 @@ def _on_trajectories(request: ConceptRequest, options: ConceptOptions) -> _Kind:
                 "must not show it (the first); at most 0 is satisfied.",
             }
         },
-        (lambda: floor_of(request, options, thresholds, share, stored))
-        if has_floor(stored)
-        else None,
     )
 
 
@@ -185,18 +204,22 @@ def _under_any_condition(request: ConceptRequest, options: ConceptOptions) -> _K
         return _Found(evaluate(params), of.objective, of.values, {"under_attack": by_steps})
 
     reference = found(request.pretrained.params)
-    thresholds = _thresholds(options, *2 * (np.asarray(reference.constraints.value),))
+    values = np.asarray(reference.constraints.value)
+
+    def at(texts: tuple[str, ...]) -> _At:
+        setup = any_condition_setup(request, options, points)
+        thresholds = _thresholds(texts, request, values, values)
+        return _At(setup, thresholds, lambda measured: measured, None)
+
     unit = "squared error a dimension"
     return _Kind(
-        any_condition_setup(request, options, points, thresholds),
-        thresholds,
         reference,
         found,
+        at,
         (unit, unit),
         "distance of the unlearned model's prediction of noise from the reference's, over noised "
         "samples of what each condition is held to",
         {"under_attack": CAPTION},
-        None,
     )
 
 
@@ -207,7 +230,7 @@ def concept_task(
     pretrained, conditions = request.pretrained, request.conditions
     of = _under_any_condition if options.formulation == "without" else _on_trajectories
     kind = of(request, options)
-    setup = kind.setup
+    replaced = concept_method(request, options)
     drawn = drawing(pretrained, conditions, options, judge, request.forgotten, request.shown)
     real = request.real
     if real is None and judge is not None and options.samples:
@@ -237,66 +260,81 @@ def concept_task(
             reconstructions=None,
         )
 
-    before = measured(kind.reference, pretrained.params)
+    first = kind.at(options.threshold)
+    at_reference = first.found(kind.reference)
+    before = measured(at_reference, pretrained.params)
     held_to = _held_to(request)
     distances = {}
     if before.samples is not None:
-        distances = _distances(request, options, kind.reference.measurements)
-    task = Task(
-        pretrained=pretrained,
-        params=request.start,
-        names=request.concepts,
-        problem=setup.problem,
-        dual=setup.dual,
-        thresholds=kind.thresholds,
-        multipliers=setup.multipliers,
-        reference_values=np.asarray(before.constraints.value),
-        batch=setup.batch,
-        prepare=setup.prepare,
-        before=before,
-        measure=lambda params: measured(kind.measure(params), params),
-        asked={
-            "forget": [
-                {"name": conditions.names[c], "images": None, "source": "condition"}
-                for c in request.forgotten
-            ],
-            "retain": [
-                {"name": conditions.names[c], "images": None, "source": "condition"}
-                for c in request.kept
-            ],
-            "shown": [conditions.names[c] for c in request.shown],
-            "notes": [*request.notes, *setup.notes, _law(request, options, held_to)],
-        },
-        units=kind.units,
-        objective=kind.objective,
-        captions=CAPTIONS
-        | kind.captions
-        | {
-            "path_kl": {
-                "unit": "nats",
-                "description": "Of p(·|condition) from the reference at what the condition is held "
-                f"to: {held_to} for what is forgotten, itself for the others.",
-            },
-        },
-        grids=lambda after: sample_grids(
-            conditions,
-            before.samples,
-            after.samples,
-            {
-                "Forgotten": request.forgotten,
-                **_nearest_first([c for c in conditions.drawn if c in request.kept], distances),
-                "Shown, not trained on": request.shown,
-            },
-            {c: f"{value:.3g} nats from what is forgotten" for c, value in distances.items()},
-        ),
-        formula=setup.formula,
-        floor=kind.floor,
-        visit=setup.visit,
-        dual_batch=setup.dual_batch,
-        dual_steps=setup.dual_steps,
-        adversary=setup.adversary,
+        distances = _distances(request, options, at_reference.measurements)
+
+    def at(threshold: str | None = None, strength: float | None = None) -> Task:
+        own = first if threshold is None else kind.at((threshold,))
+        return by_method(task_of(own), with_strength(options, strength), replaced)
+
+    about_price = (
+        "Of p(·|condition) from the reference at what the condition is held to: "
+        f"{held_to} for what is forgotten, itself for the others."
     )
-    return concept_method(task, request, options)
+
+    def task_of(of: _At) -> Task:
+        setup = of.setup
+        return Task(
+            pretrained=pretrained,
+            params=request.start,
+            names=request.concepts,
+            problem=setup.problem,
+            dual=setup.dual,
+            thresholds=of.thresholds,
+            multipliers=setup.multipliers,
+            reference_values=np.asarray(before.constraints.value),
+            batch=setup.batch,
+            prepare=setup.prepare,
+            before=before,
+            measure=lambda params: measured(of.found(kind.measure(params)), params),
+            asked={
+                "forget": [
+                    {"name": conditions.names[c], "images": None, "source": "condition"}
+                    for c in request.forgotten
+                ],
+                "retain": [
+                    {"name": conditions.names[c], "images": None, "source": "condition"}
+                    for c in request.kept
+                ],
+                "shown": [conditions.names[c] for c in request.shown],
+                "notes": [*request.notes, *setup.notes, _law(request, options, held_to)],
+            },
+            units=kind.units,
+            objective=kind.objective,
+            captions=CAPTIONS
+            | kind.captions
+            | {
+                "path_kl": {
+                    "unit": "nats",
+                    "description": about_price,
+                },
+            },
+            grids=lambda after: sample_grids(
+                conditions,
+                before.samples,
+                after.samples,
+                {
+                    "Forgotten": request.forgotten,
+                    **_nearest_first([c for c in conditions.drawn if c in request.kept], distances),
+                    "Shown, not trained on": request.shown,
+                },
+                {c: f"{value:.3g} nats from what is forgotten" for c, value in distances.items()},
+            ),
+            formula=setup.formula,
+            floor=of.floor,
+            visit=setup.visit,
+            dual_batch=setup.dual_batch,
+            dual_steps=setup.dual_steps,
+            adversary=setup.adversary,
+            at=at,
+        )
+
+    return at()
 
 
 def _distances(
@@ -351,8 +389,10 @@ def _average(values: np.ndarray, cond: np.ndarray, shares: dict[int, float]) -> 
     return Estimate(np.asarray(value), np.sqrt(np.asarray(variance)))
 
 
-def _thresholds(options: ConceptOptions, at_base: np.ndarray, at_anchor: np.ndarray) -> np.ndarray:
-    texts = options.threshold * (len(options.forget) if len(options.threshold) == 1 else 1)
+def _thresholds(
+    texts: tuple[str, ...], request: ConceptRequest, at_base: np.ndarray, at_anchor: np.ndarray
+) -> np.ndarray:
+    texts = texts * (len(request.concepts) if len(texts) == 1 else 1)
     numbers = []
     for text, base, anchor in zip(texts, at_base, at_anchor, strict=True):
         asked = parse_threshold(text)

@@ -4,6 +4,7 @@ Retained images are shown under their own labels, and as large a share under non
 constrained run. Unlike there, none is shown under a label that is to be forgotten.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +15,9 @@ from jax_unlearn import baselines, losses
 from jax_unlearn.app import data, methods
 from jax_unlearn.app.options import DataOptions, ImageOptions
 from jax_unlearn.app.tasks import images
-from jax_unlearn.app.tasks.base import Task
 from jax_unlearn.app.tasks.images import ImageRequest
-from jax_unlearn.app.tasks.methods import Trained, equal_weights, remembered, summed, trained_by
+from jax_unlearn.app.tasks.methods import Trained, remembered, summed
+from jax_unlearn.baselines.base import Loss
 from jax_unlearn.problem import Batch, Images
 from jax_unlearn.typing import Array, Params
 
@@ -41,11 +42,11 @@ class _Setting(NamedTuple):
     request: ImageRequest
     options: DataOptions
     of: tuple[Any, Any, losses.TimeWeighting]
-    strength: float
+    prepare: Callable[[Batch], Batch]
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, options: DataOptions, step: int) -> Batch:
         """Retained images under their own labels; see `images.batch`."""
-        return images.batch(self.request._replace(forgotten_labels=()), self.options, step)
+        return images.batch(self.request._replace(forgotten_labels=()), options, step)
 
 
 def check_images(request: ImageRequest, options: ImageOptions) -> None:
@@ -71,66 +72,72 @@ def check_images(request: ImageRequest, options: ImageOptions) -> None:
 
 
 def image_method(
-    task: Task, request: ImageRequest, options: ImageOptions, weighting: losses.TimeWeighting
-) -> Task:
-    """The task of `data` as --method trains it.
+    request: ImageRequest,
+    options: ImageOptions,
+    weighting: losses.TimeWeighting,
+    prepare: Callable[[Batch], Batch],
+) -> Trained | None:
+    """What --method replaces of the task of `data`; None of one that replaces no loss.
 
     Args:
-      task: of the constrained problem.
       request: images to forget and to keep.
       options: with the method; those of `demo` have none.
       weighting: of the constrained problem's losses.
+      prepare: of the constrained problem.
     """
-    if not isinstance(options, DataOptions) or options.method == methods.CONSTRAINED:
-        return task
-    if options.method == "equal-weights":
-        return equal_weights(task, options)
+    method = getattr(options, "method", methods.CONSTRAINED)
+    if method not in _METHODS:
+        return None
+    assert isinstance(options, DataOptions)
     of = (request.pretrained.apply, request.pretrained.schedule, weighting)
-    setting = _Setting(request, options, of, methods.strength_of(options) or 0.0)
-    return trained_by(task, options, _METHODS[options.method](setting, task))
+    return _METHODS[method](_Setting(request, options, of, prepare))
 
 
-def _naive_deletion(setting: _Setting, task: Task) -> Trained:
-    return Trained(baselines.naive_deletion(*setting.of), setting.batch)
+def _naive_deletion(setting: _Setting) -> Trained:
+    return Trained(lambda _: baselines.naive_deletion(*setting.of), setting.batch)
 
 
-def _neg_grad(setting: _Setting, task: Task) -> Trained:
-    return Trained(baselines.neg_grad(*setting.of, scale=setting.strength), setting.batch)
+def _neg_grad(setting: _Setting) -> Trained:
+    return Trained(lambda scale: baselines.neg_grad(*setting.of, scale=scale), setting.batch)
 
 
-def _siss(setting: _Setting, task: Task) -> Trained:
-    def batch(step: int) -> Batch:
+def _siss(setting: _Setting) -> Trained:
+    def batch(options: DataOptions, step: int) -> Batch:
         """As many retained images as there are to forget, a pair each."""
-        brought = setting.batch(step)
-        count = setting.options.forget_batch_size
+        brought = setting.batch(options, step)
+        count = options.forget_batch_size
         return brought._replace(kept=jax.tree.map(lambda leaf: leaf[:count], brought.kept))
 
-    return Trained(baselines.siss(*setting.of, norm=setting.strength), batch)
+    return Trained(lambda norm: baselines.siss(*setting.of, norm=norm), batch)
 
 
-def _siss_no_is(setting: _Setting, task: Task) -> Trained:
-    loss = baselines.siss(*setting.of, norm=setting.strength, estimator="two_term")
-    return Trained(loss, setting.batch)
+def _siss_no_is(setting: _Setting) -> Trained:
+    return Trained(
+        lambda norm: baselines.siss(*setting.of, norm=norm, estimator="two_term"), setting.batch
+    )
 
 
-def _erase_diff(setting: _Setting, task: Task) -> Trained:
-    return Trained(baselines.erase_diff(*setting.of, eta=setting.strength), setting.batch)
+def _erase_diff(setting: _Setting) -> Trained:
+    return Trained(lambda eta: baselines.erase_diff(*setting.of, eta=eta), setting.batch)
 
 
-def _saliency(setting: _Setting, task: Task) -> Trained:
-    request, options = setting.request, setting.options
+def _saliency(setting: _Setting) -> Trained:
+    request = setting.request
     moved = baselines.concept_ablation(*setting.of, preservation=0.0)
     retained = baselines.naive_deletion(*setting.of)
     others = np.unique(np.asarray(request.retain.labels))
 
-    def loss(params: Params, reference: Params, key: Array, batch: Relabelled) -> Array:
-        first, second = jax.random.split(key)
-        return moved(params, reference, first, batch.moved) + setting.strength * retained(
-            params, reference, second, batch.rows
-        )
+    def loss_of(strength: Any) -> Loss:
+        def loss(params: Params, reference: Params, key: Array, batch: Relabelled) -> Array:
+            first, second = jax.random.split(key)
+            return moved(params, reference, first, batch.moved) + strength * retained(
+                params, reference, second, batch.rows
+            )
 
-    def batch(step: int) -> Relabelled:
-        brought = setting.batch(step)
+        return loss
+
+    def batch(options: DataOptions, step: int) -> Relabelled:
+        brought = setting.batch(options, step)
         chosen, _ = images.forgotten_rows(request, options, step)
         rng = np.random.default_rng([options.seed, step, 3])
         labels = np.asarray(chosen.labels)
@@ -142,10 +149,10 @@ def _saliency(setting: _Setting, task: Task) -> Trained:
 
     def prepare(brought: Relabelled) -> Relabelled:
         moved = brought.moved
-        return Relabelled(moved._replace(x_0=data.to_x_0(moved.x_0)), task.prepare(brought.rows))
+        return Relabelled(moved._replace(x_0=data.to_x_0(moved.x_0)), setting.prepare(brought.rows))
 
     mask = baselines.saliency_mask(_gradient_of_forgotten(setting))
-    return Trained(loss, batch, prepare, mask=mask)
+    return Trained(loss_of, batch, prepare, mask=mask)
 
 
 def _gradient_of_forgotten(setting: _Setting) -> Params:
@@ -166,18 +173,18 @@ def _gradient_of_forgotten(setting: _Setting) -> Params:
     return total
 
 
-def _selective_amnesia(setting: _Setting, task: Task) -> Trained:
+def _selective_amnesia(setting: _Setting) -> Trained:
     request, options = setting.request, setting.options
     apply, schedule, weighting = setting.of
     if options.weighting == "simple":
         weighting = summed(weighting, request.pretrained.config.sample_shape)
 
-    def batch(step: int) -> Batch:
+    def batch(options: DataOptions, step: int) -> Batch:
         """Uniform noise under the labels to forget, and retained images."""
         chosen, _ = images.forgotten_rows(request, options, step)
         rng = np.random.default_rng([options.seed, step, 3])
         noise = rng.integers(0, 256, chosen.stored.shape, np.uint8)
-        kept = setting.batch(step).kept
+        kept = setting.batch(options, step).kept
         return Batch(kept, None, Images(noise, request.cond(chosen.labels)))
 
     def prepare(brought: Batch) -> Batch:
@@ -189,7 +196,7 @@ def _selective_amnesia(setting: _Setting, task: Task) -> Trained:
     chosen = data.take(request.retain, np.arange(FISHER_IMAGES) % len(request.retain.pixels))
     examples = Images(data.to_x_0(chosen.stored), request.cond(chosen.labels))
     return Trained(
-        baselines.selective_amnesia(apply, schedule, weighting, strength=setting.strength),
+        lambda strength: baselines.selective_amnesia(apply, schedule, weighting, strength=strength),
         batch,
         prepare,
         remembered(request.pretrained, weighting, examples, options.seed),

@@ -1,6 +1,7 @@
 """Forgetting images by forward KL, as a task: thresholds, formulation, batches, pictures."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ from jax_unlearn import multipliers
 from jax_unlearn.app import data, report
 from jax_unlearn.app.options import ImageOptions, parse_threshold
 from jax_unlearn.app.tasks import images
-from jax_unlearn.app.tasks.base import Measured, Setup, Task, controller
+from jax_unlearn.app.tasks.base import Measured, Setup, Task, controller, seeded
 from jax_unlearn.app.tasks.drawing import CAPTIONS, sample_grids
 from jax_unlearn.app.tasks.evaluation import Evaluation, evaluator, make_weighting
 from jax_unlearn.app.tasks.image_methods import image_method
 from jax_unlearn.app.tasks.images import ImageRequest
+from jax_unlearn.app.tasks.methods import by_method, with_strength
 from jax_unlearn.formulations import forward_kl
 from jax_unlearn.losses import TimeWeighting
 from jax_unlearn.models.judge import JudgeFunctions
@@ -30,35 +32,45 @@ def image_task(request: ImageRequest, options: ImageOptions, judge: JudgeFunctio
     weighting = make_weighting(request, options)
     evaluation = evaluator(request, options, weighting, judge)
     before, calibration = evaluation.measure(pretrained.params)
-    thresholds = _thresholds(request, before, calibration)
-    setup = image_setup(request, options, weighting, np.asarray(before.constraints.value))
+    values = np.asarray(before.constraints.value)
+    replaced = image_method(request, options, weighting, _prepare)
     simple = options.weighting == "simple"
     dimensions = int(np.prod(pretrained.config.sample_shape))
     unit = "mean squared error a dimension" if simple else "nats an image"
     bits = "bits/dim" if request.captions is None else "bits/dim of the latents' density"
-    task = Task(
-        pretrained=pretrained,
-        params=pretrained.params,
-        names=tuple(constraint.name for constraint in request.constraints),
-        problem=setup.problem,
-        dual=setup.dual,
-        thresholds=thresholds,
-        multipliers=setup.multipliers,
-        reference_values=np.asarray(before.constraints.value),
-        batch=setup.batch,
-        prepare=setup.prepare,
-        before=before,
-        measure=lambda params: evaluation.measure(params)[0],
-        asked=_asked(request),
-        units=(unit, unit),
-        formula=setup.formula,
-        objective="path KL from the reference model to the unlearned one, on held-out images under "
-        "their own labels"
-        + (f", divided by {dimensions} dimensions and weighted evenly over time" if simple else ""),
-        captions=CAPTIONS | {"nelbo": {"unit": bits}},
-        grids=lambda after: _grids(request, evaluation, before, after),
-    )
-    return image_method(task, request, options, weighting)
+
+    def at(threshold: str | None = None, strength: float | None = None) -> Task:
+        asked, own = request, with_strength(options, strength)
+        if threshold is not None:
+            constraints = [one._replace(threshold=threshold) for one in request.constraints]
+            asked = request._replace(constraints=tuple(constraints))
+        setup = image_setup(asked, own, weighting, values)
+        task = Task(
+            pretrained=pretrained,
+            params=pretrained.params,
+            names=tuple(constraint.name for constraint in request.constraints),
+            problem=setup.problem,
+            dual=setup.dual,
+            thresholds=_thresholds(asked, values, calibration),
+            multipliers=setup.multipliers,
+            reference_values=values,
+            batch=setup.batch,
+            prepare=setup.prepare,
+            before=before,
+            measure=lambda params: evaluation.measure(params)[0],
+            asked=_asked(request),
+            units=(unit, unit),
+            formula=setup.formula,
+            objective="path KL from the reference model to the unlearned one, on held-out images "
+            "under their own labels"
+            + (f", divided by {dimensions} dimensions and weighted evenly over time" * simple),
+            captions=CAPTIONS | {"nelbo": {"unit": bits}},
+            grids=lambda after: _grids(request, evaluation, before, after),
+            at=at,
+        )
+        return by_method(task, own, replaced)
+
+    return at()
 
 
 def image_setup(
@@ -81,9 +93,9 @@ def image_setup(
     )
     return Setup(
         problem,
-        controller(options, values),
+        controller(options, lambda _: values),
         0.0,
-        lambda step: images.batch(request, options, step),
+        seeded(partial(images.batch, request), options),
         "minimise KL(q‖p) subject to KL(qᵢ‖p) ≥ bᵢ: denoising losses of the images, each KL up to "
         "a constant of the data",
         (),
@@ -122,15 +134,14 @@ def _groups(request: ImageRequest) -> dict[str, Sequence[int]]:
     return groups | {"Retained": kept}
 
 
-def _thresholds(request: ImageRequest, before: Measured, calibration: Estimate) -> np.ndarray:
-    """The thresholds as numbers, [m], from the reference model's own values.
+def _thresholds(request: ImageRequest, values: np.ndarray, calibration: Estimate) -> np.ndarray:
+    """The thresholds as numbers, [m], from the reference model's own values, [m].
 
     "calibrated" asks of a set of images that its mean loss become that of held-out images. Where
     each image of the set is a constraint, all are raised in the same proportion, since some
     images are harder to denoise than others, seen or not:
     b_i = value_i · (mean of held-out images) / (mean of the set).
     """
-    values = np.asarray(before.constraints.value)
     sources = np.array([constraint.source for constraint in request.constraints])
     numbers = []
     for constraint, own in zip(request.constraints, values, strict=True):

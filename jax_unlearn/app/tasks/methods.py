@@ -4,6 +4,7 @@ Thresholds, measurements, certificate and pictures stay those of the constrained
 task only what trains is replaced: start, batches, losses, and multipliers, which are held fixed.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,13 +14,21 @@ import optax
 
 from jax_unlearn import baselines, losses, multipliers
 from jax_unlearn.app import methods
-from jax_unlearn.app.options import ModelOptions
-from jax_unlearn.app.tasks.base import Baseline, Task
+from jax_unlearn.app.options import ModelOptions, RunOptions
+from jax_unlearn.app.tasks.base import Baseline, Task, seeded
 from jax_unlearn.pretrained import Pretrained
 from jax_unlearn.problem import Images
 from jax_unlearn.typing import Array, Params
 
-__all__ = ["Trained", "equal_weights", "remembered", "summed", "trained_by"]
+__all__ = [
+    "Trained",
+    "by_method",
+    "equal_weights",
+    "remembered",
+    "summed",
+    "trained_by",
+    "with_strength",
+]
 
 # Noisy versions of each image that the Fisher information is of.
 FISHER_DRAWS = 32
@@ -29,20 +38,41 @@ class Trained(NamedTuple):
     """What a method replaces of a task.
 
     Attributes:
-      loss: (params, reference, key, batch) -> scalar.
-      batch: step -> what the host brings to it.
+      loss: strength -> (params, reference, key, batch) -> scalar.
+      batch: (options, whose seed it takes, step) -> what the host brings to it.
       prepare: from that to what the loss takes, if not the task's own.
       reference: as `Baseline.reference`.
       mask: of the entries that train, a tree of booleans; None trains all.
-      params: to start from, if not the reference's.
+      params: strength -> what to start from, if not the reference's.
     """
 
-    loss: Callable[[Params, Any, Array, Any], Array]
-    batch: Callable[[int], Any]
+    loss: Callable[[Any], Callable[[Params, Any, Array, Any], Array]]
+    batch: Callable[[Any, int], Any]
     prepare: Callable[[Any], Any] | None = None
     reference: Any = None
     mask: Params | None = None
-    params: Params | None = None
+    params: Callable[[Any], Params] | None = None
+
+
+def by_method(task: Task, options: RunOptions, replaced: Trained | None) -> Task:
+    """The task as --method trains it.
+
+    Args:
+      task: of the constrained problem.
+      options: with the method and its strength.
+      replaced: by the method; None of one that replaces no loss.
+    """
+    if getattr(options, "method", methods.CONSTRAINED) == methods.CONSTRAINED:
+        return task
+    assert isinstance(options, ModelOptions)
+    if replaced is None:
+        return equal_weights(task, options)
+    return trained_by(task, options, replaced)
+
+
+def with_strength(options: RunOptions, strength: float | None) -> RunOptions:
+    """The options with another --strength, if one is given."""
+    return options if strength is None else dataclasses.replace(options, strength=strength)  # pyrefly: ignore
 
 
 def trained_by(task: Task, options: ModelOptions, method: Trained) -> Task:
@@ -53,16 +83,17 @@ def trained_by(task: Task, options: ModelOptions, method: Trained) -> Task:
     def optimizer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         return inner if mask is None else baselines.masked(inner, mask)
 
+    start = method.params
     return _fixed(task)._replace(
-        params=task.pretrained.params if method.params is None else method.params,
-        batch=method.batch,
+        params=task.pretrained.params if start is None else start(about["strength"]),
+        batch=seeded(method.batch, options),
         prepare=method.prepare or task.prepare,
         multipliers=0.0,
         visit=None,
         adversary=None,
         baseline=Baseline(
             about,
-            baselines.loss_problem(method.loss, name=about["title"]),
+            lambda strength: baselines.loss_problem(method.loss(strength), name=about["title"]),
             method.reference,
             optimizer,
         ),
@@ -76,7 +107,7 @@ def equal_weights(task: Task, options: ModelOptions) -> Task:
     free = task.problem._replace(project=multipliers.free())
     return _fixed(task)._replace(
         multipliers=np.full(count, about["strength"] / count, np.float32),
-        baseline=Baseline(about, free),
+        baseline=Baseline(about, lambda strength: free),
     )
 
 
