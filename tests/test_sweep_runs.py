@@ -23,10 +23,18 @@ from jax_unlearn.app.options import ConceptOptions, DataOptions
 from jax_unlearn.app.sweep import fronts as made
 from jax_unlearn.app.sweep import run as sweeps
 from jax_unlearn.app.sweep.options import Point, SweepOptions
-from jax_unlearn.app.tasks import concept_request, image_task, images
+from jax_unlearn.app.tasks import (
+    concept_evaluation,
+    concept_formulations,
+    concept_request,
+    concepts,
+    image_task,
+    images,
+)
 from jax_unlearn.app.tasks.base import Measured, controller
 from jax_unlearn.app.tasks.evaluation import Evaluation
 from jax_unlearn.pretrained import load_pretrained
+from jax_unlearn.sweep import sweep_init
 from jax_unlearn.typing import Estimate
 
 SMALL = {
@@ -250,6 +258,69 @@ def test_concepts_are_swept(tiny_model, tmp_path, more):
         # Of the threshold that asks for more, the floor is higher.
         by_text = {one["threshold"]: one["value"] for one in found["floor"]}
         assert set(by_text) == set(thresholds)
+
+
+@pytest.mark.parametrize(
+    ("more", "given"),
+    [
+        ({}, {"thresholds": ("0.9x", "0.5x")}),
+        (
+            {"train": "full", "estimator": "stop_gradient", "minibatches": 2},
+            {"thresholds": ("1x",)},
+        ),
+        ({"formulation": "likelihood"}, {"thresholds": ("0.9x", "0.5x")}),
+        ({"method": "esd", "corrections": 3}, {"strengths": (0.5, 2.0)}),
+        ({"method": "equal-weights", "corrections": 3}, {"strengths": (0.5, 0.2)}),
+    ],
+)
+def test_every_kind_of_concept_is_a_stacked_problem(tiny_model, tmp_path, monkeypatch, more, given):
+    """The program is traced, of shapes alone; nothing is measured or stored."""
+
+    def evaluator(request, options, shows):
+        cond = np.tile(np.array([*concept_evaluation.compared(request)]), 4)
+        values = 1.0 + np.arange(len(cond), dtype=np.float32)[:, None]
+        found = concept_evaluation.Measurements(cond, values[:, 0], cond, values)
+        return lambda params: found
+
+    def only_shapes(algorithm, start, thresholds, **named):
+        return jax.eval_shape(
+            lambda start: sweep_init(algorithm, start, thresholds, **named), start
+        )
+
+    monkeypatch.setattr(concepts, "evaluator", evaluator)
+    monkeypatch.setattr(concepts, "stored_samples", concept_formulations.unmeasured_samples)
+    monkeypatch.setattr(sweeps, "sweep_init", only_shapes)
+    asked = SweepOptions("concept", seeds=(0, 1), **given)
+    options = of_labels(tiny_model, tmp_path, evaluation_images=8, **more)
+    asked.validate()
+    options = asked.applied(options)
+    request, points = request_of(options), asked.points(options)
+    task = running.TASKS[concept_request.ConceptRequest](request, options, None)
+    problems = sweeps._problems(points, task, options, None, 1)
+    states, infos = jax.eval_shape(problems.step, problems.states, problems.batch(0))
+    kinds = [
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+        for tree in (states, problems.states)
+    ]
+    assert kinds[0] == kinds[1]
+    assert infos.finite.shape == (len(points),)
+    # What is measured is told against each problem's own threshold.
+    thresholds = [float(one.thresholds[0]) for one in problems.tasks]
+    if "thresholds" in given:
+        asked_for = [float(text[:-1]) for text in given["thresholds"] for _ in range(2)]
+        np.testing.assert_allclose(np.divide(thresholds, thresholds[0]),
+                                   np.divide(asked_for, asked_for[0]), rtol=1e-5)  # fmt: skip
+        found = [one.measure(request.pretrained.params) for one in problems.tasks]
+        violation = [one.metrics["violation"]["dog"]["dog"].value for one in found]
+        changed = np.array(violation) - violation[0]
+        sign = -1 if options.formulation == "likelihood" else 1
+        np.testing.assert_allclose(
+            changed, sign * np.subtract(thresholds, thresholds[0]), rtol=1e-5
+        )
+    if options.method == "equal-weights":
+        assert [float(one.multipliers[0]) for one in problems.tasks] == pytest.approx(
+            [0.5, 0.5, 0.2, 0.2]
+        )
 
 
 KILLED = """
