@@ -141,17 +141,18 @@ def sweep_step(
             state = state._replace(step=done)
             if at_once > 1:
                 state, info = together(key, state, number, own)
-                new = state._replace(step=())
+                new = state._replace(step=None)
             else:
                 first = jax.tree.map(
-                    lambda leaf: leaf[0], (key, state._replace(step=()), number, own)
+                    lambda leaf: leaf[0], (key, state._replace(step=None), number, own)
                 )
                 state, info = one(first[0], first[1]._replace(step=done), *first[2:])
-                new, info = jax.tree.map(lambda leaf: leaf[None], (state._replace(step=()), info))
+                new, info = jax.tree.map(lambda leaf: leaf[None], (state._replace(step=None), info))
             return jax.tree.map(back, moving, new), info
 
         starts = jnp.arange(0, count, at_once)
-        moved, infos = jax.lax.scan(group, states._replace(step=()), starts)
+        moving = states._replace(step=None)  # pyrefly: ignore
+        moved, infos = jax.lax.scan(group, moving, starts)
         infos = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), infos)
         return moved._replace(step=done + 1), infos
 

@@ -30,7 +30,7 @@ def pareto_front(points: ArrayLike) -> np.ndarray:
     costs = _checked(points)
     no_worse = (costs[:, None] <= costs).all(axis=-1)
     better = (costs[:, None] < costs).any(axis=-1)
-    return ~(no_worse & better).any(axis=0)
+    return np.logical_not((no_worse & better).any(axis=0))
 
 
 def hypervolume(points: ArrayLike, reference_point: ArrayLike) -> float:
@@ -57,7 +57,8 @@ def hypervolume(points: ArrayLike, reference_point: ArrayLike) -> float:
       >>> metrics.hypervolume([[0.0, 2.0], [1.0, 1.0]], [3.0, 3.0])
       5.0
     """
-    costs, worst = _checked(points, columns=2), _checked([reference_point], columns=2)[0]
+    costs = _checked(points, columns=2)
+    worst = _checked(np.asarray(reference_point)[None], columns=2)[0]
     costs = costs[(costs < worst).all(axis=1)]
     costs = costs[np.lexsort((costs[:, 1], costs[:, 0]))]
     # From left to right each point adds what lies below all before it.

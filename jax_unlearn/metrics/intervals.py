@@ -113,8 +113,10 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     half = np.full_like(mean, np.nan)
     if count > 1:
         half = _student_quantile(level, count - 1) * many.std(axis=0, ddof=1) / math.sqrt(count)
-    fields = (mean, mean - half, mean + half)
-    return Interval(*(field.item() if mean.ndim == 0 else field for field in fields), count)
+    value, low, high = (
+        field.item() if mean.ndim == 0 else field for field in (mean, mean - half, mean + half)
+    )
+    return Interval(value, low, high, count)
 
 
 def _student_quantile(level: float, freedom: int) -> float:

@@ -135,8 +135,9 @@ def _worst(task: Task, values: Sequence[Estimate], unit: np.ndarray) -> Estimate
     return min(scaled, key=lambda one: sign * one.value)
 
 
-def _costs(measured: Sequence[Mapping[str, Any]], sign: float) -> list[list[float]]:
-    return [[-sign * one["forgotten"]["value"], one["objective"]["value"]] for one in measured]
+def _costs(measured: Sequence[Mapping[str, Any]], sign: float) -> np.ndarray:
+    costs = [[-sign * one["forgotten"]["value"], one["objective"]["value"]] for one in measured]
+    return np.asarray(costs, np.float64)
 
 
 def _front(measured: Sequence[Mapping[str, Any]], sign: float) -> list[bool]:
@@ -144,7 +145,7 @@ def _front(measured: Sequence[Mapping[str, Any]], sign: float) -> list[bool]:
 
 
 def _interval(values: Sequence[float]) -> dict[str, float | None]:
-    found = metrics.mean_interval(values, LEVEL)
+    found = metrics.mean_interval(np.asarray(values), LEVEL)
     one = found.count == 1
     return {
         "value": found.value,
@@ -204,7 +205,7 @@ def _hypervolume(
     by_seed = {
         seed: metrics.hypervolume(
             _costs([one for one in measured if one["seed"] == seed], sign),
-            [-sign * forgotten, objective],
+            np.array([-sign * forgotten, objective]),
         )
         for seed in dict.fromkeys(one["seed"] for one in measured)
     }

@@ -342,7 +342,7 @@ def _row(number: int, infos: Any, seconds: float) -> dict[str, Any]:
 
     def plain(values: Any) -> Any:
         values = np.asarray(values, np.float64)
-        return np.where(np.isfinite(values), values, None).tolist()
+        return np.where(np.isfinite(values), values, np.array(None)).tolist()
 
     return {
         "step": number,

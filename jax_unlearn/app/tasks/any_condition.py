@@ -305,7 +305,10 @@ def any_condition_setup(request: ConceptRequest, options: ConceptOptions, points
     return Setup(
         without(apply, request.pretrained.schedule),
         optax.chain(
-            optax.GradientTransformationExtraArgs(optax.init_empty_state, tightened),
+            optax.GradientTransformationExtraArgs(
+                optax.init_empty_state,
+                tightened,  # pyrefly: ignore
+            ),
             controller(options, lambda thresholds: TRAINED_TO * thresholds),
         ),
         np.ones(concepts, np.float32),

@@ -6,7 +6,7 @@ task only what trains is replaced: start, batches, losses, and multipliers, whic
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +29,8 @@ __all__ = [
     "trained_by",
     "with_strength",
 ]
+
+Asked = TypeVar("Asked", bound=RunOptions)
 
 # Noisy versions of each image that the Fisher information is of.
 FISHER_DRAWS = 32
@@ -70,7 +72,7 @@ def by_method(task: Task, options: RunOptions, replaced: Trained | None) -> Task
     return trained_by(task, options, replaced)
 
 
-def with_strength(options: RunOptions, strength: float | None) -> RunOptions:
+def with_strength(options: Asked, strength: float | None) -> Asked:
     """The options with another --strength, if one is given."""
     return options if strength is None else dataclasses.replace(options, strength=strength)  # pyrefly: ignore
 

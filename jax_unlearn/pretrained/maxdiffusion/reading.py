@@ -197,7 +197,7 @@ def _read_params(item: pathlib.Path, part: str, shapes: Params) -> Params:
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         with _whole():
             tree: Any = handler.metadata(path).tree
-            found = flatten_dict(dict(tree)["params"])
+            found: Any = flatten_dict(dict(tree)["params"])
             found = {key: (tuple(one.shape), np.dtype(one.dtype)) for key, one in found.items()}
         check_stored(wanted, found)
         with _whole():

@@ -114,7 +114,8 @@ def _named(part: str, params: Params) -> dict[str, Any]:
 def _train_state(config: Mapping[str, Any], params: Params) -> dict[str, Any]:
     """A UNet's parameters, checked, before the first step of maxdiffusion's AdamW."""
     state = _named("unet", params)
-    kind, given = kind_of(config), flatten_dict(state["params"])
+    given: Any = flatten_dict(state["params"])
+    kind = kind_of(config)
     wanted = stored("unet", kind.param_shapes(kind.read_config(config)))
     check_stored(wanted, {key: (leaf.shape, leaf.dtype) for key, leaf in given.items()})
     if broken := ["/".join(key) for key, leaf in given.items() if not np.isfinite(leaf).all()]:
