@@ -42,6 +42,14 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def two_levels(tmp_path_factory):
+    """The folder of a tiny model with a middle: what it draws depends more on the label."""
+    from tiny_models import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model", 8, levels=2)
+
+
+@pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory):
     """Two npz files of 8×8 images: `forget` has the label 1 alone, `retain` has 0 and 2."""
     folder = tmp_path_factory.mktemp("images")

@@ -49,6 +49,7 @@ def algorithm_of(parts, axis_name=None):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["one", "mesh", "pmap"])
 def test_parts_make_the_steps_of_the_whole(way):
     ends = {}
@@ -73,6 +74,7 @@ def test_parts_make_the_steps_of_the_whole(way):
     assert ends[2][1].max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_part_takes_the_memory_of_a_part():
     def temporary(parts):
         algorithm = algorithm_of(parts)

@@ -54,6 +54,7 @@ def restarts_of(offset, period, steps):
     return [number for number in range(steps) if (number + offset) % (period + 1) == period]
 
 
+@pytest.mark.slow
 def test_between_restarts_each_row_is_a_run_of_adam_alone():
     rows, period, steps = 5, 4, 17
     starts = tree(0, 3)
@@ -87,6 +88,7 @@ def test_between_restarts_each_row_is_a_run_of_adam_alone():
     assert lives == 3 * rows + 1  # Three each, and a fourth of the oldest row.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "period"), [(6, 3), (4, 8), (3, 1), (1, 2)])
 def test_rows_start_anew_at_their_own_steps(rows, period):
     steps = 2 * period + 3
@@ -138,6 +140,7 @@ def test_without_restarts_the_pool_is_adam():
         )
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same():
     starts = tree(3, 3)
     pool = attacks.pool_of(starts, 5)

@@ -52,6 +52,7 @@ def linear_network(variable, x_t, t):
 # ------------------------------------------------------------------ inversion
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_inversion_finds_the_mean_of_the_images(prediction_type):
     """The loss is quadratic in the mean, and least at that of the images at every time step."""
@@ -74,6 +75,7 @@ def test_inversion_finds_the_mean_of_the_images(prediction_type):
     assert found.steps.tolist() == [0, 400]
 
 
+@pytest.mark.slow
 def test_inversion_in_a_ball_finds_the_projected_mean():
     """The loss is the same in every direction: in a ball it is least at the nearest point."""
     schedule = schedules.noise_schedule(num_steps=100, beta_end=0.2)
@@ -134,6 +136,7 @@ def test_inversion_is_adamw():
         np.testing.assert_allclose(found.loss, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_straight_through_gradient_is_that_at_the_projection():
     """By hand: the network sees the rounded variable, and the variable itself moves."""
     schedule = schedules.noise_schedule(trained_betas=[0.3, 0.4, 0.5])
@@ -172,6 +175,7 @@ def inversion_of_the_linear_network(key, start, steps, every):
     )
 
 
+@pytest.mark.slow
 def test_records_are_shorter_runs():
     start = {"slope": jnp.ones(2), "offset": jnp.zeros(())}
     whole = inversion_of_the_linear_network(jax.random.key(0), start, 9, 3)
@@ -184,6 +188,7 @@ def test_records_are_shorter_runs():
         assert (np.diff(values, axis=0) != 0).all()
 
 
+@pytest.mark.slow
 def test_vmapped_restarts_equal_a_loop():
     keys = jax.random.split(jax.random.key(0), 3)
     starts = {"slope": jnp.ones((3, 2)), "offset": jnp.array([-0.1, 0.0, 3.0])}
@@ -230,6 +235,7 @@ def test_a_token_of_zeros_is_never_nearest_to_another():
     assert attacks.nearest_tokens([[1.0, 0.0], [0.0, 0.0]], vocabulary).tolist() == [1, 0]
 
 
+@pytest.mark.slow
 def test_projected_inversion_finds_the_right_tokens():
     """Two tokens whose sum is the mean of the images; each part has a vocabulary of its own."""
     schedule = schedules.noise_schedule(num_steps=100, beta_end=0.2)
@@ -286,6 +292,7 @@ def flow_backwards(x_0, log_snr):
     return np.sqrt(signal) * MEAN + deviation * (np.asarray(x_0) - MEAN) / DEVIATION
 
 
+@pytest.mark.slow
 def test_inverted_noise_converges_to_the_probability_flow():
     schedule = schedules.noise_schedule(spacing="trailing")
     predict = mixtures.denoiser(gaussian_law(), schedule)
@@ -361,6 +368,7 @@ def inpainted_by_hand(alphas_cumprod, times, correlation, repeats):
     return other[0], np.sqrt(other[1] ** 2 + other[2] ** 2 + fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("repeats", "least"), [(1, 0.4), (5, 0.75)])
 def test_inpainting_of_correlated_gaussians(repeats, least):
     """Each step is linear in the known value and the noises, and is worked out by hand.
@@ -425,6 +433,7 @@ def test_guidance_by_a_linear_likelihood_is_exact(prediction_type):
         np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_guidance_sees_the_clipped_image_and_leaves_the_rest():
     """Where x̂_0 is clipped its gradient is 0, and a step without signal is not guided."""
     schedule = schedules.noise_schedule(
@@ -465,6 +474,7 @@ def test_guided_samples_follow_the_tilted_law():
     assert x_0.std() == pytest.approx(DEVIATION, rel=0.08)
 
 
+@pytest.mark.slow
 def test_stochastic_sampling_at_variance_one_is_ddim():
     schedule = schedules.noise_schedule(
         num_steps=50, beta_end=0.3, steps_offset=1, final_alpha_cumprod_one=False
@@ -596,6 +606,7 @@ def test_learning_in_pieces_is_learning_at_once():
     assert len(traced) == 1  # any number of steps is the same program
 
 
+@pytest.mark.slow
 def test_relearning_of_several_models_at_once():
     """And without conditions, with the images themselves mapped over."""
     schedule = schedules.noise_schedule(num_steps=20, beta_end=0.3)

@@ -65,6 +65,7 @@ def command(tiny_model, tiny_images, judge, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_a_model_against_itself(command, tiny_model, tmp_path, capsys):
     """The same parameters: every share is the reference's, and nothing has moved."""
     assert command(tiny_model, "--oracle", tiny_model) == 0
@@ -91,6 +92,7 @@ def test_a_model_against_itself(command, tiny_model, tmp_path, capsys):
     assert cli.main(["verify", str(tmp_path / "audit")]) == 0
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(command, other, tmp_path, capsys, monkeypatch):
     """Stopped in a phase, an audit goes on with it, and ends in the same report."""
     few = ("--attacks", "rounding", "--attacks", "noise")
@@ -122,6 +124,7 @@ def test_what_was_measured_is_not_measured_again(command, other, tmp_path, capsy
     assert reports[0] == reports[1]
 
 
+@pytest.mark.slow
 def test_a_damaged_phase_is_measured_again(command, other, tmp_path, capsys):
     few = ("--attacks", "rounding")
     assert command(other, *few) == 0
@@ -136,6 +139,7 @@ def test_a_damaged_phase_is_measured_again(command, other, tmp_path, capsys):
     assert after["recoverable"] == before["recoverable"]
 
 
+@pytest.mark.slow
 def test_another_audit_is_not_resumed(command, tiny_model, other, tmp_path, capsys):
     few = ("--attacks", "rounding")
     assert command(other, *few) == 0
@@ -147,6 +151,7 @@ def test_another_audit_is_not_resumed(command, tiny_model, other, tmp_path, caps
     refused(capsys, "another audit", "models model")
 
 
+@pytest.mark.slow
 def test_a_report_that_was_changed_is_found(command, other, tmp_path):
     assert command(other, "--attacks", "rounding") == 0
     out = tmp_path / "audit"
@@ -157,6 +162,7 @@ def test_a_report_that_was_changed_is_found(command, other, tmp_path):
     assert verify.verify(out)[0] == ["report.html is the page of another report.json"]
 
 
+@pytest.mark.slow
 def test_more_than_an_oracle_is_said(command, other, tmp_path):
     """The verdict follows from the rows, whatever these are."""
     assert command(other, "--attacks", "rounding") == 0
@@ -257,6 +263,7 @@ def test_prompts(tmp_path, capsys):
     assert "membership" not in report["too_forgotten"][0]["model"]
 
 
+@pytest.mark.slow
 def test_another_tokenizer_or_autoencoder_is_refused(tmp_path, capsys):
     reference = write_pipeline(tmp_path / "reference", unet=ONE_LEVEL)
     given = ["--reference", str(reference), "--clip", str(embedded.clip_path()), "--forget", "cat"]

@@ -118,6 +118,7 @@ def test_ira_and_cra_by_hand():
     assert scores(2.5, forgotten, attacked, None, {})["ERR"] is None
 
 
+@pytest.mark.slow
 def test_captions_of_an_object_and_of_a_style_are_told_apart():
     options = {"reference": "embedded-text", "model": "embedded-text", "samples": 4}
     for forget, own, other in (
@@ -207,6 +208,7 @@ def command(sets, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_an_unconditional_model(command, unconditional, sets, tmp_path, capsys):
     """Its copies are those that brute force finds; what it lacks is not attacked."""
     assert command(unconditional, "--attacks", "rounding") == 0
@@ -247,6 +249,7 @@ def test_every_attack_on_an_unconditional_model(command, unconditional, tmp_path
     assert [*dict.fromkeys(attacks)] == every
 
 
+@pytest.mark.slow
 def test_an_image_that_comes_back_is_a_copy(command, unconditional, tmp_path):
     """Taken to little noise and back, an image is itself, of forgotten and of unseen images."""
     assert command(unconditional, "--attacks", "noise") == 0
@@ -262,6 +265,7 @@ def test_an_image_that_comes_back_is_a_copy(command, unconditional, tmp_path):
     assert "unseen images" in text
 
 
+@pytest.mark.slow
 def test_more_than_unseen_images_is_said(command, unconditional, tmp_path):
     assert command(unconditional, "--attacks", "rounding") == 0
     report = report_of(tmp_path / "audit")

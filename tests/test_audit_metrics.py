@@ -208,6 +208,7 @@ def test_a_tenth_of_a_hundredth_of_the_unseen_is_no_threshold():
     assert membership(np.zeros(30), np.arange(1.0, 101.0)).at_low_rates[0.01].value == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.02, 0.1])
 def test_the_attacker_is_wrong_no_more_often_than_the_rate(rate):
     """Of new unseen images, a share of about the rate is beyond the threshold on either side."""

@@ -104,6 +104,7 @@ def gradient_of(loss, batch):
     return chains.flat(got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_norm", [1.0, np.inf])
 @pytest.mark.parametrize(("estimator", "mixing"), [("importance", 0.3), ("two_term", 0.5)])
 def test_siss_has_its_gradient(estimator, mixing, max_norm):
@@ -128,6 +129,7 @@ def test_siss_has_its_gradient(estimator, mixing, max_norm):
     assert value == pytest.approx(wanted, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("x", "eta", "binds"), [(-0.6, 0.1, False), (3.0, 2.0, True)])
 def test_erase_diff_takes_the_nearest_direction_that_forgets(x, eta, binds):
     """argmin ½‖d − g_r‖² with ⟨d, g_f⟩ ≥ η‖g_f‖², by a solver; uniform noise has mean 1/2."""
@@ -169,6 +171,7 @@ def separated(count):
     return Conditions(ones, ones * 0, ones, ones * 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.5, 1.0, 3.0])
 def test_esd_regresses_on_the_composed_score_of_reverse_kl(eta):
     x_t, t = 2 * jax.random.normal(KEY, (40, 2)), jnp.arange(40)
@@ -184,6 +187,7 @@ def test_esd_regresses_on_the_composed_score_of_reverse_kl(eta):
     np.testing.assert_allclose(target, composed(x_t, t), rtol=2e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [1, 2, 3])
 def test_esd_is_stationary_at_the_composition_and_holds_trajectories_fixed(key):
     """Elsewhere the derivative is that of (a − η)² at given x_t: 2/(a − η) times the loss."""
@@ -269,6 +273,7 @@ def test_saliency_mask_is_the_larger_half():
     assert sum(int(leaf.sum()) for leaf in ties.values()) == 4
 
 
+@pytest.mark.slow
 def test_unmasked_weights_stay_bit_identical_and_the_others_take_plain_steps():
     params = {"a": jnp.float32(RNG.normal(size=(5, 4))), "b": jnp.float32(RNG.normal(size=7))}
     curvature = jax.tree.map(lambda leaf: jnp.float32(RNG.uniform(0.5, 2, leaf.shape)), params)
@@ -305,6 +310,7 @@ def test_unmasked_weights_stay_bit_identical_and_the_others_take_plain_steps():
     assert (np.abs(entries(moved) - entries(params)) > 0.05).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", [1, 4])
 def test_fisher_of_a_linear_denoiser(draws):
     """E_x E[(mean of `draws` derivatives)²] at one time step, by Gauss-Hermite quadrature."""
@@ -335,6 +341,7 @@ def test_fisher_of_a_linear_denoiser(draws):
     np.testing.assert_array_equal(others, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["model", "noise"])
 def test_concept_ablation_makes_the_condition_its_anchor(variant):
     """Of a family that runs from the anchor's denoiser (0) to the concept's (−1)."""

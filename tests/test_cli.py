@@ -185,6 +185,7 @@ def test_an_unknown_command_shows_the_commands(capsys):
     assert "demo" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [None, "", "--xla_force_host_platform_device_count=2"])
 def test_convolutions_of_commands_leave_ynnpack_out_unless_the_user_has_set_flags(flags):
     """By what XLA compiles: of the jaxlib that this was measured with, and of no other."""

@@ -283,6 +283,7 @@ def torch_folder(clip_side, folder, **options):
     return model, transformers.CLIPTokenizer.from_pretrained(folder), load_clip(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize(
     "options",

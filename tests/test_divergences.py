@@ -197,6 +197,7 @@ def test_reconstruction_is_a_law_on_the_grey_levels(mean):
     np.testing.assert_allclose(got, exact, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_reconstruction_sums_over_the_image_and_stays_finite_far_away():
     schedule = schedules.noise_schedule()  # a deviation of about a hundredth
     x_0, mean = jnp.array([[0.6, -1.0], [1.0, -1.0]]), jnp.array([[-1.0, 1.0], [-1.0, -1.0]])
@@ -246,6 +247,7 @@ def exact_nelbo_terms(x_0, mean, deviation):
     return np.array([prior, diffusion, -(mass * log_p).sum()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimensions", [1, 2, 4])
 def test_nelbo_of_gaussian_data(dimensions):
     """Unbiased, and above −log p of the sampler, which is Gaussian up to the last rounding."""
@@ -309,6 +311,7 @@ def test_the_same_key_compares_two_models_on_the_same_noise():
     np.testing.assert_array_equal(first.prior, other.prior)
 
 
+@pytest.mark.slow
 def test_nelbo_of_the_clipped_chain_at_zero_terminal_snr():
     """x̂_0 far out of range: KL of the posterior to the sampler's own step, summed over t."""
     schedule = schedules.NoiseSchedule(

@@ -192,6 +192,7 @@ def test_agrees_with_a_constrained_optimiser_of_p(kind, seed):
     np.testing.assert_allclose(np.exp(solution.log_p), np.exp(log_softmax(best.x)), atol=1e-5)
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("cells", [2, 3])
 def test_no_p_of_a_fine_simplex_is_better(kind, cells):
@@ -240,6 +241,7 @@ def test_many_random_problems_meet_the_kkt_conditions():
             assert np.isinf(solution.gap) or solution.gap > 1e-3
 
 
+@pytest.mark.slow
 @every_kind
 def test_coinciding_and_dirac_like_distributions(kind):
     rng = np.random.default_rng(3)
@@ -265,6 +267,7 @@ def test_coinciding_and_dirac_like_distributions(kind):
     check(kind, SOLVERS[kind](log_q, sharp, thresholds), log_q, sharp, thresholds)
 
 
+@pytest.mark.slow
 @every_kind
 def test_loose_and_exactly_met_thresholds_leave_q_alone(kind):
     log_q, rows, _ = random_problem(kind, np.random.default_rng(5), 2, 6)
@@ -279,6 +282,7 @@ def test_loose_and_exactly_met_thresholds_leave_q_alone(kind):
 # The dual functions and the tilts.
 
 
+@pytest.mark.slow
 @every_kind
 def test_dual_is_the_minimum_of_the_lagrangian(kind):
     log_q, rows, thresholds = random_problem(kind, np.random.default_rng(11), 2, 5)
@@ -346,6 +350,7 @@ def test_reverse_kl_between_the_tilts_and_the_simplex_shows_its_gap():
     assert again.attained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cells", [200, 800, 3200])
 def test_forward_kl_past_its_edge_is_not_attained(cells):
     """q_1 inside q: q/q_1 is least at 0, where p has a hole; more is had by a deeper one only."""
@@ -399,6 +404,7 @@ def test_likelihood_below_its_minimum_alone_and_jointly():
     np.testing.assert_allclose(edge.primal_value, -log_q[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_empty_cells():
     """Where q is empty p is; where only q_i is, that constraint costs nothing (RU), and so on."""
     log_q = np.array([np.log(0.5), np.log(0.3), np.log(0.2), -np.inf])
@@ -449,6 +455,7 @@ def test_mistakes_are_refused(solver, arguments, message):
         solver(*map(np.asarray, arguments))
 
 
+@pytest.mark.slow
 @every_kind
 def test_float32(kind):
     rng = np.random.default_rng(2)
@@ -501,6 +508,7 @@ def finite_differences(function, at, step=1e-5):
     return np.stack(columns, axis=-1).reshape(columns[0].shape + at.shape)
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("pattern", list(PATTERNS))
 def test_derivatives_in_the_thresholds(kind, pattern):
@@ -537,6 +545,7 @@ def test_second_derivative_of_the_price(kind):
     np.testing.assert_allclose(curvature, -slope if kind == "likelihood" else slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("pattern", ["active", "mixed"])
 def test_derivatives_in_the_data(kind, pattern):
@@ -554,6 +563,7 @@ def test_derivatives_in_the_data(kind, pattern):
         np.testing.assert_allclose(transform(multipliers)(both), numeric, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 @every_kind
 def test_vmap_over_thresholds_and_problems(kind):
     log_q, rows, thresholds, _ = inverse_problem(kind, "active")
@@ -574,6 +584,7 @@ def test_vmap_over_thresholds_and_problems(kind):
         check(kind, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), *problem)
 
 
+@pytest.mark.slow
 def test_no_derivative_where_the_optimum_is_not_attained():
     log_q, log_u = log_softmax(np.array([0.0, 1.0, 2.0])), log_softmax(np.array([[0.0, 1.0, -1.0]]))
 
@@ -635,6 +646,7 @@ def test_mixed_problem_agrees_with_a_constrained_optimiser_of_p(seed):
     np.testing.assert_allclose(np.exp(tilt), np.exp(log_softmax(best.x)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixed_problem_is_differentiable_in_its_thresholds():
     log_q, logs, h, thresholds = mixed_problem(0)
 
@@ -651,6 +663,7 @@ def test_mixed_problem_is_differentiable_in_its_thresholds():
     np.testing.assert_allclose(price, multipliers * [1, 1, -1, -1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixed_problem_out_of_reach():
     """Each kind alone can be met, not both: the cells that q_1 shuns are those that h dislikes."""
     log_q = log_softmax(np.zeros(3))
@@ -682,6 +695,7 @@ def score_of(log_density):
     return jax.jit(jax.vmap(jax.grad(lambda x: log_density(x[None])[0])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_forward_composition_is_exact_at_every_noise_level(laws, prediction_type):
     q, parts = laws
@@ -703,6 +717,7 @@ def test_forward_composition_is_exact_at_every_noise_level(laws, prediction_type
         )
 
 
+@pytest.mark.slow
 def test_reverse_composition_is_the_score_of_tilted_noised_laws(laws):
     q, parts = laws
     multipliers = np.array([0.2, 0.1])
@@ -720,6 +735,7 @@ def test_reverse_composition_is_the_score_of_tilted_noised_laws(laws):
         np.testing.assert_allclose(composed(POINTS, jnp.full(40, step)), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_likelihood_composition_is_the_score_of_the_tilt_by_noised_ratios(laws):
     q, parts = laws
     composed = duality.compose_likelihood(
@@ -740,6 +756,7 @@ def test_likelihood_composition_is_the_score_of_the_tilt_by_noised_ratios(laws):
         np.testing.assert_allclose(composed(POINTS, jnp.full(40, step)), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sampling_a_composition_gives_the_tilt(laws):
     """FU, whose composition is exact: the shares of the modes are those of p_λ."""
     q, parts = laws

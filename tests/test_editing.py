@@ -48,6 +48,7 @@ def test_each_kernel_is_the_minimiser_of_its_least_squares(params, weight):
     assert changed == 8  # keys and values of four transformer blocks
 
 
+@pytest.mark.slow
 def test_independent_prompts_are_moved_exactly_and_others_stay(params):
     apply = UNet2DConditionDenoiser(UNet2DConditionConfig.from_diffusers(UNET))
     sources, targets, kept = hidden(1, 1), hidden(2, 1), hidden(3, 2)

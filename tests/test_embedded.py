@@ -135,6 +135,7 @@ def test_what_is_forgotten_is_neither_retained_nor_an_anchor():
             captions.forgetting(names)
 
 
+@pytest.mark.slow
 def test_the_embedded_pipeline_follows_its_prompts():
     model = load_text_to_image(embedded.text_model_path())
     objects, styles = ("trousers", "bag", "sandal"), captions.STYLES

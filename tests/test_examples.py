@@ -66,6 +66,7 @@ def test_without_diffusion_finds_the_known_solutions(capsys):
     assert numbers(capsys.readouterr().out)[0] == [0.5, 0.5, -1.0]
 
 
+@pytest.mark.slow
 def test_unrolled_derivatives_are_those_of_the_written_out_recursion(capsys):
     module = example("unrolled")
     found, limit = module.main()

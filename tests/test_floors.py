@@ -59,6 +59,7 @@ def test_reverse_kl_floor_over_many_seeds():
     assert all(f.lower is None for f in floors)
 
 
+@pytest.mark.slow
 def test_three_gaussians_from_samples():
     """Against the dual functions by quadrature, maximised by scipy."""
     cells = mixtures.grid([(-7, 7), (-6, 8)], 200)
@@ -93,6 +94,7 @@ def test_three_gaussians_from_samples():
     np.testing.assert_allclose(floor.multipliers, current, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_three_gaussians_from_paths():
     """Of exact denoisers and fine steps: the same threshold on paths has nearly the images' price.
 

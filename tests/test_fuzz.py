@@ -209,6 +209,7 @@ def run_json(folder):
     return json.loads((folder / "run.json").read_text()) | {"legs": [{"after": 0}]}
 
 
+@pytest.mark.slow
 @fuzz(200)
 @given(edits=EDITS)
 @example(edits=[(2, "put", 10**400)])
@@ -392,6 +393,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @fuzz(40)
 @given(edits=EDITS)
@@ -416,6 +418,7 @@ def test_schedulers(edits):
 INDEX = json.loads((EMBEDDED / "text_model" / "model_index.json").read_text())
 
 
+@pytest.mark.slow
 @fuzz(15)
 @given(edits=EDITS)
 def test_model_indices(folder, edits):
@@ -477,6 +480,7 @@ TENSORS = {
 TENSOR = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
 
+@pytest.mark.slow
 @fuzz(80)
 @given(edits=CHANGES)
 def test_safetensors(folder, edits):

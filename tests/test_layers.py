@@ -124,6 +124,7 @@ print(*{name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_name
 """
 
 
+@pytest.mark.slow
 def test_the_core_needs_jax_optax_and_numpy_alone():
     block = f"""
 import sys
@@ -139,11 +140,13 @@ import jax, numpy, optax
     assert loads(block + face + everything + TELL) == loads(block + TELL) | {"jax_unlearn"}
 
 
+@pytest.mark.slow
 def test_the_core_loads_nothing_where_everything_is_installed():
     given = "import jax, jax.numpy, numpy, optax\n"
     assert loads(given + "import jax_unlearn\n" + TELL) == loads(given + TELL) | {"jax_unlearn"}
 
 
+@pytest.mark.slow
 def test_what_loads_networks_is_imported_when_asked_for():
     assert jax_unlearn._LAZY == tuple(sorted(LAZY))
     asked = """

@@ -224,6 +224,7 @@ MIXTURE_2D = mixtures(
 POINTS_2D = jnp.array([[-0.9, 0.3], [0.5, 0.1], [0.0, 0.0], [0.3, -0.7], [-0.2, 0.9]])
 
 
+@pytest.mark.slow
 def test_log_likelihood_of_a_mixture_in_two_dimensions():
     """ᾱ_{T−1} = 2e-9: the model's law is the data's noised to t = 0. Its gradient, the score."""
     ab = alphas(COSINE)[0]
@@ -242,6 +243,7 @@ def test_log_likelihood_of_a_mixture_in_two_dimensions():
     np.testing.assert_allclose(score, exact, rtol=0.01, atol=0.02)
 
 
+@pytest.mark.slow
 def test_gradient_in_parameters():
     """d log p/dm of a Gaussian, through the solver, against the closed form's differences."""
     x = jnp.array([[0.9], [-0.2]])
@@ -260,6 +262,7 @@ def test_gradient_in_parameters():
     np.testing.assert_allclose(got, (exact(0.4 + 1e-5) - exact(0.4 - 1e-5)) / 2e-5, rtol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["rademacher", "gaussian"])
 def test_hutchinson_is_unbiased_and_its_error_honest(divergence):
     predict = flow_of(MIXTURE_2D, LINEAR)
@@ -281,6 +284,7 @@ def test_hutchinson_is_unbiased_and_its_error_honest(divergence):
     np.testing.assert_allclose(np.sqrt((got.stderr**2).mean(axis=0)), deviation, rtol=0.15)
 
 
+@pytest.mark.slow
 def test_rademacher_probes_are_exact_where_dimensions_do_not_interact():
     predict = flow_of(gaussians([[0.4, -0.7]], [[0.3, 0.5]]), LINEAR)
     exact = jax.jit(lambda x: likelihoods.log_likelihood(predict, LINEAR, x, steps=15).value)(
@@ -293,6 +297,7 @@ def test_rademacher_probes_are_exact_where_dimensions_do_not_interact():
     np.testing.assert_allclose(got.stderr, 0.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_images_and_their_batch():
     """The shape of an image does not matter, nor who else is in the batch."""
     predict = flow_of(MIXTURE_2D, LINEAR)
@@ -320,6 +325,7 @@ def test_log_ratio():
     assert (got.stderr == 0).all()
 
 
+@pytest.mark.slow
 def test_log_ratio_shares_its_probes():
     """Two near denoisers: the noise of the difference is far below that of either."""
     near = {**MIXTURE_2D, "means": MIXTURE_2D["means"] + jnp.array([0.03, -0.02])}
@@ -517,6 +523,7 @@ def classify(key=None, x=POINTS_2D, draws=64, schedule=LINEAR, params=CONCEPTS_2
     )
 
 
+@pytest.mark.slow
 def test_classifier_of_a_mixture_is_bayes_rule():
     """Exact denoisers of 1000 steps: the gaps of concepts differ by hundredths of a nat."""
     got = jax.jit(functools.partial(classify, draws=20_000))()
@@ -573,6 +580,7 @@ def test_log_odds_against_a_base_and_their_gradient():
     np.testing.assert_allclose(slopes, scores[0] - scores[1], atol=0.25)
 
 
+@pytest.mark.slow
 def test_gradient_in_images_by_finite_differences():
     """The same key is the same function of x."""
     direction = jax.random.normal(jax.random.key(2), POINTS_2D.shape)
@@ -587,6 +595,7 @@ def test_gradient_in_images_by_finite_differences():
     np.testing.assert_allclose(got, exact, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_standard_errors_err_upwards_and_not_by_much():
     keys = jax.random.split(jax.random.key(3), 400)
     got = jax.jit(jax.vmap(functools.partial(classify, draws=256)))(keys)
@@ -647,6 +656,7 @@ def test_memory_of_gradients_is_that_of_one_draw():
     assert temporaries(130) - temporaries(2) < 128 * 64 * 3 * 4 * 8
 
 
+@pytest.mark.slow
 def test_concepts_may_be_embeddings():
     """A condition may be any pytree, here the parameters of the concept themselves."""
     apply = denoiser_of(LINEAR)

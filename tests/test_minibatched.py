@@ -44,6 +44,7 @@ def lagrangian_and_gradient(batch, key):
     return jnp.concatenate([total[None], values, gradient["gain"], gradient["bias"].ravel()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_points_of_a_whole_trajectory_have_the_on_policy_gradient(kept):
     batch = batch_of(kept)
@@ -76,6 +77,7 @@ def on_the_whole_and_in_parts(parts, rate, dual, batch):
         yield jax.jit(algorithm.step)(KEY, state, REFERENCE, batch)
 
 
+@pytest.mark.slow
 def test_a_step_in_one_part_is_the_step_on_whole_trajectories():
     dual = multipliers.nu_pi(0.03, 0.1)
     (expected, told), (got, info) = on_the_whole_and_in_parts(1, 0.1, dual, batch_of())
@@ -89,6 +91,7 @@ def test_a_step_in_one_part_is_the_step_on_whole_trajectories():
     assert (np.abs(got.multipliers - MULTIPLIERS) > 1e-3).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_every_point_is_in_one_part(kept):
     """Small steps on the parts add up to as many on the whole, and the values are its own."""
@@ -126,6 +129,7 @@ def test_each_trajectory_is_dealt_in_an_order_of_its_own():
     assert dealt(spread, VISIT, 5, batch_of()).objective > 0.1
 
 
+@pytest.mark.slow
 def test_points_keep_their_steps_and_their_conditions():
     """x_t tells its row and its step; a part has as many points of each row."""
     parts = 3
@@ -156,6 +160,7 @@ def test_points_keep_their_steps_and_their_conditions():
     assert dealt(mismatch, visit, 2, batch).objective > 0  # it can tell
 
 
+@pytest.mark.slow
 def test_minibatches_reach_the_exact_multiplier():
     """λ = α/(1+α), (1+α)² D = b, at equal gains: D is the path KL that a gap of biases makes."""
     gap = REFERENCE["bias"][0] - REFERENCE["bias"][1]
@@ -187,6 +192,7 @@ def test_minibatches_reach_the_exact_multiplier():
     )
 
 
+@pytest.mark.slow
 def test_merged_parameters_make_the_trajectories():
     """What trains is added to the reference: a step is that of the sum, by the same gradient."""
     dual = optax.sgd(0.1)

@@ -52,6 +52,7 @@ def test_log_density_with_one_noise_level_an_example(mixture):
     np.testing.assert_allclose(noised, np.log(density(POINTS, alphas_cumprod(-2.0))), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_score_is_the_gradient_of_the_log_density(mixture):
     def single(x, log_snr):
         return mixtures.log_density(mixture, x[None], log_snr)[0]
@@ -81,6 +82,7 @@ def test_predictions_are_conditional_means(mixture, log_snr):
         np.testing.assert_allclose(ours, theirs, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("event", [(3,), (2, 2, 1)])
 def test_a_sampler_with_the_denoiser_gives_the_mixture(prediction_type, event):
@@ -143,6 +145,7 @@ def test_quadrature(dimensions):
     )
 
 
+@pytest.mark.slow
 def test_density_ratio_is_the_conditional_mean_of_the_clean_ratio(mixture):
     schedule = schedules.noise_schedule(num_steps=50, beta_end=0.2)
     part = mixtures.select(mixture, 0)

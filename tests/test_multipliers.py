@@ -149,6 +149,7 @@ def stepped(dual, value, thresholds, current, stderr=None):
     return optax.apply_updates(current, change)
 
 
+@pytest.mark.slow
 def test_a_step_is_scaled_by_what_the_model_has_followed():
     """h of 0 and 1, where p_λ has odds e^−λ times those of q, in each of two groups alike."""
     stored = np.repeat([[1.0], [0.0], [1.0], [0.0]], (20, 80, 10, 40), axis=0)
@@ -168,6 +169,7 @@ def test_a_step_is_scaled_by_what_the_model_has_followed():
         np.testing.assert_allclose(stepped(dual, [0.9], [0.1], [2.0]), [4.0])
 
 
+@pytest.mark.slow
 def test_a_step_has_bounds():
     dual = multipliers.stored_dual(np.repeat(np.eye(3)[:, :2], (20, 20, 60), axis=0))
     current = np.array([3.0, 2.0])
@@ -246,6 +248,7 @@ def exact_multipliers(thresholds):
     return found.x
 
 
+@pytest.mark.slow
 def test_a_step_from_samples_of_the_tilt_lands_on_the_solution():
     dual, exact = multipliers.stored_dual(STORED), exact_multipliers(LEVELS)
     for start in (0.7 * exact, exact * [1.4, 0.9], exact):
@@ -283,6 +286,7 @@ def test_a_model_that_is_no_tilt_is_led_to_the_constraint():
     np.testing.assert_allclose(shown, LEVELS, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_steps_from_samples_of_a_mixture_of_gaussians():
     """Steps on samples of p_λ itself, redrawn for each λ, and on those of a weaker p."""
     law = mixtures.gaussian_mixture([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]], 0.49)
@@ -306,6 +310,7 @@ def test_steps_from_samples_of_a_mixture_of_gaussians():
     np.testing.assert_allclose(after(3 * exact, 0.5), 2 * exact, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_derivatives_of_a_step():
     """In ε, with E h held, in E h and in λ, against finite differences of the formula in scipy.
 
@@ -340,6 +345,7 @@ def test_derivatives_of_a_step():
                 np.testing.assert_allclose(got, np.column_stack(columns), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_runs_under_every_transformation_of_programs():
     """jit, vmap, scan, cond and pmap give the steps that are taken one by one, in float32."""
     dual = optax.with_extra_args_support(

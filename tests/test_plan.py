@@ -73,6 +73,7 @@ def sizes(tree):
 # ---- the step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("labels", "more"),
     [
@@ -102,6 +103,7 @@ def only_traced(function, key, *rows, size=None):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 3])
 def test_unmeasured_samples_have_the_shapes_of_stored_ones(bare, monkeypatch, steps):
     monkeypatch.setattr(concept_formulations, "in_batches", only_traced)
@@ -123,6 +125,7 @@ def test_unmeasured_points_have_the_shapes_of_stored_ones(tiny_model, monkeypatc
     assert sizes(points) == sizes(any_condition.unmeasured_points(request, options))
 
 
+@pytest.mark.slow
 def test_the_step_of_data_is_that_of_the_run(tiny_model, tiny_images, monkeypatch):
     found = Estimate(np.array([0.3]), np.array([0.1]))
     measured = Measured(found, found, {}, {}, None, None)
@@ -144,6 +147,7 @@ def test_the_step_of_data_is_that_of_the_run(tiny_model, tiny_images, monkeypatc
     assert program(step.function, step.arguments) == program(function, given)
 
 
+@pytest.mark.slow
 def test_encoded_prompts_are_as_long_and_wide_as_the_model_takes(bare, tmp_path):
     options = ConceptOptions(model=str(bare), **(SMALL | PROMPTS))
     table = without_weights.request_of(options).pretrained.apply.table
@@ -388,6 +392,7 @@ def test_help_names_both_parts(capsys):
     assert "--topology" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_mistakes_that_only_the_child_sees_are_one_clear_line(tiny_model, tmp_path, capsys):
     given = ["plan", "concept", "--topology", "cpu:3", "--model", str(tiny_model)]
     given += ["--forget", "dog", "--batch-size", "8", "--json", str(tmp_path / "plan.json")]

@@ -47,6 +47,7 @@ def exact(path, times):
     )
 
 
+@pytest.mark.slow
 def test_the_posterior_of_every_path_tends_to_that_of_its_points():
     x_0 = mixtures.sample(LAW, jax.random.key(1), 64)
     errors = []
@@ -76,6 +77,7 @@ def test_points_have_the_law_of_noised_images():
     assert (np.diff(LINEAR.log_snr[times]) > 0).all()
 
 
+@pytest.mark.slow
 def test_push_is_the_gradient_of_the_posterior():
     x_0 = mixtures.sample(LAW, jax.random.key(1), 8)
     sets = np.array([[1, 0, 1], [0, 1, 0]])

@@ -369,6 +369,7 @@ def test_vmap_over_thresholds_and_multipliers_is_separate_runs():
     assert np.ptp(np.asarray(together[0].params)[:, 0]) > 0.1
 
 
+@pytest.mark.slow
 def test_derivative_in_the_threshold_through_unrolled_steps():
     """d x_k / d b against central differences, all in float64."""
     with jax.enable_x64(True):

@@ -83,6 +83,7 @@ def test_the_lagrangian_written_out(index):
     assert np.isnan(found.values).any() == (len(set(index)) < 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [[0, 1, 2, 0, 0, 1], [1, 1, 2, 1]])
 def test_gradients_in_parameters_multipliers_and_thresholds(index):
     """Against central differences of the written-out value, in float64."""
@@ -120,6 +121,7 @@ def test_violations_are_positive_where_violated():
     np.testing.assert_array_equal(found, [0.5, 0.75, -1.0])
 
 
+@pytest.mark.slow
 def test_it_is_the_mean_over_rows_of_each_rows_own_lagrangian():
     """Kept rows have no constraint; the rows to forget have one of two, or other targets too."""
     reference = jax.tree.map(jnp.float32, chains.gaussian([0.0, 1.0, -0.7], 0.5))

@@ -222,6 +222,7 @@ def test_losses_are_one_value_a_row(name):
     assert jnp.shape(case.problem.sign) in ((), (2,))
 
 
+@pytest.mark.slow
 @each_formulation
 def test_a_compiled_step_is_the_eager_one_and_compiles_once(name):
     """The eager one is descent by hand, on the mean over rows of each row's own Lagrangian."""
@@ -257,6 +258,7 @@ def test_a_compiled_step_is_the_eager_one_and_compiles_once(name):
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 @each_formulation
 def test_vmap_over_seeds_and_thresholds_is_a_loop(name):
     case, (algorithm, step) = FORMULATIONS[name], whole(name)
@@ -273,6 +275,7 @@ def test_vmap_over_seeds_and_thresholds_is_a_loop(name):
     assert np.ptp(np.asarray(together[0].multipliers), axis=0).min() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < DEVICES, reason=f"needs {DEVICES} devices")
 @each_formulation
 def test_a_batch_on_several_devices_is_the_whole_one(name):
@@ -343,6 +346,7 @@ BASELINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASELINES)
 def test_steps_of_baselines(name):
     """Scalar losses; jit is eager, vmap over seeds is a loop, and a step compiles once."""

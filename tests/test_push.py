@@ -158,6 +158,7 @@ def test_a_folder_becomes_one_private_commit(model, tmp_path):
     assert "Bearer hf_stand_in" in hub.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refuses", ["/create", "/preupload", "/commit/"])
 def test_a_refused_upload_says_how_to_repeat_it(model, tmp_path, refuses):
     with serving(Hub(refuses)) as hub:

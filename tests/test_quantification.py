@@ -97,6 +97,7 @@ def test_shares_of_a_law_that_is_tilted_by_it_read_low(seed):
     np.testing.assert_allclose(calibrated @ (left @ space.given), left[1:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_the_joint_law_whatever_the_classifier():
     # Components 1 and 2 are concepts; p shows a quarter and a half as much of them as the mixture.
     x = np.asarray(mixtures.sample(LAW, jax.random.key(2), 200_000))

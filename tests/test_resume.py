@@ -206,6 +206,7 @@ def test_other_versions_need_to_be_allowed(stopped, capsys, monkeypatch):
     assert "--continue" in line
 
 
+@pytest.mark.slow
 def test_a_run_json_that_was_changed_is_refused(stopped, capsys):
     path = stopped / "run.json"
     run = json.loads(path.read_text())
@@ -232,6 +233,7 @@ def test_legs_that_were_changed_are_refused(stopped, capsys, change):
     assert "was changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_continuing_is_a_new_leg_that_the_report_shows(stopped, whole, capsys):
     asked = ["--steps", "8", "--threshold", "2x", "--learning-rate", "1e-4"]
     assert cli.main(["data", "--out", str(stopped), "--continue", *asked]) == 0
@@ -275,6 +277,7 @@ def test_a_leg_that_made_no_step_is_forgotten(stopped):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["delete", "cut", "edit"])
 def test_rows_belong_to_checkpoints(stopped, whole, capsys, damage):
     path = stopped / "metrics.jsonl"
@@ -333,6 +336,7 @@ def flip(path, *places):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(stopped, whole, capsys):
     # Some bytes belong to no array, and some files are copies: one flip could do no harm.
     for path in data_files(stopped / "checkpoints" / "6"):
@@ -362,6 +366,7 @@ def test_no_flip_in_a_checkpoint_restores_another_state(stopped, whole, capsys):
         assert same(stopped, whole), relative
 
 
+@pytest.mark.slow
 def test_where_no_checkpoint_is_whole_one_line_says_so(stopped, capsys):
     for step in (4, 6):
         shutil.rmtree(stopped / "checkpoints" / str(step) / "record")
@@ -373,6 +378,7 @@ def test_where_no_checkpoint_is_whole_one_line_says_so(stopped, capsys):
     assert (stopped / "checkpoints" / "6").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["checkpoints", "checkpoints/6"])
 def test_checkpoints_that_are_a_file(stopped, whole, capsys, which):
     shutil.rmtree(stopped / which)
@@ -386,6 +392,7 @@ def test_checkpoints_that_are_a_file(stopped, whole, capsys, which):
         assert same(stopped, whole)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_ends_the_run_and_drops_what_it_ruined(inputs, tmp_path, capsys):
     out = tmp_path / "nan"
     given = [*command(inputs, out), "--learning-rate", "1e30", "--checkpoint-every", "1"]
@@ -403,6 +410,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_drops_what_it_ruined(inputs,
     assert cli.main(["verify", str(out)]) == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_the_last_step_ruined_is_not_reported(inputs, tmp_path, capsys):
     out = tmp_path / "last"
     given = [*command(inputs, out), "--learning-rate", "1e30", "--steps", "2"]

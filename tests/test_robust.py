@@ -98,6 +98,7 @@ def least(matrix, cond, target, radius=RADIUS):
     return nats(matrix, cond + worst(matrix, cond, target, radius), target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aim", ["trajectory", "images"])
 def test_the_worst_condition_is_the_exact_one(aim):
     adversary = attack(aim=aim, images=STORED if aim == "images" else None)
@@ -107,6 +108,7 @@ def test_the_worst_condition_is_the_exact_one(aim):
     chex.assert_trees_all_equal(found._replace(cond=COND), BATCH.forget)
 
 
+@pytest.mark.slow
 def test_the_value_is_the_least_of_the_ball():
     """In a scaled identity the ball stays a ball: the distance is shorter by its radius."""
     problem, matrix = robust(SEPARATION, attack()), 0.9 * REFERENCE
@@ -117,6 +119,7 @@ def test_the_value_is_the_least_of_the_ball():
     np.testing.assert_allclose(got.values, exact, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_least_value():
     """Danskin: what the constraints add to the gradient, against differences of the exact least."""
     problem, weights = robust(SEPARATION, attack(steps=400)), jnp.array([0.3, 0.5])
@@ -187,6 +190,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_without_a_radius_a_problem_is_the_plain_one(name):
     problem, batch = PLAIN[name]
@@ -224,6 +228,7 @@ def norms(one, other):
     return np.sqrt(sum(jax.tree.leaves(parts)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("radius", [1e-3, 30.0])
 def test_an_attack_never_leaves_the_ball(radius):
     """Neither in small steps nor in ones that are longer than it."""
@@ -258,6 +263,7 @@ def test_an_attack_starts_at_the_condition():
     chex.assert_trees_all_equal(found, BATCH)
 
 
+@pytest.mark.slow
 def test_more_steps_leave_no_defender_better_off():
     batch = repeated(BATCH, 16)._replace(kept=None)
     rows = list(zip(*map(np.asarray, (batch.forget.cond, batch.forget.target)), strict=True))
@@ -298,6 +304,7 @@ def test_time_steps_are_drawn_by_their_part_of_the_path_kl_or_alike(aim):
     assert (np.abs(moved.mean(axis=0) - parts) < 4 * np.sqrt(parts * (1 - parts) / rows)).all()
 
 
+@pytest.mark.slow
 def test_a_row_of_two_targets_is_attacked_for_one_of_them():
     both = jnp.stack([TARGET, TARGET[::-1] - 1], axis=1)
     number = jnp.tile(jnp.arange(2), (4, 1))
@@ -319,6 +326,7 @@ def test_a_row_of_two_targets_is_attacked_for_one_of_them():
     chex.assert_trees_all_equal(found._replace(forget=found.forget._replace(cond=COND)), batch)
 
 
+@pytest.mark.slow
 def test_a_likelihood_is_bounded_where_it_is_largest():
     """By concept inversion: the noise of images that show the concept, and no target."""
     goals = jnp.float32([[0.0, 3.0], [-3.0, 0.0]])
@@ -348,6 +356,7 @@ def test_a_likelihood_is_bounded_where_it_is_largest():
         assert values.mean() - plain > 6 * values.std() / 16
 
 
+@pytest.mark.slow
 def test_numbered_conditions_are_looked_up():
     table = jnp.concatenate([COND, BASE[:1], TARGET, COND + 1])
     forget = Conditions(jnp.arange(4), jnp.full(4, 4), jnp.arange(5, 9), EACH)
@@ -374,6 +383,7 @@ def test_numbered_conditions_are_looked_up():
     assert looked_up(None, EACH) is EACH
 
 
+@pytest.mark.slow
 def test_a_kept_start_has_its_own_law_and_constraint():
     batch = kept_starts(BATCH, rows=3, constraints=2)
     assert batch.kept is BATCH.kept
@@ -416,6 +426,7 @@ def test_a_step_on_several_devices_is_the_whole_one():
     )
 
 
+@pytest.mark.slow
 @on_devices
 def test_an_attack_on_several_devices_is_the_whole_one():
     adversary, batch = attack(steps=3), repeated(Batch(None, BOTH), 4)
@@ -428,6 +439,7 @@ def test_an_attack_on_several_devices_is_the_whole_one():
     chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_compiles_once():
     algorithm = algorithm_of(attack(steps=3))
     step = jax.jit(algorithm.step)
@@ -439,6 +451,7 @@ def test_a_step_compiles_once():
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_threshold_is_reached_at_the_worst_condition():
     """The plain run reaches it at the condition alone, and an attack undoes it."""
     cond, kept = (jnp.tile(row, (3, 1)) for row in jnp.eye(2))

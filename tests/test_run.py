@@ -108,6 +108,7 @@ def test_the_model_has_moved_and_the_reference_has_not(finished, tiny_model):
     assert max(moved) > 1e-4
 
 
+@pytest.mark.slow
 def test_run_json_repeats_the_run_bit_for_bit(finished, tmp_path):
     again = tmp_path / "again"
     assert cli.main(["data", "--config", str(finished / "run.json"), "--out", str(again)]) == 0
@@ -185,6 +186,7 @@ def test_sigterm_saves_and_says_how_to_resume(tiny_model, tiny_images, tmp_path)
     assert max(saved) == len(report.read_rows(out / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_torn_last_row_is_dropped_on_resume(finished, tmp_path):
     import shutil
 
@@ -241,6 +243,7 @@ def test_advice_names_only_what_the_command_has_and_uses(options, idle):
     assert ("--estimator bounded" in advice) == (getattr(options, "estimator", "") == "pathwise")
 
 
+@pytest.mark.slow
 def test_per_image_makes_each_image_a_constraint(tiny_model, tiny_images, tmp_path):
     request, options = request_of(
         tiny_model, tiny_images, tmp_path / "each", per_image=True, threshold=("1.5x",)
@@ -254,6 +257,7 @@ def test_per_image_makes_each_image_a_constraint(tiny_model, tiny_images, tmp_pa
         )
 
 
+@pytest.mark.slow
 def test_the_step_compiles_once(tiny_model, tiny_images, tmp_path, monkeypatch):
     traces = []
     request, options = request_of(tiny_model, tiny_images, tmp_path / "once")
@@ -283,6 +287,7 @@ def wrapped(error):
         raise error from full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "devices"), [([], 8), (["--mesh", "fsdp=4"], 2), (["--parallel", "pmap"], None)]
 )
@@ -309,6 +314,7 @@ def test_the_step_runs_as_it_was_asked_to(tiny_images, tmp_path, monkeypatch, gi
     assert seen == [devices]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "full",
     [

@@ -142,6 +142,7 @@ def test_ddim_at_eta_one_is_ddpm(prediction_type):
         )
 
 
+@pytest.mark.slow
 def test_ddim_converges_to_the_probability_flow():
     """Gaussian data: the flow maps quantiles to quantiles, with an error that falls as 1/steps."""
     betas = np.linspace(1e-4, 0.02, 1000)

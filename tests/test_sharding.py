@@ -100,6 +100,7 @@ def ends_of(algorithm, mapped, params, batch, thresholds, multipliers, count):
     return ends["one"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mixing", "dual"), [(None, False), (0.5, False), (None, True)])
 def test_jit_and_pmap_give_the_result_of_one_device(mixing, dual):
     params, batch = params_of(KEY), batch_of(KEY)
@@ -114,6 +115,7 @@ def test_jit_and_pmap_give_the_result_of_one_device(mixing, dual):
     assert (np.abs(multipliers - 0.1) > 1e-2).all()
 
 
+@pytest.mark.slow
 def test_minibatches_of_trajectories_are_those_of_one_device():
     chain = {"shape": (2, 2, 1), "steps": 4}
     problem = formulations.reverse_kl(network, SCHEDULE, estimator="stop_gradient", **chain)
@@ -269,6 +271,7 @@ def wide_params(key):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formulation", ["forward_kl", "reverse_kl"])
 def test_split_parameters_give_the_result_of_one_device(formulation):
     if formulation == "forward_kl":
@@ -317,9 +320,10 @@ def test_split_parameters_give_the_result_of_one_device(formulation):
     assert moved > 3e-4
 
 
+@pytest.mark.slow
 def test_activations_stay_split_by_rows(tmp_path, monkeypatch):
     """Else the compiler splits activations as the parameters are, and sends them many times."""
-    network = load_pretrained(write_tiny_model(tmp_path / "model", 16))
+    network = load_pretrained(write_tiny_model(tmp_path / "model", 16, levels=2))
     weighting = losses.time_weighting(losses.simple_weights(50, 64))
     problem = formulations.forward_kl(network.apply, network.schedule, weighting)
     algorithm = primal_dual(problem, optax.sgd(0.1), optax.sgd(0.1))
@@ -343,6 +347,7 @@ def test_activations_stay_split_by_rows(tmp_path, monkeypatch):
     assert sharding.keep_rows(rows) is rows  # Outside of a step.
 
 
+@pytest.mark.slow
 def test_a_step_on_shapes_alone_is_compiled():
     mesh = sharding.device_mesh(fsdp=8, data=1)
     params = wide_params(KEY)

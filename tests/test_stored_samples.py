@@ -23,6 +23,7 @@ def densities(x):
     return jnp.stack([jnp.exp(mixtures.log_density(c, x)) for c in CONCEPTS], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reverse_kl", "likelihood"])
 def test_samples_give_the_multipliers_of_the_density(kind):
     """Two constraints, one of them inactive, against the solution on a fine grid."""
@@ -51,6 +52,7 @@ def test_samples_give_the_multipliers_of_the_density(kind):
     assert 0.3 < got.effective < 1
 
 
+@pytest.mark.slow
 def test_against_a_scalar_search_on_the_same_samples():
     """The dual functions written out, maximised by scipy."""
     x = mixtures.sample(Q, KEY, 2000)
@@ -120,6 +122,7 @@ def test_groups_keep_their_shares():
         stored_samples.likelihood_multipliers(h[:, None], [0.02], groups=groups[:5])
 
 
+@pytest.mark.slow
 def test_thresholds_beyond_the_samples_are_not_attained():
     x = mixtures.sample(Q, KEY, 2000)
     got = stored_samples.reverse_kl_multipliers(ratios(x)[:, :1], [60.0], key=KEY, resamples=10)
@@ -181,6 +184,7 @@ def two_laws():
     return h, groups
 
 
+@pytest.mark.slow
 def test_the_solver_is_a_pure_function_of_the_thresholds():
     h, groups = two_laws()
     with jax.enable_x64(True):
@@ -199,6 +203,7 @@ def test_the_solver_is_a_pure_function_of_the_thresholds():
             np.testing.assert_allclose(found.log_p[place], log_p, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_derivatives_of_the_solution():
     """dλ*/dε against finite differences of the dual written out; dP*/dε = −λ*."""
     h, groups = two_laws()
@@ -224,6 +229,7 @@ def test_derivatives_of_the_solution():
             np.testing.assert_allclose(price, -multipliers, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_finite_h_will_do():
     """Calibrated posteriors, affine in h, may be negative: λᵀh has the same tilt."""
     h, groups = two_laws()
@@ -245,6 +251,7 @@ def test_any_finite_h_will_do():
     ).solution.attained
 
 
+@pytest.mark.slow
 def test_the_price_has_the_interval_of_the_resamples():
     """h of 0 and 1: λ = logit s − logit ε, and the price is KL(Bernoulli(ε)‖Bernoulli(s))."""
     h, epsilon = np.repeat([[1.0], [0.0]], (60, 140), axis=0), 0.1
@@ -262,6 +269,7 @@ def test_the_price_has_the_interval_of_the_resamples():
     assert found.price_interval[0] < found.solution.primal_value < found.price_interval[1]
 
 
+@pytest.mark.slow
 def test_a_front_with_its_band_is_one_program():
     """Thresholds under jit and vmap, with the bootstrap; one beyond the samples among them."""
     x = mixtures.sample(Q, KEY, 200)

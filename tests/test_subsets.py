@@ -128,6 +128,7 @@ def squares(params, *_):
 WHOLE = Problem(squares, 1.0, multipliers.non_negative(), "squares", fresh=squares)
 
 
+@pytest.mark.slow
 def test_problem_differentiates_its_part_alone(params):
     part = "cross-attention"
 
@@ -148,6 +149,7 @@ def test_problem_differentiates_its_part_alone(params):
     assert flops[0] < 0.8 * flops[1]
 
 
+@pytest.mark.slow
 def test_losses_and_fresh_values_are_of_the_whole_network(params):
     lora = changed(subsets.lora_init(params, jax.random.key(0), rank=1))
     evaluate = jax.jit(lambda params: squares(params).objective)
@@ -199,6 +201,7 @@ def test_lora_changes_by_rank_and_by_its_part_alone(params):
         assert np.linalg.matrix_rank(change, tol=1e-4) == 2
 
 
+@pytest.mark.slow
 def test_lora_is_differentiable_alone(params):
     lora = changed(subsets.lora_init(params, jax.random.key(0), rank=1))
 
@@ -326,6 +329,7 @@ def test_a_saved_lora_of_another_base_is_refused(params, tmp_path, change):
         subsets.load_lora(tmp_path, params)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # Those of peft's own.
 @pytest.mark.parametrize(("xl", "part"), [(False, "full"), (True, "cross-attention")])

@@ -117,6 +117,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_has_each_step_once(tiny_model, tiny_images, tmp_path, monkeypatch):
     from jax_unlearn.app import run
 

@@ -69,6 +69,7 @@ def perturbed(pretrained):
     return pretrained._replace(params=jax.tree.map(lambda x: 1.1 * x + 0.01, pretrained.params))
 
 
+@pytest.mark.slow
 def test_denoiser_takes_encoded_prompts(model, folders, xl):
     pretrained = load_pretrained(folders[xl])
     assert_same(pretrained.params, model.pretrained.params)
@@ -112,6 +113,7 @@ def test_one_text_is_no_sequence(model):
         encode_prompts(model, "cat")
 
 
+@pytest.mark.slow
 def test_latents_are_scaled(model):
     images = jnp.linspace(-1, 1, 2 * 16 * 16 * 3).reshape(2, 16, 16, 3)
     variables = {"params": model.vae.params}
@@ -127,6 +129,7 @@ def test_latents_are_scaled(model):
     assert decoded.shape == images.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hard_links", [False, True])
 def test_saved_pipeline_has_every_part(folders, xl, tmp_path, hard_links):
     pretrained = perturbed(load_pretrained(folders[xl]))
@@ -291,6 +294,7 @@ def test_a_unet_alone_equals_torch():
     assert relative_error(actual, given["output"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_unet_alone_needs_a_scheduler(alone, folders, xl):
     with pytest.raises(
         ValueError, match="alone is a UNet2DConditionModel without .* pass scheduler="
@@ -313,6 +317,7 @@ def test_a_unet_alone_needs_a_scheduler(alone, folders, xl):
     np.testing.assert_array_equal(found.schedule.log_snr, from_diffusers(given).log_snr)
 
 
+@pytest.mark.slow
 def test_a_unet_alone_is_saved_alone(alone, tmp_path):
     found = perturbed(load_pretrained(alone, scheduler=SCHEDULER))
     save_pretrained(tmp_path / "saved", found)
@@ -408,6 +413,7 @@ def test_a_unet_alone_on_the_hub(monkeypatch, alone):
     assert calls == [("owner/pipeline", ["*.json", "README.md"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("xl", "changes", "message"),
     [
@@ -425,6 +431,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, xl, changes, message):
         load_text_to_image(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_hub_fetches_parts_when_they_are_read(monkeypatch, folder, tmp_path):
     calls = []
 
@@ -500,6 +507,7 @@ def test_latents_as_diffusers_has_them(written_by_torch):
     assert relative_error(decode_latents(model, ours), decoded.permute(0, 2, 3, 1)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_diffusers_draws_the_same_from_what_is_saved(written_by_torch, tmp_path, xl):
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")

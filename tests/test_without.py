@@ -64,6 +64,7 @@ def of_rest(path, times, law=REST):
     return epsilon, np.stack([mixtures.responsibilities(law, *point) for point in points])
 
 
+@pytest.mark.slow
 def test_the_rest_predicts_what_one_would_that_knew_it_alone():
     errors, apart = [], []
     for steps in (8, 64):
@@ -92,6 +93,7 @@ def test_of_one_concept_the_rest_is_that_one():
     np.testing.assert_array_equal(path.posterior, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
 def test_the_rest_is_that_of_noise_whatever_the_network_predicts(kind):
     times = times_of(6)
@@ -161,6 +163,7 @@ def conversion(kind, x_t, t):
     }[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradient_are_those_by_hand(kind):
     schedule = schedules.noise_schedule(
@@ -213,6 +216,7 @@ def test_losses_and_gradient_are_those_by_hand(kind):
     )
 
 
+@pytest.mark.slow
 def test_values_that_are_small_are_feasible():
     batch = batch_of()
     points = batch.forget
@@ -310,6 +314,7 @@ POOL = jnp.float32(np.random.default_rng(6).normal(size=(6, 2)))
 ATTACK = denoising_attack(linear, SHORT, IMAGES[None])
 
 
+@pytest.mark.slow
 def test_a_pool_has_the_gradient_of_its_attack_and_the_model_that_of_the_problem():
     seen = []
 
@@ -351,6 +356,7 @@ def test_a_pool_has_the_gradient_of_its_attack_and_the_model_that_of_the_problem
     assert against_pool(without(linear, SHORT), ATTACK).fresh is None
 
 
+@pytest.mark.slow
 def test_two_devices_have_the_result_of_one():
     problem = against_pool(without(linear, SHORT), ATTACK)
     batch = batch_of()
@@ -373,6 +379,7 @@ def test_two_devices_have_the_result_of_one():
     assert (np.abs(ends[0][0].pool - POOL) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_an_adversary_and_a_model_that_train_together_meet():
     """ε = θ + c: noise of mean 0 draws c to −θ, where points that ask for ε = 1 have 2 λ of slope.
 
@@ -435,6 +442,7 @@ def test_the_attack_knows_its_images():
     np.testing.assert_array_equal(hit.argmax(axis=0), np.arange(32) % len(IMAGES))
 
 
+@pytest.mark.slow
 def test_points_count_where_the_concept_is_denoised_better_than_by_the_rest():
     """ε_θ = c, ε̄ = 0, ε_i = 1: c counts c² between 0 and 2, where it is nearer to 1 than 0 is."""
     problem = without(lambda theta, x_t, t, cond: theta * cond + 0 * x_t, SHORT)

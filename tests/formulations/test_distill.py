@@ -52,6 +52,7 @@ def tilted_by_square(current):
     return mean, variance, 0.5 * (variance + (mean - CENTRE) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control_variate", [False, True])
 def test_reverse_kl_distils_the_closed_form(control_variate):
     """p_λ = N(−α a, s²), KL(p_λ‖q_1) = (1+α)² a²/2s² and KL(p_λ‖q) = α² a²/2s²."""
@@ -73,6 +74,7 @@ def test_reverse_kl_distils_the_closed_form(control_variate):
     assert diagnostics["ess"] == pytest.approx(np.exp(-(alpha**2) * 2 * nats), rel=0.05)
 
 
+@pytest.mark.slow
 def test_multipliers_are_those_of_one_condition_and_the_lagrangian_weighs_its_share():
     """A quarter of the rows is forgotten: λ itself acts there, and nothing on kept rows."""
     count, current, threshold = 40_000, 0.4, 2.0
@@ -107,6 +109,7 @@ def test_control_variate_leaves_the_reference_alone_without_multipliers():
     assert all(np.abs(leaf).max() < 1e-4 for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_likelihood_distils_the_closed_form():
     """p_λ has precision 1/s² + λ and mean λ a / (1/s² + λ)."""
     current = 1.5
@@ -125,6 +128,7 @@ def test_likelihood_distils_the_closed_form():
     assert diagnostics["tilt_kl"] == pytest.approx(kl, rel=0.03)
 
 
+@pytest.mark.slow
 def test_stored_multipliers_and_a_distillation_are_the_whole_solution():
     """λ* of E_{p_λ} h = ε from samples, held fixed; the trained chain then meets ε by itself."""
     threshold, count = 0.25, 20_000
@@ -166,6 +170,7 @@ def test_stored_multipliers_and_a_distillation_are_the_whole_solution():
     np.testing.assert_allclose(state.params["bias"][0], target["bias"][0], atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", [1e-3, 0.02])
 def test_the_step_stays_finite_at_the_edge_of_the_domain(margin):
     """With thresholds out of reach λ sits at the cap; no update is lost and λ comes back."""
@@ -434,6 +439,7 @@ def test_sampled_values_have_no_derivative_and_need_no_condition():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_fresh_samples_move_the_multipliers_and_stored_ones_the_parameters():
     evaluate = sampled(
         chains.apply, chains.SCHEDULE, lambda reference, x: square(x), shape=(1,), steps=5

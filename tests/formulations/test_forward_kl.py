@@ -99,6 +99,7 @@ def estimates(problem, batch, count=20_000):
     return np.asarray(one(jax.random.split(jax.random.key(0), count)), np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixing", "case"),
     [
@@ -135,6 +136,7 @@ def test_importance_holds_a_kept_pair_under_the_forgotten_condition():
     assert abs(got.mean() - objective) < 4.5 * got.std() / np.sqrt(len(got))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixing", [None, 0.5])
 def test_kept_rows_vanish_at_the_reference(mixing):
     problem = forward_kl(denoiser, SCHEDULE, WEIGHTING, mixing=mixing)
@@ -177,6 +179,7 @@ def test_importance_reports_effective_sample_sizes():
     assert retain + forget == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_the_problem_is_the_paper_s():
     problem = forward_kl(denoiser, SCHEDULE, WEIGHTING)
     assert problem.sign == 1
@@ -220,6 +223,7 @@ def test_bad_batches_are_refused(parts, word):
         losses_of(forward_kl(denoiser, SCHEDULE, WEIGHTING), batch_of()._replace(**parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixing", [None, 0.5])
 def test_reference_values_keep_the_gradient_and_cancel_the_noise(mixing):
     """With the exact reference values the constraint's mean is unchanged and its spread falls."""

@@ -46,6 +46,7 @@ def exact_values(params):
     return held / 3, 0.5 * ((mean - CENTRES) ** 2 + variance)
 
 
+@pytest.mark.slow
 def test_pathwise_values_and_gradient_against_exact_chains():
     def mean_over_rows(params):
         """Of the Lagrangian of each row by itself."""
@@ -63,6 +64,7 @@ def test_pathwise_values_and_gradient_against_exact_chains():
     assert (error < 0.05).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
 def test_stop_gradient_regresses_on_the_score_and_reports_the_model_s_own_values(given):
     """x̂_0 is linear in x here, so that ε_q + σ Σ λ_i ∇h_i(x̂_0(x)) is a linear denoiser."""
@@ -135,6 +137,7 @@ def gradients_by_hand(estimator, multiplier, bound):
     return found, expected, np.array([share for _, share in each])
 
 
+@pytest.mark.slow
 def test_gradient_of_a_trajectory_by_hand():
     found, expected, _ = gradients_by_hand("pathwise", 4.0, np.inf)
     jax.tree.map(

@@ -59,6 +59,7 @@ def averages(problem):
     return chains.averages(problem, PARAMS, REFERENCE, batch_of(), MULTIPLIERS, THRESHOLDS, 20_000)
 
 
+@pytest.mark.slow
 def test_pathwise_values_and_gradient_against_exact_chains():
     def mean_over_rows(params):
         """Of the Lagrangian of each row by itself."""
@@ -137,6 +138,7 @@ def gradients_by_hand(estimator, current, bound):
     return found, expected, np.array([share for _, share in each])
 
 
+@pytest.mark.slow
 def test_gradient_of_a_trajectory_by_hand():
     found, expected, _ = gradients_by_hand("pathwise", [0.4, 4.0], np.inf)
     jax.tree.map(
@@ -149,6 +151,7 @@ def test_bounded_is_refused():
         ON_POLICY(estimator="bounded")
 
 
+@pytest.mark.slow
 def test_it_is_both_kinds_on_the_same_trajectories():
     """With the same key, the values of `reverse_kl` and of `likelihood`, to rounding."""
     batch, arguments = batch_of(), (single(PARAMS), single(REFERENCE), KEY)
@@ -207,6 +210,7 @@ def exact_optimum(thresholds):
     return best.fun, values(best.x), current
 
 
+@pytest.mark.slow
 def test_primal_dual_reaches_the_exact_optimum():
     thresholds = (2.8, 0.55)
     price, values, current = exact_optimum(np.array(thresholds))

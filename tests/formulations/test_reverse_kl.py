@@ -73,6 +73,7 @@ def averages(problem, batch, current, count):
     return chains.averages(problem, PARAMS, REFERENCE, batch, current, THRESHOLDS, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["pathwise", "stop_gradient"])
 @pytest.mark.parametrize("case", ["conditional", "several"])
 def test_values_and_gradient_against_exact_chains(estimator, case):
@@ -94,6 +95,7 @@ def test_values_and_gradient_against_exact_chains(estimator, case):
     assert (np.abs(mean[4:] - other) > 10 * error[4:] + 1e-3).any()
 
 
+@pytest.mark.slow
 def test_shares_are_the_parts_of_the_rows():
     kept = Conditions(jnp.array([1, 1]), jnp.array([1, 1]))
     cond = jnp.array([2, 3, 3, 2, 2])
@@ -106,6 +108,7 @@ def test_shares_are_the_parts_of_the_rows():
     np.testing.assert_array_equal(got.share, [1, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "bound"), [("bounded", 1.0), ("pathwise", np.inf), ("stop_gradient", 0.0)]
 )
@@ -139,6 +142,7 @@ def test_gradient_of_a_trajectory_by_hand(estimator, bound):
         assert 0.1 < (shares[:, 1:] < 1).mean() < 0.9
 
 
+@pytest.mark.slow
 def test_a_sub_grid_has_its_own_variances_and_weights():
     schedule = dataclasses.replace(chains.SCHEDULE, spacing="linspace")
     times = tuple(schedules.timesteps(schedule, 3).tolist())
@@ -150,6 +154,7 @@ def test_a_sub_grid_has_its_own_variances_and_weights():
     assert (error[:4] < 0.02 * wanted).all()
 
 
+@pytest.mark.slow
 def test_clipped_chains_have_the_path_kl_of_their_steps():
     """Σ E‖μ_p − μ_q‖²/2v from the sampler's own steps, which clip x̂_0, along its own path."""
     schedule = dataclasses.replace(chains.SCHEDULE, clip_range=0.6)
@@ -235,6 +240,7 @@ def run(algorithm, state, batch, steps, key=KEY):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["pathwise", "stop_gradient"])
 def test_primal_dual_reaches_the_exact_multiplier_at_every_threshold(estimator):
     """ε_p = ε_q + α (ε_q − ε_1), (1+α)² D = b, λ = α/(1+α), KL(p‖q) = α² D; one vmap."""
@@ -263,6 +269,7 @@ def test_primal_dual_reaches_the_exact_multiplier_at_every_threshold(estimator):
     np.testing.assert_allclose(state.params["bias"][:, 0], bias, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "project", [multipliers.capped_simplex(1e-3), multipliers.box(0.999)], ids=["simplex", "box"]
 )

@@ -45,6 +45,7 @@ def test_value_agrees_with_the_kernel_of_sklearn():
     np.testing.assert_allclose(kernel_distance(x, y).value, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_degree_one_is_the_unbiased_squared_distance_of_the_means():
     x, y = _features(2, 50, 40, shift=1.0)
     squared = np.square(x.mean(0) - y.mean(0)).sum()
@@ -70,6 +71,7 @@ def test_mean_over_draws_of_one_distribution_is_zero():
     assert abs(values.mean()) < 3 * values.std(ddof=1) / np.sqrt(len(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "m", "shift"), [(60, 90, 0.0), (40, 40, 0.0), (60, 90, 0.2), (60, 40, 1.0)]
 )
@@ -80,6 +82,7 @@ def test_standard_error_is_the_spread_over_draws(n, m, shift):
     assert 0.8 < typical / spread < 1.25
 
 
+@pytest.mark.slow
 def test_variance_terms_of_a_linear_kernel_are_exact():
     # Under k(a, b) = ab the statistic of x ~ N(μ, 1) and y ~ N(0, 1), d = 1, has
     # A = μ² on both sides and B = 1 in all three terms.
@@ -91,6 +94,7 @@ def test_variance_terms_of_a_linear_kernel_are_exact():
     np.testing.assert_allclose(stderr, np.sqrt(variance), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_a_constant_in_the_kernel_changes_nothing_and_sets_swap():
     x, y = _features(3, 30, 20, shift=0.5)
     one = kernel_distance(x, y, degree=1, coef0=1.0)
@@ -99,6 +103,7 @@ def test_a_constant_in_the_kernel_changes_nothing_and_sets_swap():
         np.testing.assert_allclose(other.stderr, one.stderr, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_float32_keeps_its_digits_over_thousands_of_samples():
     x, y = _features(4, 1500, 1500, d=8, shift=0.02)
     single = kernel_distance(x + 1, y + 1)

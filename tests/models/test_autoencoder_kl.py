@@ -42,6 +42,7 @@ def test_call_decodes_the_mean(vae):
     assert relative_error(network.module.apply(variables, given["x"]), decoded) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_close_and_keeps_float32_outside(vae):
     network, given = vae
     network = network._replace(module=AutoencoderKL(network.module.config, dtype=jnp.bfloat16))

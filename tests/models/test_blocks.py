@@ -96,6 +96,7 @@ def test_gradients_equal_those_of_lax(options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["same", "uneven_padding"])
 def test_second_derivatives_equal_those_of_lax(name):
     options = CASES[name]

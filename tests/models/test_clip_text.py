@@ -69,6 +69,7 @@ def test_later_tokens_change_no_earlier_state(encoder):
     assert relative_error(actual[:, 4:], given["last"][:, 4:]) > 1e-2
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_close_and_keeps_float32_outside(encoder):
     network, given = encoder
     network = network._replace(module=CLIPTextModel(network.module.config, dtype=jnp.bfloat16))

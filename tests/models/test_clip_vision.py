@@ -178,6 +178,7 @@ def test_defaults_are_those_of_transformers(clip_side):
         assert getattr(config, name) == getattr(expected, name)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("with_projection", [False, True])
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def test_it_is_the_sum_over_windows(options, kernel):
     np.testing.assert_allclose(convolve(x, k, **options), windows(x, k, **options), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", CASES)
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_derivatives_agree_with_finite_differences(options, kernel):

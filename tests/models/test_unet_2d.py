@@ -36,6 +36,7 @@ def apply_tiny(tiny, options, x_t=None):
     return UNet2DModel(config).apply({"params": params}, x_t, given["t"], given["cond"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_output_equals_torch(name):
     model = load_pretrained(FOLDER / name)
@@ -45,6 +46,7 @@ def test_output_equals_torch(name):
     assert relative_error(output, given["output"]) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SILENT)
 def test_silent_option_equals_torch(tiny, name):
     _, given, outputs = tiny
@@ -75,6 +77,7 @@ def test_jit_equals_eager(tiny):
     assert relative_error(output, given["output"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_close_and_keeps_float32_outside(tiny):
     model, given, _ = tiny
     apply = jax.jit(UNet2DDenoiser(model.apply.config, dtype=jnp.dtype(jnp.bfloat16)))
@@ -168,6 +171,7 @@ def test_sample_shape(tiny):
         _ = UNet2DConfig().sample_shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "fourier", "class_identity", "class_timestep"])
 def test_init_params_fills_every_parameter(name):
     config = json.loads((FOLDER / name / "config.json").read_text())
@@ -196,6 +200,7 @@ def test_sinusoidal_embedding_of_odd_width():
     np.testing.assert_allclose(embedding, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_the_same_with_rematerialisation():
     given = np.load(FOLDER / "no_mid_block" / "expected.npz")
 

@@ -47,12 +47,14 @@ def tiny():
     return load("tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_output_equals_torch(name):
     network, given, output = load(name)
     assert relative_error(apply(network, given), output) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SILENT)
 def test_silent_option_equals_torch(tiny, name):
     network, given, output = tiny
@@ -80,6 +82,7 @@ def test_every_published_config_is_read():
     assert configs["stable-diffusion-2-1"].context_dim == 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -97,6 +100,7 @@ def test_number_of_parameters_at_full_size(name, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_close_and_keeps_float32_outside(tiny):
     network, given, output = tiny
     denoiser = UNet2DConditionDenoiser(network.module.config, dtype=jnp.dtype(jnp.bfloat16))
@@ -135,6 +139,7 @@ def test_rematerialisation_changes_no_gradient():
         np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_refused(tiny):
     network, given, _ = tiny
     x_t, t, cond = split(given)
@@ -211,6 +216,7 @@ def test_options_without_effect_are_kept(tiny):
         _ = UNet2DConditionConfig().sample_shape
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "loud"])
 def test_live_torch(name, torch_side, tmp_path):
@@ -224,6 +230,7 @@ def test_live_torch(name, torch_side, tmp_path):
     assert relative_error(actual, torch_side.torch_output(model, given)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_published_networks_have_as_many_in_torch(name, torch_side):

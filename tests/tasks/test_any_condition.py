@@ -47,9 +47,9 @@ def two(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(tiny_model, tmp_path_factory):
+def single(two_levels, tmp_path_factory):
     """The same for one label."""
-    request, options = request_of(tiny_model, tmp_path_factory.mktemp("single"), attack_steps=40)
+    request, options = request_of(two_levels, tmp_path_factory.mktemp("single"), attack_steps=40)
     return request, options, any_condition.point_maker(request, options)
 
 
@@ -57,6 +57,7 @@ def leaves(folder):
     return jax.tree.leaves(load_pretrained(folder / "model").params)
 
 
+@pytest.mark.slow
 def test_labels_as_vectors_are_what_they_are_as_numbers(tiny_model):
     pretrained = load_pretrained(tiny_model)
     apply, table = by_vectors(pretrained)
@@ -72,6 +73,7 @@ def test_labels_as_vectors_are_what_they_are_as_numbers(tiny_model):
         by_vectors(pretrained._replace(params={}))
 
 
+@pytest.mark.slow
 def test_forgotten_conditions_are_held_to_their_base_and_kept_ones_to_themselves(two):
     request, options, make = two
     points = make(24, 24, 7)
@@ -89,6 +91,7 @@ def test_forgotten_conditions_are_held_to_their_base_and_kept_ones_to_themselves
     assert (points.kept != make(24, 24, 8).kept).any(axis=(1, 2, 3)).all()
 
 
+@pytest.mark.slow
 def test_of_one_other_condition_the_rest_predicts_what_that_one_does(two):
     request, _, make = two
     (label,) = [c for c in request.kept if c != request.conditions.null]
@@ -104,6 +107,7 @@ def test_of_one_other_condition_the_rest_predicts_what_that_one_does(two):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_of_a_base_that_show_the_concept_are_left_out(tiny_model, tmp_path, monkeypatch):
     request, options = request_of(tiny_model, tmp_path)
     asked = []
@@ -135,6 +139,7 @@ def test_samples_of_a_base_that_show_the_concept_are_left_out(tiny_model, tmp_pa
         any_condition.point_maker(request, options)(36, 8, 7)
 
 
+@pytest.mark.slow
 def test_the_rest_are_the_conditions_that_explain_the_concept_best(
     tiny_model, tmp_path, monkeypatch
 ):
@@ -166,6 +171,7 @@ def test_the_rest_are_the_conditions_that_explain_the_concept_best(
     assert all(one == [best] for one in seen)
 
 
+@pytest.mark.slow
 def test_batches_give_each_concept_as_many_attackers(two):
     request, options, make = two
     options, points = dataclasses.replace(options, forget_batch_size=6), make(24, 24, 7)
@@ -200,6 +206,7 @@ def test_batches_give_each_concept_as_many_attackers(two):
         np.testing.assert_array_equal(np.sign(np.round(change, 6)), sign)
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_under_attacks_that_lower_the_loss(single):
     """By hand: the same attack, and the mean squared distance from the rest at its conditions."""
     request, options, make = single
@@ -246,6 +253,7 @@ def test_a_model_is_measured_under_attacks_that_lower_the_loss(single):
     assert float(found.objective.value) < 1e-9
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_measured_at_its_base(single):
     """All weights zero: it predicts 0, and misses the mean square of the reference's prediction."""
     request, options, make = single
@@ -318,6 +326,7 @@ def test_a_run_saves_the_model_alone_and_resumes_bit_for_bit(tiny_model, tmp_pat
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_model_and_attackers_train_and_nothing_else_does(tiny_model, tmp_path):
     """The algorithm that `run` makes, by hand: labels' vectors stay, networks and pool move."""
     request, options = request_of(tiny_model, tmp_path)

@@ -54,6 +54,7 @@ def options_of(pictures, **changes):
     return DataOptions(**given | changes)
 
 
+@pytest.mark.slow
 def test_images_are_labelled_by_their_captions(model, pictures):
     request = requests.from_captioned(model, options_of(pictures))
     expected = ["a cat", "a dog", "a cow 0", "a cow 1", "a cow 2", "a: hen"]
@@ -76,6 +77,7 @@ def test_images_are_labelled_by_their_captions(model, pictures):
     assert {names[c].strip("“”") for c in request.conditions.drawn} <= set(expected)
 
 
+@pytest.mark.slow
 def test_latents_are_draws_of_the_autoencoder(model, pictures):
     request = requests.from_captioned(model, options_of(pictures))
     images = data.to_unit_range(request.retain.pixels)
@@ -107,6 +109,7 @@ def test_a_batch_shows_latents_under_encoded_captions(model, pictures):
     np.testing.assert_array_equal(data.to_x_0(raw.forget.x_0), raw.forget.x_0)
 
 
+@pytest.mark.slow
 def test_images_without_captions_are_shown_under_no_prompt(model, pictures):
     plain = str(pictures / "plain")
     given = {"forget": (f"{plain}/0.png",), "retain": (plain,)}
@@ -134,6 +137,7 @@ def test_many_prompts_are_encoded_as_each_alone(model):
     np.testing.assert_allclose(table[[*chosen, 70]], alone, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_large_images_are_decoded_a_few_at_a_time(model, monkeypatch):
     from jax_unlearn.app.tasks import conditions as module
 

@@ -72,6 +72,7 @@ def finished(tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_likelihoods_take_more_steps_by_default(finished):
     def steps(*given):
         return cli._parse("concept", ["--forget", "dog", *given]).steps
@@ -86,6 +87,7 @@ def leaves(folder):
     return jax.tree.leaves(load_pretrained(folder / "model").params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_leaves_everything_that_is_promised(finished, name):
     folder = finished / name
@@ -112,6 +114,7 @@ def test_a_run_leaves_everything_that_is_promised(finished, name):
     assert "held to null label" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_runs_of_several_formulations_stand_side_by_side(finished):
     page = report.write_comparison(finished, ["reverse-kl", "likelihood"])
     text = page.read_text()
@@ -124,6 +127,7 @@ def test_runs_of_several_formulations_stand_side_by_side(finished):
         report.write_comparison(finished, ["reverse-kl", "elsewhere"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, monkeypatch, name):
     options = options_of(tiny_model, tmp_path / "stopped", **RUNS[name])
@@ -153,6 +157,7 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, tiny_model, tmp_path, monke
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_forgotten_labels_start_as_the_base(tiny_model):
     apply, params, *_ = load_pretrained(tiny_model)
     moved = relabelled(params, [1], 3)
@@ -178,6 +183,7 @@ def test_batches_hold_each_condition_as_often(tiny_model, tmp_path):
         np.testing.assert_array_equal(batch.forget.constraint, np.tile([0, 1], (8, 1)))
 
 
+@pytest.mark.slow
 def test_the_classifier_sees_images_with_the_noise_that_is_asked_for(tiny_model, tmp_path):
     x = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
     for noise in (0.0, 0.6):
@@ -200,6 +206,7 @@ def test_the_classifier_sees_images_with_the_noise_that_is_asked_for(tiny_model,
         np.testing.assert_allclose(found[:, 0], jnp.exp(expected.value[:, 1]), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_likelihoods_are_measured_where_they_are_asked_for(tiny_model, tmp_path):
     for threshold, wanted in (("0.9x", {1}), ("calibrated", {0, 1, 2})):
         options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=(threshold,))
@@ -214,6 +221,7 @@ def test_likelihoods_are_measured_where_they_are_asked_for(tiny_model, tmp_path)
         assert set(measured.cond) == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_model, tmp_path):
     options = options_of(
         tiny_model, tmp_path, formulation="likelihood", threshold=("0.9x",), target_steps=0
@@ -229,11 +237,12 @@ def test_likelihood_multipliers_meet_the_threshold_on_the_stored_samples(tiny_mo
     assert h.std() > 0
 
 
-def test_stored_samples_are_of_the_joint_law_of_image_and_concept(tiny_model, tmp_path):
+@pytest.mark.slow
+def test_stored_samples_are_of_the_joint_law_of_image_and_concept(two_levels, tmp_path):
     options = options_of(
-        tiny_model, tmp_path, formulation="likelihood", forget=("dog", "cat"), threshold=("0.8x",)
+        two_levels, tmp_path, formulation="likelihood", forget=("dog", "cat"), threshold=("0.8x",)
     )
-    request = concept_request.make_request(load_pretrained(tiny_model), options)
+    request = concept_request.make_request(load_pretrained(two_levels), options)
     stored = concept_formulations.stored_samples(request, options)
     assert set(stored.values.ravel()) == {0.0, 1.0}
     assert (stored.values.sum(axis=1) <= 1).all()
@@ -279,6 +288,7 @@ def test_one_concept_at_most_is_drawn_of_each_image():
     np.testing.assert_array_equal(certain, np.eye(3)[[0, 2, 1]])
 
 
+@pytest.mark.slow
 def test_a_share_of_a_base_that_shows_nothing_is_refused(tiny_model, tmp_path, monkeypatch):
     options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=("0.5x",))
     request = concept_request.make_request(load_pretrained(tiny_model), options)
@@ -287,6 +297,7 @@ def test_a_share_of_a_base_that_shows_nothing_is_refused(tiny_model, tmp_path, m
         concepts.concept_task(request, options, None)
 
 
+@pytest.mark.slow
 def test_points_are_of_the_reference_at_the_base(tiny_model, tmp_path):
     options = options_of(tiny_model, tmp_path, formulation="likelihood")
     request = concept_request.make_request(load_pretrained(tiny_model), options)
@@ -323,6 +334,7 @@ def test_points_are_of_the_reference_at_the_base(tiny_model, tmp_path):
     assert (np.diff(stored.path.t, axis=1) < 0).all()
 
 
+@pytest.mark.slow
 def test_fresh_samples_of_the_model_move_the_multipliers(tiny_model, tmp_path, monkeypatch):
     """In the first half of the run and nowhere else, towards what they show too much."""
     keys = []
@@ -370,6 +382,7 @@ def test_fresh_samples_of_the_model_move_the_multipliers(tiny_model, tmp_path, m
     assert np.abs(np.corrcoef(noise) - np.eye(len(noise))).max() < 0.5
 
 
+@pytest.mark.slow
 def test_multipliers_of_a_run_move_where_they_should_and_nowhere_else(finished):
     folder = finished / "likelihood"
     options = load_run(folder / "run.json", "concept", ConceptOptions)
@@ -421,6 +434,7 @@ def test_steps_of_likelihoods_on_a_mesh_are_those_of_one_device(tiny_model, tmp_
     assert max(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.slow
 def test_multipliers_are_those_of_one_forgotten_condition_alone(finished):
     """Though it is on a third of the rows: the bound of the domain is the option itself."""
     found = json.loads((finished / "minibatches" / "report.json").read_text())
@@ -435,6 +449,7 @@ def test_multipliers_are_those_of_one_forgotten_condition_alone(finished):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_floor_and_the_gap_to_it_are_reported(finished, name):
     found = json.loads((finished / name / "report.json").read_text())
@@ -466,6 +481,7 @@ def test_a_floor_is_of_the_forgotten_conditions_and_their_share(tiny_model, tmp_
     assert 0 < found.lower < exact
 
 
+@pytest.mark.slow
 def test_path_log_ratios_are_on_average_the_path_kl_at_the_base(tiny_model, tmp_path):
     options = options_of(tiny_model, tmp_path, forget=("dog", "cat"), separate_null=True)
     request = concept_request.make_request(load_pretrained(tiny_model), options)
@@ -487,6 +503,7 @@ def test_many_conditions_leave_each_enough_paths_for_a_floor(tiny_model, tmp_pat
     assert np.isfinite([found.value, found.stderr]).all()
 
 
+@pytest.mark.slow
 def test_a_handful_of_stored_samples_has_no_floor(tiny_model, tmp_path):
     options = options_of(
         tiny_model, tmp_path, formulation="likelihood", stored_samples=3, threshold=("0.9",),
@@ -496,6 +513,7 @@ def test_a_handful_of_stored_samples_has_no_floor(tiny_model, tmp_path):
     assert concepts.concept_task(request, options, None).floor is None
 
 
+@pytest.mark.slow
 def test_the_formula_is_that_of_the_problem_that_was_solved(finished, tiny_model, tmp_path):
     printed = {}
     for name in RUNS:
@@ -594,6 +612,7 @@ def test_the_demo_of_prompts_keeps_all_other_pairs(tmp_path):
         jobs_of("demo", DemoOptions(out=tmp_path, text=True, forget=("hat",)))
 
 
+@pytest.mark.slow
 def test_options_survive_a_round_trip(finished):
     options = load_run(finished / "likelihood" / "run.json", "concept", ConceptOptions)
     assert options.formulation == "likelihood"
@@ -601,6 +620,7 @@ def test_options_survive_a_round_trip(finished):
     assert isinstance(options.out, pathlib.Path)
 
 
+@pytest.mark.slow
 def test_the_demo_goes_on_with_what_is_left(finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "demo"
     shutil.copytree(finished, out)

@@ -82,6 +82,7 @@ def test_an_estimate_is_the_mean_and_its_standard_error():
     np.testing.assert_allclose(found.stderr, [np.sqrt(7.0 / 3.0), 1.0])
 
 
+@pytest.mark.slow
 def test_measurements_are_paired_and_of_the_sampled_chain(grey):
     options = ImageOptions(samples=0, evaluation_images=64)
     weighting = evaluation.make_weighting(grey, options)

@@ -165,6 +165,7 @@ def test_equal_weights_of_nothing_leave_the_model_where_it_was(tiny_model, tiny_
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_its_method_and_strength(tiny_model, tmp_path, capsys):
     request, options = concept_of(tiny_model, tmp_path / "out", "esd", strength=2.0)
     found = run_once(request, options, "concept")
@@ -219,6 +220,7 @@ def flags(values):
     ]
 
 
+@pytest.mark.slow
 def test_uce_takes_no_step_and_with_no_weight_changes_nothing(pipeline, tmp_path):
     out = tmp_path / "out"
     given = {name: value for name, value in PROMPTS.items() if name != "steps"}

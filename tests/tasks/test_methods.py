@@ -157,6 +157,7 @@ def image_methods_of(method, model, files, **more):
     return trained, prepare(trained.batch(options, 4)), request, options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["naive-deletion", "neg-grad"])
 def test_deletion_and_ascent(tiny_model, tiny_images, method):
     ascends = method == "neg-grad"
@@ -170,6 +171,7 @@ def test_deletion_and_ascent(tiny_model, tiny_images, method):
     check(trained, batch, value, side.gradient(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.05, 40.0])
 def test_siss_without_importance_sampling(tiny_model, tiny_images, strength):
     """The second gradient is of norm 40, and is shortened to 1."""
@@ -211,6 +213,7 @@ def test_siss_pairs_retained_images_with_those_to_forget(tiny_model, tiny_images
     check(trained, batch, kept - 0.05 / g_a.norm() * forgotten, gradient)
 
 
+@pytest.mark.slow
 def test_erase_diff(tiny_model, tiny_images):
     trained, batch, request, _ = image_methods_of(
         "erase-diff", tiny_model, tiny_images, strength=2.0
@@ -226,6 +229,7 @@ def test_erase_diff(tiny_model, tiny_images):
     check(trained, batch, kept + weight * forgotten, g_r + weight * g_f)
 
 
+@pytest.mark.slow
 def test_salun_denoises_what_is_forgotten_as_under_another_label(tiny_model, tiny_images):
     trained, batch, request, options = image_methods_of(
         "saliency", tiny_model, tiny_images, strength=0.4
@@ -251,6 +255,7 @@ def test_salun_denoises_what_is_forgotten_as_under_another_label(tiny_model, tin
     assert trained.mask["mix"].all()
 
 
+@pytest.mark.slow
 def test_selective_amnesia_shows_noise_under_what_is_forgotten(tiny_model, tiny_images):
     trained, batch, request, _ = image_methods_of(
         "selective-amnesia", tiny_model, tiny_images, strength=3.0
@@ -306,6 +311,7 @@ def test_esd(tiny_model, seed, monkeypatch):
     check(trained, batch, value, side.gradient(value))
 
 
+@pytest.mark.slow
 def test_adv_unlearn_is_esd_at_what_an_attack_finds(tiny_model):
     trained, batch, side = concept_method_of("adv-unlearn", tiny_model, strength=0.4)
     assert set(batch.kept.cond.tolist()) == {0, 2, 3}
@@ -330,6 +336,7 @@ def test_adv_unlearn_is_esd_at_what_an_attack_finds(tiny_model):
     check(trained, batch, value, side.gradient(value))
 
 
+@pytest.mark.slow
 def test_methods_on_samples_of_the_reference(tiny_model):
     """Ascent on samples of the concept, ablation and surrogates on those of its base."""
     trained, batch, side = concept_method_of("neg-grad", tiny_model, strength=0.7)

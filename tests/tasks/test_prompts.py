@@ -105,6 +105,7 @@ def test_each_condition_is_measured_against_its_own_template(model):
     assert set(compared) == {c for c, name in enumerate(request.conditions.names)}
 
 
+@pytest.mark.slow
 def test_numbers_stand_for_the_encoded_prompts(model):
     request = make_prompt_request(model, options_of())
     apply, params, *_ = request.pretrained
@@ -116,6 +117,7 @@ def test_numbers_stand_for_the_encoded_prompts(model):
     np.testing.assert_allclose(apply(params, x, t, numbers), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_probability_of_a_concept_is_that_of_its_prompts_together(model):
     options = options_of(formulation="likelihood", target_steps=0)
     request = make_prompt_request(model, options)
@@ -130,6 +132,7 @@ def test_the_probability_of_a_concept_is_that_of_its_prompts_together(model):
         np.testing.assert_allclose(together[:, i], each[:, row].sum(axis=1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_concepts_are_told_from_what_is_held_to_instead(model):
     options = options_of(formulation="likelihood", template=("{} in oil => oil",))
     request = make_prompt_request(model, options)
@@ -146,6 +149,7 @@ def test_concepts_are_told_from_what_is_held_to_instead(model):
     assert len(free.judged) == len(free.candidates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retain", [(), ("a hen", "oil")])
 def test_a_base_does_not_explain_itself(model, retain, monkeypatch):
     """Unless there is nothing else to tell concepts from."""
@@ -229,6 +233,7 @@ def finished(pipeline, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_pipeline_and_what_it_says(finished, pipeline):
     found = json.loads((finished / "report.json").read_text())
     assert [one["name"] for one in found["constraints"]] == ["cat", "dog"]
@@ -252,6 +257,7 @@ def test_a_run_leaves_a_pipeline_and_what_it_says(finished, pipeline):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_subset_trains_alone(pipeline, tmp_path):
     given = ["--forget", "cat", "--threshold", "1.1x", "--train", "esd-x", "--save", "unet"]
     assert cli.main(arguments(pipeline, tmp_path / "out", *given)) == 0
@@ -264,6 +270,7 @@ def test_a_subset_trains_alone(pipeline, tmp_path):
         assert np.array_equal(first, last) == (label == "frozen")
 
 
+@pytest.mark.slow
 def test_a_low_rank_change_is_written_alone(pipeline, tmp_path):
     given = ["--forget", "cat", "--threshold", "1.1x", "--train", "lora:2", "--save", "lora"]
     given += ["--estimator", "stop_gradient", "--minibatches", "2"]
@@ -289,6 +296,7 @@ def test_a_low_rank_change_is_written_alone(pipeline, tmp_path):
     assert (drawn[0] != drawn[1]).any()
 
 
+@pytest.mark.slow
 def test_kept_conditions_are_ordered_by_their_distance(model, monkeypatch):
     options = options_of(evaluation_images=1)
     request = make_prompt_request(model, options)
@@ -372,6 +380,7 @@ def test_options_of_prompts_are_refused_for_labels(tiny_model, tmp_path, capsys)
     assert "--retain is for models that are conditioned on prompts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_samples_of_prompts_make_a_grid(pipeline, tmp_path, capsys):
     out = tmp_path / "grid.png"
     given = [
