@@ -1,12 +1,7 @@
 """Checkpoints of a whole run with Orbax: what is needed to go on bit for bit."""
 
 import contextlib
-import functools
-import logging
-import os
 import pathlib
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from jax_unlearn.app import processes
 from jax_unlearn.app.identity import digest_of, leaf_digests, leaf_kinds
+from jax_unlearn.pretrained.quiet import quiet_orbax
 from jax_unlearn.primal_dual import PrimalDualState
 
 __all__ = ["Checkpoints"]
@@ -47,7 +43,7 @@ class Checkpoints:
             for path in self._folder.iterdir():
                 if path.name.isdigit() and not path.is_dir():
                     self._set_aside(path, "it is not a folder")
-        _quiet()
+        quiet_orbax()
         processes.wait("the folder of checkpoints is looked through")
         try:
             self._manager = ocp.CheckpointManager(
@@ -194,28 +190,6 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and frees the manager's threads."""
         self._manager.close()
-
-
-@functools.cache
-def _quiet() -> None:
-    """Keeps off the terminal, from now on, what Orbax's threads print of a failed read or write.
-
-    What went wrong is raised here too. The other arrays of the same checkpoint end later, some
-    after their manager was closed, and each would print a traceback or a warning.
-    """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        said = str(unraisable.exc_value)
-        code = getattr(unraisable.object, "cr_code", None)  # Of a coroutine.
-        late = "Event loop is closed" in said or "was never awaited" in said
-        if not late and f"{os.sep}orbax{os.sep}" not in getattr(code, "co_filename", ""):
-            before(unraisable)
-
-    sys.unraisablehook = hook
 
 
 class _Damaged(Exception):

@@ -33,6 +33,7 @@ from jax_unlearn.pretrained.maxdiffusion.layout import (
     torch_config,
 )
 from jax_unlearn.pretrained.networks import kind_of
+from jax_unlearn.pretrained.quiet import quiet_orbax
 from jax_unlearn.pretrained.weights import write_json, write_params
 from jax_unlearn.typing import Params
 
@@ -186,6 +187,7 @@ def _read_params(item: pathlib.Path, part: str, shapes: Params) -> Params:
     import orbax.checkpoint as ocp
     from etils import epath
 
+    quiet_orbax()
     wanted, path = stored(part, shapes), epath.Path(item.absolute())
     to_host = ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.dtype("float32"))
     args = ocp.args.PyTreeRestore(
