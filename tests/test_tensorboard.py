@@ -9,7 +9,7 @@ import pytest
 
 from jax_unlearn.app import cli
 from jax_unlearn.app.report import read_rows
-from jax_unlearn.app.run import Interrupted
+from jax_unlearn.app.stopping import Interrupted
 from jax_unlearn.app.tensorboard import event_log, scalars
 from jax_unlearn.app.verify import verify
 

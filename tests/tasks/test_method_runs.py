@@ -190,7 +190,7 @@ def test_uce_is_the_minimiser_of_its_least_squares(model):
     options = ConceptOptions(**PROMPTS | {"strength": 0.3})
     options.validate()
     request = concept_request.make_prompt_request(model, options)
-    edited = concept_methods._uce(concept_methods._Setting(request, options, 0.3)).params
+    edited = concept_methods._uce(concept_methods._Setting(request, options)).params(0.3)
     table = np.float64(request.pretrained.apply.table)
     names = [name.strip("“”") for name in request.conditions.names]
     c = np.concatenate([table[names.index(name)] for name in ("a cat", "a dog")])
