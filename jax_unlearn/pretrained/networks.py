@@ -28,6 +28,7 @@ from jax_unlearn.pretrained.weights import (
 from jax_unlearn.typing import Params
 
 __all__ = [
+    "Kind",
     "Network",
     "kind_of",
     "load_network",
@@ -52,8 +53,16 @@ class Network(NamedTuple):
     config: dict[str, Any]
 
 
-class _Kind(NamedTuple):
-    """How to make a network of one class from its folder."""
+class Kind(NamedTuple):
+    """How to make a network of one class from its folder.
+
+    Attributes:
+      torch_class: package and name of the class in torch.
+      module: the linen module, of a config.
+      read_config: from the json to the config.
+      param_shapes: of a config.
+      stem: of the names of weight files.
+    """
 
     torch_class: str
     module: Callable[..., nn.Module]
@@ -65,23 +74,23 @@ class _Kind(NamedTuple):
 _KINDS = {
     kind.torch_class.partition(".")[2]: kind
     for kind in (
-        _Kind(
+        Kind(
             "diffusers.UNet2DModel", UNet2DModel, UNet2DConfig.from_diffusers, unet_2d.param_shapes
         ),
-        _Kind(
+        Kind(
             "diffusers.UNet2DConditionModel",
             UNet2DConditionModel,
             UNet2DConditionConfig.from_diffusers,
             unet_2d_condition.param_shapes,
         ),
-        _Kind(
+        Kind(
             "diffusers.AutoencoderKL",
             AutoencoderKL,
             AutoencoderKLConfig.from_diffusers,
             autoencoder_kl.param_shapes,
         ),
         *(
-            _Kind(
+            Kind(
                 f"transformers.{config.network}{suffix}",
                 module,
                 config.from_transformers,
@@ -181,7 +190,7 @@ def write_network(folder: pathlib.Path, config: Mapping[str, Any], params: Param
     write_params(folder / f"{kind.stem}.safetensors", shapes, params)
 
 
-def kind_of(config: Mapping[str, Any]) -> _Kind:
+def kind_of(config: Mapping[str, Any]) -> Kind:
     """The network's class: diffusers and transformers name it by different keys."""
     name = config.get("_class_name", listed_class(config))
     if not isinstance(name, str) or name not in _KINDS:
