@@ -49,7 +49,7 @@ def test_options_say_what_they_take_and_their_default(pages):
     page = pages.command_pages()["concept"]
     assert "`--steps` *INTEGER* — default `60`\n: Primal-dual steps; the command line takes" in page
     assert "`--threshold` *TEXT, repeatable* — default `calibrated`\n: A number (nats;" in page
-    assert "`--save` *pipeline \\| unet \\| lora* — default `pipeline`" in page
+    assert "`--save` *pipeline \\| unet \\| lora \\| maxdiffusion* — default `pipeline`" in page
     assert "`--continue`\n: As `--resume`, with other `--steps`, thresholds" in page
     assert "`--clip` *PATH*\n" in page
     assert "`FOLDER` *PATH* — default `unlearned`" in pages.command_pages()["verify"]
