@@ -404,6 +404,7 @@ def test_a_run_in_and_out(folders, saved, tmp_path):
     sizes = [
         "--steps=1", "--batch-size=8", "--forget-batch-size=8", "--samples=2", "--sampling-steps=2",
         "--evaluation-images=16", "--chain-steps=2", "--forget=cat", "--retain=dog",
+        "--threshold=2x",
     ]  # fmt: skip
     digests = {}
     for name, model in (("in", f"maxdiffusion:{saved}"), ("folder", folders["sd1"])):
