@@ -82,9 +82,9 @@ def sweep_step(
       problems with the same seed share theirs;
     - `each` is a tuple of further arrays, [n, ...], that the step takes after the batch.
 
-    On a device problems go one after the other, `at_once` of them together, each group in place of
-    its own states. On CPUs one at once is fastest for convolutions: of several networks they
-    become grouped ones. Where problems are small for their device, more at once fill it.
+    On a device problems go one after the other, `at_once` of them together. On CPUs one at once is
+    fastest for convolutions: of several networks they become grouped ones. Where problems are small
+    for their device, more at once fill it. While a step is computed the states are there twice.
 
     Args:
       step: (key, state, reference, batch, *each) -> (state, info): that of `primal_dual`, or a
@@ -130,30 +130,23 @@ def sweep_step(
         # `step` is not mapped, so that a dual step that is not due is left out for all.
         together = jax.vmap(one, in_axes=(0, _STACKED, 0, 0), out_axes=(_STACKED, 0))
 
-        def group(moving: PrimalDualState, start: Any) -> tuple[PrimalDualState, Any]:
-            def part(leaf: Any) -> Any:
-                return jax.lax.dynamic_slice_in_dim(leaf, start, at_once)
-
-            def back(leaf: Any, new: Any) -> Any:
-                return jax.lax.dynamic_update_slice_in_dim(leaf, new, start, 0)
-
-            key, state, number, own = jax.tree.map(part, (keys, moving, which, each))
-            state = state._replace(step=done)
+        def group(parts: Any) -> Any:
+            key, state, number, own = parts
             if at_once > 1:
-                state, info = together(key, state, number, own)
-                new = state._replace(step=None)
-            else:
-                first = jax.tree.map(
-                    lambda leaf: leaf[0], (key, state._replace(step=None), number, own)
-                )
-                state, info = one(first[0], first[1]._replace(step=done), *first[2:])
-                new, info = jax.tree.map(lambda leaf: leaf[None], (state._replace(step=None), info))
-            return jax.tree.map(back, moving, new), info
+                state, info = together(key, state._replace(step=done), number, own)
+                return state._replace(step=None), info
+            # Not mapped even over one: convolutions stay what they are.
+            first = jax.tree.map(lambda leaf: leaf[0], (key, state, number, own))
+            state, info = one(first[0], first[1]._replace(step=done), *first[2:])
+            return jax.tree.map(lambda leaf: leaf[None], (state._replace(step=None), info))
 
-        starts = jnp.arange(0, count, at_once)
-        moving = states._replace(step=None)  # pyrefly: ignore
-        moved, infos = jax.lax.scan(group, moving, starts)
-        infos = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), infos)
+        unmapped = states._replace(step=None)  # pyrefly: ignore
+        given = keys, unmapped, which, each
+        groups = jax.tree.map(
+            lambda leaf: leaf.reshape(count // at_once, at_once, *leaf.shape[1:]), given
+        )
+        found = jax.lax.map(group, groups)
+        moved, infos = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), found)
         return moved._replace(step=done + 1), infos
 
     if mesh is None:

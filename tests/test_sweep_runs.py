@@ -485,8 +485,8 @@ def test_a_sweep_that_does_not_fit_says_how_much_would(tiny_model, tmp_path):
             memory=memory.Memory(*sizes),
         )  # fmt: skip
 
-    # The reference, two moments and parameters of four, a gradient of one.
-    least = count * (1 + 3 * 4 + 1) + row
+    # The reference, two moments and parameters of four, twice, and a gradient of one.
+    least = count * (1 + 2 * 3 * 4 + 1) + row
     check(4, 1, 1, (least,))
     check(8, 2, 1, (10**12, least))
     with pytest.raises(ValueError, match=r"4 problems, 1 at.* 3 problems fit, with --at-once 1"):

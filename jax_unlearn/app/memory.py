@@ -81,7 +81,8 @@ def check_sweep(
     """Refuses a sweep that would need more memory than there is.
 
     Counted are the reference on each device; the parameters that train, with two moments, of each
-    problem; and gradients and rows of a batch of those that are computed together.
+    problem, twice, since a step makes new ones beside them; and gradients and rows of a batch of
+    those that are computed together.
 
     Args:
       pretrained: the model; parameters may be `jax.ShapeDtypeStruct`.
@@ -103,7 +104,7 @@ def check_sweep(
     together = own + max(part.size for part in rows)
 
     def need(each: int, at_once: int) -> int:
-        return copies * (fixed + 3 * each * own + at_once * together)
+        return copies * (fixed + 2 * 3 * each * own + at_once * together)
 
     each = problems // devices
     if need(each, at_once) <= most:
