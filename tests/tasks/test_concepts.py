@@ -395,11 +395,11 @@ def test_multipliers_of_a_run_move_where_they_should_and_nowhere_else(finished):
 
 
 @pytest.mark.slow
-def test_steps_of_likelihoods_on_a_mesh_are_those_of_one_device(tiny_model, tmp_path):
+def test_steps_of_likelihoods_on_a_mesh_are_those_of_one_device(two_levels, tmp_path):
     options = options_of(
-        tiny_model, tmp_path, formulation="likelihood", threshold=("0.5x",), stored_samples=60
+        two_levels, tmp_path, formulation="likelihood", threshold=("0.5x",), stored_samples=60
     )
-    request = concept_request.make_request(load_pretrained(tiny_model), options)
+    request = concept_request.make_request(load_pretrained(two_levels), options)
     task = concepts.concept_task(request, options, None)
     # A device each has as many rows.
     assert len(task.dual_batch.forget.cond) == 64
