@@ -1,11 +1,12 @@
 """Files that appear complete or not at all, and disks that are full."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["DiskFull", "is_full", "replace_file"]
+__all__ = ["DiskFull", "explained_if_full", "is_full", "replace_file"]
 
 _FULL = ("No space left on device", "Disk quota exceeded")
 
@@ -29,6 +30,28 @@ def is_full(error: BaseException) -> bool:
         or any(text in str(cause) for text in _FULL)
         for cause in _causes(error)
     )
+
+
+@contextlib.contextmanager
+def explained_if_full(out: Path, again: str) -> Iterator[None]:
+    """Makes one line of what a full disk breaks.
+
+    Args:
+      out: the folder that is written.
+      again: the command that goes on.
+
+    Raises:
+      DiskFull: in place of the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise DiskFull(
+            f"the disk of {out} is full: free some space, then {again}. No finished file was "
+            "damaged."
+        ) from error
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -18,7 +18,7 @@ from jax_unlearn.app import identity as identities
 from jax_unlearn.app.algorithm import algorithm_of
 from jax_unlearn.app.card import write_card
 from jax_unlearn.app.checkpoint import Checkpoints
-from jax_unlearn.app.files import DiskFull, is_full
+from jax_unlearn.app.files import explained_if_full
 from jax_unlearn.app.identity import Identity, Leg
 from jax_unlearn.app.loop import Loop, restore, train
 from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions
@@ -172,20 +172,13 @@ def run(
       ValueError: if the folder is in use, or what is resumed is another run or damaged.
     """
     again = f"jax-unlearn {command} --out {options.out} --resume"
-    try:
-        with (
-            processes.own_options(options) as own,
-            stop_signals(f"stopped while measuring; nothing is lost. Go on with: {again}") as stop,
-        ):
-            shared, progress = options.out, progress and processes.is_main()
-            return _run(request, own, shared, command, judge, progress, after_step, stop)
-    except Exception as error:
-        if not is_full(error):
-            raise
-        raise DiskFull(
-            f"the disk of {options.out} is full: free some space, then {again}. No finished file "
-            "was damaged."
-        ) from error
+    with (
+        explained_if_full(options.out, again),
+        processes.own_options(options) as own,
+        stop_signals(f"stopped while measuring; nothing is lost. Go on with: {again}") as stop,
+    ):
+        shared, progress = options.out, progress and processes.is_main()
+        return _run(request, own, shared, command, judge, progress, after_step, stop)
 
 
 def _advice(options: RunOptions, command: str) -> str:

@@ -17,7 +17,7 @@ from jax_unlearn.app.audit.page import verdict, write_page
 from jax_unlearn.app.audit.phases import phases_of
 from jax_unlearn.app.audit.report import report_of
 from jax_unlearn.app.audit.subject import Subject, load_subject
-from jax_unlearn.app.files import DiskFull, is_full
+from jax_unlearn.app.files import explained_if_full
 from jax_unlearn.app.folder import check_folder, claim
 from jax_unlearn.app.identity import (
     digest_of,
@@ -55,18 +55,12 @@ def audit(options: AuditOptions) -> dict[str, Any]:
     subject = load_subject(options)
     tools = attacks.make_tools(subject, options)
     functions = attacks.attempts(tools)
-    try:
-        with (
-            claim(options),
-            stop_signals(f"stopped; nothing measured is lost. Go on with: {again}"),
-        ):
-            return _audit(tools, functions)
-    except Exception as error:
-        if not is_full(error):
-            raise
-        raise DiskFull(f"the disk of {options.out} is full: free some space, then {again}.") from (
-            error
-        )
+    with (
+        explained_if_full(options.out, again),
+        claim(options),
+        stop_signals(f"stopped; nothing measured is lost. Go on with: {again}"),
+    ):
+        return _audit(tools, functions)
 
 
 def _audit(tools: Tools, functions: Mapping[str, attacks.Attack]) -> dict[str, Any]:

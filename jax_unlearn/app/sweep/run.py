@@ -21,7 +21,7 @@ from jax_unlearn.app import data, outcome, report, verify
 from jax_unlearn.app import identity as identities
 from jax_unlearn.app.algorithm import algorithm_of
 from jax_unlearn.app.checkpoint import Checkpoints
-from jax_unlearn.app.files import DiskFull, is_full
+from jax_unlearn.app.files import explained_if_full
 from jax_unlearn.app.folder import claim
 from jax_unlearn.app.identity import Leg
 from jax_unlearn.app.kept import Kept
@@ -138,19 +138,12 @@ def sweep(
       ValueError: as `run`.
     """
     again = f"jax-unlearn sweep {asked.command} --out {options.out} --resume"
-    try:
-        with (
-            claim(options),
-            stop_signals(f"stopped while measuring; nothing is lost. Go on with: {again}") as stop,
-        ):
-            return _sweep(request, asked, options, judge, progress, after_step, stop, again)
-    except Exception as error:
-        if not is_full(error):
-            raise
-        raise DiskFull(
-            f"the disk of {options.out} is full: free some space, then {again}. No finished file "
-            "was damaged."
-        ) from error
+    with (
+        explained_if_full(options.out, again),
+        claim(options),
+        stop_signals(f"stopped while measuring; nothing is lost. Go on with: {again}") as stop,
+    ):
+        return _sweep(request, asked, options, judge, progress, after_step, stop, again)
 
 
 class _Problems(NamedTuple):
