@@ -425,7 +425,7 @@ def test_a_run_in_and_out(folders, saved, tmp_path):
     )
     assert_same(first, second)
     # Once more, on what was saved.
-    arguments = [f"--model=maxdiffusion:{tmp_path / 'in' / 'model'}", "--columns=1", "--steps=2"]
+    arguments = [f"--model=maxdiffusion:{tmp_path / 'in' / 'model'}", "--samples=1", "--steps=2"]
     grid = tmp_path / "grid.png"
     assert cli.main(["sample", *arguments, "--prompts=a cat", f"--out={grid}"]) == 0
     assert grid.is_file()
