@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 import jax_unlearn
-from jax_unlearn.app import cli, run
+from jax_unlearn.app import loading, run
 from jax_unlearn.app.audit import attacks, measures
 from jax_unlearn.app.audit.options import AuditOptions
 from jax_unlearn.app.audit.subject import load_subject
@@ -42,7 +42,7 @@ def train(folder, forget, threshold, seed, steps):
         options = dataclasses.replace(options, threshold=(threshold,), samples=0)
         if steps is not None:
             options = dataclasses.replace(options, steps=steps)
-        request, options, judge = cli._load(options)
+        request, options, judge = loading.load(options)
         started = time.monotonic()
         run.run(request, options, command=command, judge=judge)
         print(f"{time.monotonic() - started:.0f} s", flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import jax_unlearn
-from jax_unlearn.app import cli
+from jax_unlearn.app import cli, parsing
 
 DOCS = Path(__file__).parents[1] / "docs"
 GENERATED = DOCS / "_generated"
@@ -35,7 +35,7 @@ def docstrings():
     return importlib.import_module("docstrings")
 
 
-@pytest.mark.parametrize("command", cli._COMMANDS)
+@pytest.mark.parametrize("command", parsing.COMMANDS)
 def test_a_command_s_page_has_the_options_of_its_help(pages, capsys, command):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])

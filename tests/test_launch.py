@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from jax_unlearn.app import cli
+from jax_unlearn.app import parsing
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "examples" / "launch"
 SHELLS = ("tpu_pod.sh", "xpk.sh", "slurm.sbatch")
@@ -31,7 +31,7 @@ def test_shells_read_the_files(name):
 def test_the_command_takes_their_options(name):
     ((command, *options),) = commands(name)
     options = [option for option in options if option != "$resume"]
-    parsed = cli._parse(command, options)
+    parsed = parsing.parse(command, options)
     assert parsed.coordinator == "auto"
     assert parsed.forget == ("a photo of a golf ball",)
     assert parsed.mesh == "data=-1"
@@ -43,7 +43,7 @@ def test_the_pods_of_kubernetes_meet():
     (container,) = pod["containers"]
     program, command = container["command"]
     arguments = [one.replace("$(JOB_COMPLETION_INDEX)", "3") for one in container["args"]]
-    parsed = cli._parse(command, arguments)
+    parsed = parsing.parse(command, arguments)
     assert program == "jax-unlearn"
     assert parsed.num_processes == job["spec"]["completions"] == job["spec"]["parallelism"] == 4
     assert parsed.process_id == 3
@@ -79,4 +79,4 @@ def test_every_file_is_in_the_table():
 )
 def test_devices_that_cannot_be_meant_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        cli._parse("concept", ["--forget", "Sneaker", *options])
+        parsing.parse("concept", ["--forget", "Sneaker", *options])

@@ -36,16 +36,6 @@ THRESHOLDS, MULTIPLIERS = jnp.array([0.5, 0.4]), jnp.array([0.3, 0.2])
 KEYS = jax.random.split(jax.random.key(0), 3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quickly_compiled():
-    """Each of some hundred programs runs once or twice: compiling them is the time of this file."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
-
-
 def squares(x):
     return jnp.concatenate([0.5 * jnp.square(x - 1), 0.5 * jnp.square(x + 1)], axis=1)
 

@@ -36,16 +36,6 @@ SKEW = jnp.float32([[1.1, -0.4], [0.3, 0.8]])
 CHAIN = {"shape": (2,), "steps": 5}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quickly_compiled():
-    """Programs of a few numbers: compiling them is the time of this file."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
-
-
 def apply(matrix, x_t, t, cond):
     mean = jnp.matmul(cond, matrix.T, precision="highest")
     return GAIN[t][:, None] * x_t + SLOPE[t][:, None] * mean

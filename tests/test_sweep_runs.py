@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from jax_unlearn import metrics, multipliers
-from jax_unlearn.app import cli, memory, report, verify
+from jax_unlearn.app import cli, loading, memory, report, verify
 from jax_unlearn.app import run as running
 from jax_unlearn.app.options import ConceptOptions, DataOptions
 from jax_unlearn.app.sweep import fronts as made
@@ -571,7 +571,7 @@ def test_mistakes_are_one_clear_line_before_anything_is_loaded(
     given, message, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(loading, "load", None)
     assert cli.main(["sweep", *given]) == 2
     said = capsys.readouterr().err
     assert message in said

@@ -17,7 +17,7 @@ import jax
 import tyro
 
 import jax_unlearn
-from jax_unlearn.app import cli
+from jax_unlearn.app import cli, parsing
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Of the networks and the application only what users of the library meet.
@@ -91,7 +91,7 @@ def _takes(hint: Any) -> str:
 def commands() -> dict[str, type]:
     """The dataclass of each command's options."""
     found = {}
-    for command, where in cli._COMMANDS.items():
+    for command, where in parsing.COMMANDS.items():
         module, name = where.rsplit(".", 1)
         found[command] = getattr(importlib.import_module(f"jax_unlearn.app.{module}"), name)
     return found

@@ -11,23 +11,15 @@ import webbrowser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from jax_unlearn.app.parsing import COMMANDS, parse, split, take
+
 # What loads networks is imported once a command is known: --help answers at once.
 if TYPE_CHECKING:
     from jax_unlearn.app.audit.options import AuditOptions
-    from jax_unlearn.app.options import ModelOptions, RunOptions, SampleOptions, VerifyOptions
+    from jax_unlearn.app.options import RunOptions, SampleOptions, VerifyOptions
 
 __all__ = ["main"]
 
-_COMMANDS = {
-    "demo": "options.DemoOptions",
-    "data": "options.DataOptions",
-    "concept": "options.ConceptOptions",
-    "sweep": "sweep.options.SweepOptions",
-    "plan": "plan.options.PlanOptions",
-    "audit": "audit.options.AuditOptions",
-    "sample": "options.SampleOptions",
-    "verify": "options.VerifyOptions",
-}
 # What the system says of paths that cannot be used as they were given.
 _OF_INPUT = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
@@ -50,104 +42,6 @@ _USAGE = """usage: jax-unlearn COMMAND [OPTIONS]
   --help after a command lists its options with their defaults and units.
   --config RUN.JSON after demo, data or concept repeats the run that wrote it.
 """
-
-
-def _take(arguments: list[str], flag: str) -> str | None:
-    """Removes `flag VALUE` or `flag=VALUE` from the arguments."""
-    for place, argument in enumerate(arguments):
-        if argument == flag:
-            if place + 1 == len(arguments):
-                raise ValueError(f"{flag} needs a value.")
-            value = arguments[place + 1]
-            del arguments[place : place + 2]
-            return value
-        if argument.startswith(flag + "="):
-            del arguments[place]
-            return argument.split("=", 1)[1]
-    return None
-
-
-def _split(kind: type, command: str, arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments of a command that has another after its name: its own, and those of the other.
-
-    Raises:
-      ValueError: if no command follows, or an option has no value.
-    """
-    import tyro
-
-    name = next(iter(arguments), "--help")
-    if name in ("-h", "--help"):
-        tyro.cli(kind, args=["--help"], prog=f"jax-unlearn {command}")
-    if name not in ("concept", "data"):
-        raise ValueError(
-            f"{command} {name}: give the command to {command}, concept or data, and then its "
-            "options."
-        )
-    flags = {
-        f"--{field.name.replace('_', '-')}": field.default is False
-        for field in dataclasses.fields(kind)[1:]
-    }
-    own, rest, taken = [name], [], None
-    for argument in arguments[1:]:
-        if argument.startswith("--"):
-            flag, _, value = argument.partition("=")
-            taken = flag if flag in flags else None
-            if taken is not None:
-                own += [flag] + [value] * ("=" in argument)
-                continue
-        # What follows an option, up to the next, is its value.
-        (rest if taken is None else own).append(argument)
-    for place, flag in enumerate(own):
-        following = own[place + 1] if place + 1 < len(own) else "--"
-        if flags.get(flag) is False and following.startswith("--"):
-            raise ValueError(f"{flag} needs a value.")
-    return own, rest
-
-
-def _parse(command: str, arguments: list[str], before: str = "") -> Any:
-    """The options of a command; `before` it stands in run.json, as "sweep " does."""
-    import tyro
-
-    from jax_unlearn.app.jobs import DEFAULTS
-    from jax_unlearn.app.options import RunOptions
-    from jax_unlearn.app.run_file import load_run
-
-    module, name = _COMMANDS[command].rsplit(".", 1)
-    kind = getattr(importlib.import_module(f"jax_unlearn.app.{module}"), name)
-    config = _take(arguments, "--config") if issubclass(kind, RunOptions) else None
-    default = None if config is None else load_run(pathlib.Path(config), before + command, kind)
-    if default is None and {"--resume", "--continue"} & set(arguments):
-        out = _take(list(arguments), "--out")
-        saved = pathlib.Path(out or kind.out) / "run.json"
-        if not saved.is_file():
-            raise ValueError(f"nothing to resume: {saved} is not there.")
-        default = load_run(saved, before + command, kind)
-    if default is None:
-        chosen: dict[str, Any] = {}
-        for flag in ("--formulation", "--method") if command == "concept" else ():
-            chosen |= DEFAULTS.get(_take(list(arguments), flag) or "", {})
-        default = kind(**chosen)
-    # A repeated option starts from nothing, not from its default.
-    given: dict[str, Any] = {
-        field.name: ()
-        for field in dataclasses.fields(kind)
-        if isinstance(getattr(default, field.name), tuple)
-        and any(
-            argument.split("=")[0] == f"--{field.name.replace('_', '-')}" for argument in arguments
-        )
-    }
-    default = dataclasses.replace(default, **given)
-    options = tyro.cli(
-        kind,
-        args=arguments,
-        default=default,
-        prog=f"jax-unlearn {command}",
-        config=(tyro.conf.UseAppendAction,),
-    )
-    if getattr(options, "go_on", False):
-        options = dataclasses.replace(options, resume=True)
-    options.validate()
-    return options
 
 
 def _without_ynnpack() -> None:
@@ -179,97 +73,6 @@ def _cache_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _load(options: "RunOptions") -> tuple[Any, "RunOptions", Any]:
-    """The request that the options ask for, the options made exact, and the judge."""
-    import numpy as np
-
-    from jax_unlearn.app import embedded
-    from jax_unlearn.app.options import ConceptOptions, DataOptions, DemoOptions, ModelOptions
-    from jax_unlearn.app.tasks import concept_request, images
-    from jax_unlearn.models.judge import load_judge
-    from jax_unlearn.pretrained import load_pretrained
-    from jax_unlearn.pretrained.text_to_image import is_text_to_image
-
-    _announce(options)
-
-    if isinstance(options, DemoOptions):
-        pretrained = _named(load_pretrained(embedded.model_path()), "the embedded model")
-        return (*images.from_embedded(pretrained, options), embedded.judge())
-    assert isinstance(options, ModelOptions)
-    own = options.model == "embedded"
-    revision = options.revision or None
-    if options.model == "embedded-text" or (
-        not own and is_text_to_image(options.model, revision=revision)
-    ):
-        return _load_prompts(options)
-    pretrained = load_pretrained(
-        embedded.model_path() if own else options.model,
-        dtype=options.dtype,
-        remat=options.remat,
-        revision=revision,
-    )
-    judge = embedded.judge() if own else None
-    if own:
-        pretrained = _named(pretrained, "the embedded model")
-    if options.judge is not None:
-        judge = load_judge(options.judge)
-    if isinstance(options, DataOptions):
-        return images.from_paths(pretrained, options), options, judge
-    assert isinstance(options, ConceptOptions)
-    request = concept_request.make_request(pretrained, options)
-    if own:
-        stored = embedded.load_data().held_out
-        real = stored.pixels[~np.isin(stored.labels, request.forgotten)]
-        request = request._replace(real=real)
-    return request, options, judge
-
-
-def _announce(options: Any) -> None:
-    """Says that a model is asked for on the hub, or converted, before it is."""
-    from jax_unlearn.app.terminal import say
-    from jax_unlearn.pretrained.hub import MAXDIFFUSION, is_hub_name
-
-    model = getattr(options, "model", "embedded")
-    if model not in ("embedded", "embedded-text") and is_hub_name(model):
-        at = f" at {options.revision}" if options.revision else ""
-        say(f"{model} is no folder here: asking the Hugging Face hub for it{at} ...")
-    if model.startswith(MAXDIFFUSION):
-        say(f"{model}: converted at its first use, into the user's cache ...")
-
-
-def _named(pretrained: Any, name: str) -> Any:
-    config = dataclasses.replace(pretrained.config, name=name)
-    return pretrained._replace(config=config)
-
-
-def _load_prompts(options: "ModelOptions") -> tuple[Any, "RunOptions", Any]:
-    """`_load` for a model from text to image."""
-    from jax_unlearn.app import embedded
-    from jax_unlearn.app.options import ConceptOptions, DataOptions
-    from jax_unlearn.app.tasks import concept_request, images
-    from jax_unlearn.pretrained.clip import load_clip, zero_shot
-    from jax_unlearn.pretrained.text_to_image import load_text_to_image
-
-    own = options.model == "embedded-text"
-    path = embedded.text_model_path() if own else options.model
-    model = load_text_to_image(
-        path, dtype=options.dtype, remat=options.remat, revision=options.revision or None
-    )
-    if own:
-        named = _named(model.pretrained, "the embedded model from text to image")
-        model = model._replace(pretrained=named)
-    folder = embedded.clip_path() if own and options.clip is None else options.clip
-    clip = None if folder is None else load_clip(folder)
-    if isinstance(options, DataOptions):
-        request: Any = images.from_captioned(model, options)
-    else:
-        assert isinstance(options, ConceptOptions)
-        request = concept_request.make_prompt_request(model, options)
-    # Images without captions are shown under no prompt alone; a CLIP then only compares.
-    classes = request.conditions.classes or ("",)
-    return request, options, None if clip is None else zero_shot(clip, classes)
-
-
 def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, Any, Any]]:
     """The runs that a command makes, loaded: (command, request, options, judge) each.
 
@@ -278,6 +81,7 @@ def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, A
     """
     from jax_unlearn.app.identity import check_options
     from jax_unlearn.app.jobs import jobs_of
+    from jax_unlearn.app.loading import load
     from jax_unlearn.app.memory import check_run
     from jax_unlearn.app.run import check_batches, check_method
 
@@ -287,7 +91,7 @@ def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, A
         if len(asked) > 1 and getattr(options, option):
             flag = option.replace("_", "-")
             raise ValueError(f"--{flag} is for one model: choose a --formulation.")
-    jobs = [(name, *_load(one)) for name, one in asked]
+    jobs = [(name, *load(one)) for name, one in asked]
     if len(jobs) > 1 and options.go_on:
         raise ValueError(
             "--continue is for one run: give the command of one of those in "
@@ -347,10 +151,11 @@ def _unlearn(command: str, options: "RunOptions") -> int:
 
 
 def _sample(options: "SampleOptions") -> int:
+    from jax_unlearn.app.loading import announce
     from jax_unlearn.app.sampling import draw_grid
     from jax_unlearn.app.terminal import printable
 
-    _announce(options)
+    announce(options)
     draw_grid(options)
     print(printable(str(options.out)))
     return 0
@@ -370,14 +175,15 @@ def _audit(options: "AuditOptions") -> int:
 def _plan(arguments: list[str]) -> int:
     import tyro
 
+    from jax_unlearn.app.loading import announce
     from jax_unlearn.app.plan.options import PlanOptions
     from jax_unlearn.app.terminal import printable
 
-    own, rest = _split(PlanOptions, "plan", arguments)
+    own, rest = split(PlanOptions, "plan", arguments)
     asked = tyro.cli(PlanOptions, args=own, prog="jax-unlearn plan")
     asked.validate()
-    options = _parse(asked.command, rest)
-    _announce(options)
+    options = parse(asked.command, rest)
+    announce(options)
 
     from jax_unlearn.app.plan.plan import plan, table
 
@@ -392,12 +198,12 @@ def _sweep(arguments: list[str]) -> int:
     from jax_unlearn.app.sweep.options import SweepOptions
     from jax_unlearn.models.files import read_json
 
-    own, rest = _split(SweepOptions, "sweep", arguments)
+    own, rest = split(SweepOptions, "sweep", arguments)
     for flag in ("--threshold", "--strength"):
-        if _take(list(rest), flag) is not None and f"{flag}s" in own:
+        if take(list(rest), flag) is not None and f"{flag}s" in own:
             raise ValueError(f"{flag}s are swept: leave {flag} out.")
-    path, default = _take(list(rest), "--config"), SweepOptions(own[0])  # pyrefly: ignore
-    options = _parse(own[0], rest, "sweep ")
+    path, default = take(list(rest), "--config"), SweepOptions(own[0])  # pyrefly: ignore
+    options = parse(own[0], rest, "sweep ")
     if path is None and options.resume:
         path = str(options.out / "run.json")
     if path is not None:
@@ -411,6 +217,7 @@ def _sweep(arguments: list[str]) -> int:
     from jax_unlearn.app import verify
     from jax_unlearn.app.folder import check_folder
     from jax_unlearn.app.identity import check_options
+    from jax_unlearn.app.loading import load
     from jax_unlearn.app.memory import check_run, check_sweep
     from jax_unlearn.app.run import check_batches, check_method
     from jax_unlearn.app.sweep.fronts import table
@@ -421,7 +228,7 @@ def _sweep(arguments: list[str]) -> int:
     devices = devices_of(asked, options)
     check_options(options)
     check_sweep_options(asked, options)
-    request, _, judge = _load(options)
+    request, _, judge = load(options)
     check_method(request, options)
     check_run(request.pretrained, options)
     problems = len(asked.points(options))
@@ -453,7 +260,7 @@ def _verify(options: "VerifyOptions") -> int:
 def _run(command: str, arguments: list[str]) -> int:
     if command in ("plan", "sweep"):
         return _plan(arguments) if command == "plan" else _sweep(arguments)
-    options = _parse(command, arguments)
+    options = parse(command, arguments)
     if command == "verify":
         return _verify(options)
     _cache_compilations()
@@ -469,12 +276,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0 if given else 2
     command, *rest = given
-    # No import of this library before a signal can be answered.
+    # Nothing that takes time is imported before a signal can be answered.
     from jax_unlearn.app.files import DiskFull, is_full
     from jax_unlearn.app.stopping import Interrupted, stop_signals
     from jax_unlearn.app.terminal import say
 
-    if command not in _COMMANDS:
+    if command not in COMMANDS:
         say(f"jax-unlearn: unknown command {command!r}.\n\n{_USAGE}")
         return 2
     try:

@@ -19,7 +19,7 @@ __all__ = ["Kept"]
 
 
 class Kept:
-    """Results of phases on disk, a json file each, and its arrays beside it."""
+    """Results on disk, a json file each with its arrays beside it, of what a digest stands for."""
 
     def __init__(self, folder: pathlib.Path, digest: str) -> None:
         self._folder, self._digest = folder, digest
@@ -36,7 +36,7 @@ class Kept:
         try:
             stored = read_json(path)
             result, digest = stored["result"], stored["digest"]
-            if (stored["audit"], digest) != (self._digest, digest_of([name, result])):
+            if (stored["of"], digest) != (self._digest, digest_of([name, result])):
                 raise ValueError
             if stored["arrays"]:
                 with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
@@ -57,7 +57,7 @@ class Kept:
                 np.savez(file, allow_pickle=False, **arrays)
         plain = {key: value for key, value in result.items() if key not in arrays}
         plain = json.loads(json.dumps(plain))
-        stored = {"audit": self._digest, "digest": digest_of([name, plain]), "result": plain}
+        stored = {"of": self._digest, "digest": digest_of([name, plain]), "result": plain}
         stored["arrays"] = [*arrays]
         replace_file(self._path(name), (json.dumps(stored) + "\n").encode())
         return result

@@ -11,7 +11,7 @@ import pytest
 
 from jax_unlearn import attacks, schedules
 from jax_unlearn.app import algorithm as algorithms
-from jax_unlearn.app import cli
+from jax_unlearn.app import cli, parsing
 from jax_unlearn.app import run as running
 from jax_unlearn.app.jobs import jobs_of
 from jax_unlearn.app.options import ConceptOptions, DemoOptions
@@ -377,5 +377,5 @@ def test_the_robust_demo_is_one_run_of_concept(tmp_path):
     for given in ({}, {"text": True, "formulation": "likelihood"}):
         with pytest.raises(ValueError, match="--robust is for --text"):
             DemoOptions(robust=True, **given).validate()
-    parsed = cli._parse("concept", ["--forget", "dog", "--formulation", "without"])
+    parsed = parsing.parse("concept", ["--forget", "dog", "--formulation", "without"])
     assert (parsed.threshold, parsed.attack_steps) == (("0.05x",), 400)

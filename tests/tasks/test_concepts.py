@@ -15,7 +15,7 @@ import pytest
 
 from jax_unlearn import divergences, likelihoods, losses, quantification, sharding
 from jax_unlearn.app import algorithm as algorithms
-from jax_unlearn.app import cli, report
+from jax_unlearn.app import cli, parsing, report
 from jax_unlearn.app import run as running
 from jax_unlearn.app.jobs import jobs_of
 from jax_unlearn.app.options import ConceptOptions, DemoOptions
@@ -75,7 +75,7 @@ def finished(tiny_model, tmp_path_factory):
 @pytest.mark.slow
 def test_likelihoods_take_more_steps_by_default(finished):
     def steps(*given):
-        return cli._parse("concept", ["--forget", "dog", *given]).steps
+        return parsing.parse("concept", ["--forget", "dog", *given]).steps
 
     likely = ("--formulation", "likelihood")
     assert (steps(), steps(*likely), steps("--formulation=likelihood")) == (60, 300, 300)
