@@ -21,7 +21,13 @@ from jax_unlearn.app.plan import without_weights, worker
 from jax_unlearn.app.plan.chips import CHIPS, Chip, larger, parse_topology
 from jax_unlearn.app.plan.options import PlanOptions
 from jax_unlearn.app.plan.plan import Plan, plan, table
-from jax_unlearn.app.tasks import any_condition, concept_formulations, image_task, images
+from jax_unlearn.app.tasks import (
+    any_condition,
+    concept_evaluation,
+    concept_formulations,
+    image_task,
+    images,
+)
 from jax_unlearn.app.tasks.base import Measured
 from jax_unlearn.app.tasks.evaluation import Evaluation
 from jax_unlearn.pretrained import load_pretrained
@@ -110,7 +116,9 @@ def test_unmeasured_samples_have_the_shapes_of_stored_ones(bare, monkeypatch, st
     given = SMALL | PROMPTS | {"target_steps": steps, "stored_samples": 12}
     options = ConceptOptions(model=str(bare), **given)
     request = without_weights.request_of(options)
-    stored = concept_formulations.stored_samples(request, options)
+    stored = concept_formulations.stored_samples(
+        request, options, concept_evaluation.judging(request, options)
+    )
     assumed = concept_formulations.unmeasured_samples(request, options)
     assert sizes(stored._replace(confusion=None)) == sizes(assumed._replace(confusion=None))
     assert (stored.confusion is None) == (assumed.confusion is None) == (steps == 0)

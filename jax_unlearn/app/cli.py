@@ -70,7 +70,7 @@ def _cache_compilations() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "jax_unlearn"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, Any, Any]]:
@@ -91,7 +91,12 @@ def _checked_jobs(command: str, options: "RunOptions") -> list[tuple[str, Any, A
         if len(asked) > 1 and getattr(options, option):
             flag = option.replace("_", "-")
             raise ValueError(f"--{flag} is for one model: choose a --formulation.")
-    jobs = [(name, *load(one)) for name, one in asked]
+    # The runs of one command have one reference, whose samples are drawn once.
+    known: dict[Any, Any] = {}
+    jobs = []
+    for name, one in asked:
+        request, exact, judge = load(one)
+        jobs.append((name, request._replace(known=known), exact, judge))
     if len(jobs) > 1 and options.go_on:
         raise ValueError(
             "--continue is for one run: give the command of one of those in "

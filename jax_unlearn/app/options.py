@@ -252,10 +252,14 @@ class DemoOptions(ImageOptions):
     """Labels to forget, by name or number, each one constraint, default Trouser; or "repeated", the
     sixteen images that the embedded model's training set repeats, each of them a constraint. With
     --text objects or styles, default sneaker."""
+    steps: int = 60
+    """Primal-dual steps."""
     evaluation_images: int = 192
     """Images (or draws, or trajectories) that each reported estimate is made from."""
     samples: int = 16
     """Samples drawn for each label before and after; 0 draws none and skips their metrics."""
+    sampling_steps: int = 20
+    """DDIM steps of a sample, 1 to the number of training steps."""
     formulation: Literal["all", "forward-kl", "reverse-kl", "likelihood"] = "all"
     """Which runs to make, each in a folder of its own if "all". The options here are forward KL's;
     the others take of them seed, guidance, and (but for --text) samples: see `concept --help`."""

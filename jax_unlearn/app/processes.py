@@ -123,14 +123,25 @@ def share(count: int, one: Callable[[int], Any]) -> list[Any]:
     ]
 
 
+def whole(rows: int) -> int:
+    """Rows rounded up to what the accelerators of this process share evenly."""
+    devices = len(_sharing())
+    return -(-rows // devices) * devices
+
+
+def _sharing() -> list[jax.Device]:
+    """Those that share a batch. On CPUs one: they are parts of one machine and win nothing."""
+    devices = jax.local_devices()
+    return devices[:1] if devices[0].platform in _NOTHING_WON else devices
+
+
 def over_devices(tree: Any, rows: int) -> Any:
     """Arrays [rows, ...] split over the accelerators of this process, for what is measured.
 
-    Where rows do not divide, or there is one device, they stay as they are. So they do on CPUs,
-    whose devices are parts of one machine and win nothing.
+    Where rows do not divide, or one device has them all, they stay as they are.
     """
-    devices = jax.local_devices()
-    if len(devices) == 1 or rows % len(devices) or devices[0].platform in _NOTHING_WON:
+    devices = _sharing()
+    if len(devices) == 1 or rows % len(devices):
         return tree
     mesh = sharding.device_mesh(devices=devices)
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(sharding.AXIS)))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -225,10 +224,12 @@ def _run(
     reference = pretrained.params
     if task.baseline is not None and task.baseline.reference is not None:
         reference = task.baseline.reference
-    # Only what trains is copied: the step does not donate the reference.
-    state = algorithm.init(
-        jax.tree.map(jnp.copy, start), task.thresholds, multipliers=task.multipliers, copy=False
-    )
+    # In one program, whose outputs are copies of what trains: the step donates these.
+    state = jax.jit(
+        lambda params: algorithm.init(
+            params, task.thresholds, multipliers=task.multipliers, copy=False
+        )
+    )(start)
     # A step's key follows from the seed and the state's own count: nothing more to save.
     key = jax.random.key(options.seed)
     mesh = _mesh(options) if jax.device_count() > 1 and not by_pmap else None

@@ -329,10 +329,10 @@ def sampled(
         index = jnp.asarray(forget.constraint)
         count = index.shape[0]
         index = index.reshape(count, -1)
-        size = min(at_once, count)
-        # Padded to whole parts; a part has rows from all over the batch, so that on several
+        parts = -(-count // at_once)
+        size = -(-count // parts)
+        # Padded to equal parts; a part has rows from all over the batch, so that on several
         # devices each part is spread as the batch is.
-        parts = -(-count // size)
         rows = np.arange(parts * size) % count
         keys = losses.example_keys(key, count, axis_name=axis_name)
         given = jax.tree.map(

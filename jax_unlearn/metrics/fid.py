@@ -1,5 +1,6 @@
 """The Fréchet distance (FID) between two sets of features."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -51,6 +52,11 @@ def frechet_distance(x_features: ArrayLike, y_features: ArrayLike) -> Array:
             "the Fréchet distance takes features [n, d] and [m, d] with n and m at least 2, "
             f"not {x.shape} and {y.shape}."
         )
+    return _distance(x, y)
+
+
+@jax.jit
+def _distance(x: Array, y: Array) -> Array:
     mean_x, factor_x = _mean_and_factor(x)
     mean_y, factor_y = _mean_and_factor(y)
     product = jnp.matmul(factor_x, factor_y.T, precision=lax.Precision.HIGHEST)

@@ -1,5 +1,9 @@
 """The kernel distance (KID) between two sets of features, with its standard error."""
 
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -72,10 +76,15 @@ def kernel_distance(
             "the kernel distance takes features [n, d] and [m, d] with n and m at least 4, "
             f"not {x.shape} and {y.shape}."
         )
-    n, m = len(x), len(y)
     scale = 1.0 / x.shape[1] if gamma is None else gamma
+    return _distance(x, y, scale, coef0, degree)
 
-    def kernel(a: Array, b: Array) -> Array:
+
+@partial(jax.jit, static_argnames="degree")
+def _distance(x: Array, y: Array, scale: ArrayLike, coef0: ArrayLike, degree: int) -> Estimate:
+    n, m = len(x), len(y)
+
+    def kernel(a: Array, b: Array) -> Any:
         return (scale * jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST) + coef0) ** degree
 
     k_xy = kernel(x, y)

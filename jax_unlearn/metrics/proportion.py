@@ -1,5 +1,6 @@
 """A share of samples with its standard error: how often a classifier sees what was asked for."""
 
+import jax
 import jax.numpy as jnp
 
 from jax_unlearn.typing import ArrayLike, Estimate
@@ -7,6 +8,7 @@ from jax_unlearn.typing import ArrayLike, Estimate
 __all__ = ["proportion"]
 
 
+@jax.jit
 def proportion(hits: ArrayLike, count: ArrayLike) -> Estimate:
     """The share r = hits/n, n = count, and the half-width of Wilson's interval at one σ.
 

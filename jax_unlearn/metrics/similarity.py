@@ -10,6 +10,7 @@ The feature extractor is the caller's.
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -42,7 +43,7 @@ def cosine_similarity(x: ArrayLike, y: ArrayLike) -> Array:
             f"cosine_similarity compares features one by one, not {x.shape} with "
             f"{y.shape}: use nearest_neighbours to search a set."
         )
-    return (_normalised(x) * _normalised(y)).sum(axis=-1)
+    return _cosine(x, y)
 
 
 def nearest_neighbours(queries: ArrayLike, bank: ArrayLike, *, k: int = 1) -> tuple[Array, Array]:
@@ -144,6 +145,11 @@ def reconstruct(
     times = np.linspace(start, 0, steps).round().astype(np.int32)
     schedule = dataclasses.replace(schedule, prediction_type="epsilon")
     return samplers.denoise(predict_epsilon, schedule, x_start, times).x_0
+
+
+@jax.jit
+def _cosine(x: Array, y: Array) -> Array:
+    return (_normalised(x) * _normalised(y)).sum(axis=-1)
 
 
 def _normalised(features: Array) -> Array:

@@ -172,7 +172,7 @@ def load_judge(path: str | os.PathLike[str]) -> JudgeFunctions:
             f"{path} does not hold what its json file describes: {len(differing)} tensors differ, "
             f"the first is {differing[0]}."
         )
-    values = {name: jnp.asarray(read_tensor(name, one)) for name, one in stored.items()}
+    values = {name: jax.device_put(read_tensor(name, one)) for name, one in stored.items()}
     params = traverse_util.unflatten_dict(values, sep=".")
 
     @jax.jit

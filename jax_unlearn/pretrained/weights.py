@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_unlearn.models.files import read_json, shown
@@ -283,7 +282,7 @@ def read_params(shapes: Params, files: list[pathlib.Path]) -> Params:
     for key, (name, stored) in found.items():
         values = np.asarray(_from_torch(leaves[key][0], read_tensor(name, stored)), order="C")
         # Otherwise copies to the device wait in a queue, each with its array here.
-        params[key] = jax.block_until_ready(jnp.asarray(values))
+        params[key] = jax.block_until_ready(jax.device_put(values))
     return jax.tree.unflatten(jax.tree.structure(shapes), [params[key] for key in leaves])
 
 

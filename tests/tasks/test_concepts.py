@@ -211,8 +211,8 @@ def test_likelihoods_are_measured_where_they_are_asked_for(tiny_model, tmp_path)
     for threshold, wanted in (("0.9x", {1}), ("calibrated", {0, 1, 2})):
         options = options_of(tiny_model, tmp_path, formulation="likelihood", threshold=(threshold,))
         request = concept_request.make_request(load_pretrained(tiny_model), options)
-        h = concept_evaluation.classifier(request, options)
-        shows = concept_evaluation.likelihoods_of_samples(request, options, h)
+        judged = concept_evaluation.judging(request, options)
+        shows = concept_evaluation.likelihoods_of_samples(request, judged, None)
         measured = concept_evaluation.evaluator(request, options, shows)(request.pretrained.params)
         assert set(measured.valued) == wanted
         each = np.bincount(measured.valued)[list(wanted)]
@@ -243,7 +243,8 @@ def test_stored_samples_are_of_the_joint_law_of_image_and_concept(two_levels, tm
         two_levels, tmp_path, formulation="likelihood", forget=("dog", "cat"), threshold=("0.8x",)
     )
     request = concept_request.make_request(load_pretrained(two_levels), options)
-    stored = concept_formulations.stored_samples(request, options)
+    by = concept_evaluation.judging(request, options)
+    stored = concept_formulations.stored_samples(request, options, by)
     assert set(stored.values.ravel()) == {0.0, 1.0}
     assert (stored.values.sum(axis=1) <= 1).all()
     # What is noised most little is known of, and of what is noised least as much as can be.
@@ -255,10 +256,12 @@ def test_stored_samples_are_of_the_joint_law_of_image_and_concept(two_levels, tm
         of_i = np.asarray(judged)[stored.values[:, i] == 1]
         right = (of_i.sum(axis=0) + np.eye(2)[i]) / (len(of_i) + 1)
         np.testing.assert_allclose(stored.confusion.shown[i], right, rtol=1e-4)
-    # What is bounded is the classifier's posterior, calibrated.
+    # What is bounded is the classifier's posterior, calibrated, in training too.
     shown, elsewhere = (np.asarray(part, np.float64) for part in stored.confusion[:2])
     calibrated = np.linalg.solve((shown - elsewhere).T, (np.asarray(judged) - elsewhere).T).T
-    np.testing.assert_allclose(stored.h, calibrated, rtol=1e-3, atol=1e-3)
+    trained = concept_formulations.bounded(request, options, stored)(reference, stored.base)
+    for h in (stored.h, trained):
+        np.testing.assert_allclose(h, calibrated, rtol=1e-3, atol=1e-3)
     # λ* moves log-odds from shares π to ε: of each concept against none.
     task = concepts.concept_task(request, options, None)
     np.testing.assert_allclose(task.thresholds, 0.8 * shares, rtol=1e-6)
@@ -266,8 +269,7 @@ def test_stored_samples_are_of_the_joint_law_of_image_and_concept(two_levels, tm
     np.testing.assert_allclose(task.multipliers, np.log(odds), rtol=1e-4)
     assert "the classifier finds dog in" in " ".join(task.asked["notes"])
     # What is certified are shares, and their error has that of the confusion.
-    h = concept_formulations.bounded(request, options, stored)
-    shows = concept_evaluation.likelihoods_of_samples(request, options, h)
+    shows = concept_evaluation.likelihoods_of_samples(request, by, stored.confusion)
     cond = np.tile(np.array([one.cond for one in request.separated], np.int32), 16)
     found = shows(reference, jax.random.key(options.seed + 1), cond)
     before = task.before.constraints
@@ -318,7 +320,9 @@ def test_points_are_of_the_reference_at_the_base(tiny_model, tmp_path):
         seen += [x.tobytes() for x in forget.x_t]
     assert len(set(seen)) == 192
     # At the noisiest point nothing is known but the base's share of the concept.
-    stored = concept_formulations.stored_samples(request, options)
+    stored = concept_formulations.stored_samples(
+        request, options, concept_evaluation.judging(request, options)
+    )
     log_p = jax.jit(concept_evaluation.log_posterior(request, options, request.candidates))(
         params, stored.base
     )
@@ -327,7 +331,9 @@ def test_points_are_of_the_reference_at_the_base(tiny_model, tmp_path):
     assert abs(share - 1 / 3) > 0.01
     # The candidates are all labels, so that the posterior of all of them does not move.
     everyone = request._replace(members=np.ones((1, 3), bool))
-    stored = concept_formulations.stored_samples(everyone, options)
+    stored = concept_formulations.stored_samples(
+        everyone, options, concept_evaluation.judging(everyone, options)
+    )
     assert stored.path.push.shape == (64, 3, 1, *request.pretrained.config.sample_shape)
     np.testing.assert_allclose(stored.path.posterior, 1, rtol=1e-5)
     np.testing.assert_allclose(stored.path.push, 0, atol=1e-5)
@@ -354,7 +360,9 @@ def test_fresh_samples_of_the_model_move_the_multipliers(tiny_model, tmp_path, m
         tiny_model, tmp_path / "out", formulation="likelihood", threshold=("0.5x",), steps=6
     )
     request = concept_request.make_request(load_pretrained(tiny_model), options)
-    stored = concept_formulations.stored_samples(request, options)
+    stored = concept_formulations.stored_samples(
+        request, options, concept_evaluation.judging(request, options)
+    )
     share = float(stored.values.mean())
     task = concepts.concept_task(request, options, None)
     assert task.dual_steps == (1, 2, 3)
@@ -483,7 +491,9 @@ def test_a_floor_is_of_the_forgotten_conditions_and_their_share(tiny_model, tmp_
 
 @pytest.mark.slow
 def test_path_log_ratios_are_on_average_the_path_kl_at_the_base(tiny_model, tmp_path):
-    options = options_of(tiny_model, tmp_path, forget=("dog", "cat"), separate_null=True)
+    options = options_of(
+        tiny_model, tmp_path, forget=("dog", "cat"), separate_null=True, evaluation_images=512
+    )
     request = concept_request.make_request(load_pretrained(tiny_model), options)
     ratios, separated = concept_formulations.path_log_ratios(request, options)
     assert ratios.shape == (513, 2)
@@ -495,10 +505,11 @@ def test_path_log_ratios_are_on_average_the_path_kl_at_the_base(tiny_model, tmp_
     assert (ratios.std(axis=0) > 0).all()
 
 
-def test_many_conditions_leave_each_enough_paths_for_a_floor(tiny_model, tmp_path, monkeypatch):
-    options = options_of(tiny_model, tmp_path, forget=("dog", "cat"), separate_null=True)
+def test_many_conditions_leave_each_enough_paths_for_a_floor(tiny_model, tmp_path):
+    options = options_of(
+        tiny_model, tmp_path, forget=("dog", "cat"), separate_null=True, evaluation_images=4
+    )
     request = concept_request.make_request(load_pretrained(tiny_model), options)
-    monkeypatch.setattr(concept_formulations, "FLOOR_PATHS", 4)
     found = concept_formulations.floor_of(request, options, np.ones(2), 0.5, None)
     assert np.isfinite([found.value, found.stderr]).all()
 

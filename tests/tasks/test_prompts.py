@@ -171,7 +171,9 @@ def test_a_base_does_not_explain_itself(model, retain, monkeypatch):
         np.eye(2), np.zeros(2), np.zeros((2, 2, 2)), np.zeros((2, 2))
     )
     monkeypatch.setattr(quantification, "confusion", lambda values, labels: perfect)
-    concept_formulations.stored_samples(request, options)
+    concept_formulations.stored_samples(
+        request, options, concept_evaluation.judging(request, options)
+    )
     ((concepts_seen, members),) = seen  # compiled once
     names = [request.conditions.names[c] for c in concepts_seen]
     shown = ["“cat in oil”", "“dog in oil”"]

@@ -239,7 +239,7 @@ def batch_rows(shape: Sequence[int]) -> int:
 
 
 def in_batches(function: Callable[..., Any], key: Array, *arrays: Any, size: int = BATCH) -> Any:
-    """function(key of the batch, *rows) over batches of one shape; the last is padded.
+    """function(key of the batch, *rows) over equal batches of at most `size`, the last padded.
 
     Accelerators share the rows of a batch, and many processes the batches; all know the outcome.
 
@@ -247,14 +247,15 @@ def in_batches(function: Callable[..., Any], key: Array, *arrays: Any, size: int
     of them, each with a row for each row given.
     """
     count = len(jax.tree.leaves(arrays[0])[0])
-    size = min(size, count)
+    batches = -(-count // size)
+    size = processes.whole(-(-count // batches))
 
     def batch(number: int) -> Any:
         rows = np.arange(number * size, (number + 1) * size) % count
         part = jax.tree.map(lambda array: array[rows], arrays)
         return function(jax.random.fold_in(key, number), *processes.over_devices(part, size))
 
-    outputs = processes.share(-(-count // size), batch)
+    outputs = processes.share(batches, batch)
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
 
 

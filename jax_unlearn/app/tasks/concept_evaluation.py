@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_unlearn import likelihoods, samplers
+from jax_unlearn import likelihoods, quantification, samplers
 from jax_unlearn.app.options import ConceptOptions
 from jax_unlearn.app.tasks.base import batch_rows, in_batches
 from jax_unlearn.app.tasks.concept_request import ConceptRequest
@@ -19,12 +19,14 @@ from jax_unlearn.typing import Array, ArrayLike, Params
 __all__ = [
     "Measurements",
     "Judged",
+    "Judging",
     "Shows",
     "classifier",
     "compared",
     "draw",
     "evaluator",
     "fresh_samples",
+    "judging",
     "likelihoods_of_samples",
     "log_posterior",
     "rows_of",
@@ -56,6 +58,19 @@ Shows = Callable[[Params, Array, np.ndarray], np.ndarray]
 """(params, key, conditions [n]) -> h of a sample of each, [n, m]."""
 
 
+class Judging(NamedTuple):
+    """How samples are drawn and judged, each compiled once for all that is measured.
+
+    Attributes:
+      sample: (params, noise [n, ...], conditions [n]) -> unguided samples, [n, ...]; the same noise
+        gives the same image.
+      posterior: the reference's own, of each concept; see `classifier`.
+    """
+
+    sample: Callable[[Params, Array, Array], Array]
+    posterior: Judged
+
+
 def fresh_samples(request: ConceptRequest, options: ConceptOptions, h: Judged) -> Evaluate:
     """E h of unguided samples of p(·|cond): what `Problem.fresh` takes.
 
@@ -79,14 +94,23 @@ def rows_of(request: ConceptRequest, cond: np.ndarray) -> Batch:
     return Batch(None, Conditions(cond, cond, None, constraint))
 
 
-def likelihoods_of_samples(request: ConceptRequest, options: ConceptOptions, h: Judged) -> Shows:
-    """Judges samples of the model under conditions."""
-    evaluate = jax.jit(fresh_samples(request, options, h))
-    reference, current = request.pretrained.params, jnp.zeros(len(request.concepts))
+def judging(request: ConceptRequest, options: ConceptOptions) -> Judging:
+    """What draws samples by DDIM, and judges them."""
+    return Judging(jax.jit(partial(draw, request, options)), jax.jit(classifier(request, options)))
+
+
+def likelihoods_of_samples(
+    request: ConceptRequest, judged: Judging, confusion: quantification.Confusion | None
+) -> Shows:
+    """Judges samples of the model under conditions, calibrated where a confusion is known."""
+    shape, reference = request.pretrained.config.sample_shape, request.pretrained.params
+    batched = partial(in_batches, size=batch_rows(shape))
 
     def shows(params: Params, key: Array, cond: np.ndarray) -> np.ndarray:
-        found = evaluate(params, reference, key, rows_of(request, cond), current)
-        return np.asarray(found.values).reshape(len(cond), -1)
+        noise = np.asarray(jax.random.normal(key, (len(cond), *shape)))
+        x_0 = batched(lambda _, *rows: judged.sample(params, *rows), key, noise, cond)
+        h = batched(lambda _, x: judged.posterior(reference, x), key, x_0)
+        return h if confusion is None else np.asarray(quantification.calibrate(h, confusion))
 
     return shows
 

@@ -22,8 +22,8 @@ from jax_unlearn.app.tasks.base import (
 )
 from jax_unlearn.app.tasks.concept_evaluation import (
     Judged,
+    Judging,
     classifier,
-    draw,
     fresh_samples,
     log_posterior,
     rows_of,
@@ -53,8 +53,7 @@ __all__ = [
     "unmeasured_samples",
 ]
 
-# Paths of the reference for the floor of reverse KL, and at least so many of each condition.
-FLOOR_PATHS = 512
+# Paths of the reference for the floor of reverse KL, of each condition at least.
 LEAST_PATHS = 8
 # Fewer, of a base or in all, make no floor.
 LEAST_SAMPLES = 4
@@ -132,11 +131,12 @@ class StoredSamples(NamedTuple):
     confusion: quantification.Confusion | None
 
 
-def stored_samples(request: ConceptRequest, options: ConceptOptions) -> StoredSamples:
+def stored_samples(
+    request: ConceptRequest, options: ConceptOptions, judged: Judging
+) -> StoredSamples:
     """Unguided samples of the reference model: q itself is what the problem is about."""
     count, shape = options.stored_samples, request.pretrained.config.sample_shape
     reference = request.pretrained.params
-    sample = jax.jit(partial(draw, request, options))
     cond, separated = _sampled_under(request, count)
     batched = partial(in_batches, size=batch_rows(shape))
     key = jax.random.key(options.seed + 2)
@@ -144,10 +144,9 @@ def stored_samples(request: ConceptRequest, options: ConceptOptions) -> StoredSa
         np.asarray(jax.random.normal(one, (count, *shape))) for one in jax.random.split(key)
     )
     bases = request.rows(separated)[1]
-    base = batched(lambda _, *rows: sample(reference, *rows), key, noise, bases)
-    kept = batched(lambda _, *rows: sample(reference, *rows), key, other, cond)
-    judged = jax.jit(classifier(request, options))
-    h = values = batched(lambda _, x: judged(reference, x), key, base)
+    base = batched(lambda _, *rows: judged.sample(reference, *rows), key, noise, bases)
+    kept = batched(lambda _, *rows: judged.sample(reference, *rows), key, other, cond)
+    h = values = batched(lambda _, x: judged.posterior(reference, x), key, base)
     path = confusion = None
     if options.target_steps:
         path, shown = _paths(request, options, base, separated)
@@ -408,7 +407,7 @@ def path_log_ratios(
     """log dQ/dQ_i in nats along paths of the reference at the bases, and whose base each is."""
     apply, reference, schedule, config = request.pretrained
     count = len(request.separated)
-    separated = np.tile(np.arange(count), max(-(-FLOOR_PATHS // count), LEAST_PATHS))
+    separated = np.tile(np.arange(count), max(-(-options.evaluation_images // count), LEAST_PATHS))
     _, base, targets = request.rows(separated)
 
     @jax.jit

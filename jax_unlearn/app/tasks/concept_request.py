@@ -70,6 +70,7 @@ class ConceptRequest(NamedTuple):
       start: the parameters to start from.
       real: images that samples are compared with, uint8; None for samples of the reference.
       notes: what the owner should know.
+      known: samples of the reference that the runs of one command share; see `drawing`.
     """
 
     pretrained: Pretrained
@@ -84,6 +85,7 @@ class ConceptRequest(NamedTuple):
     start: Params
     real: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    known: dict[Any, np.ndarray] | None = None
 
     @property
     def forgotten(self) -> tuple[int, ...]:

@@ -34,10 +34,10 @@ from jax_unlearn.app.tasks.base import Measured, Setup, Task, estimate
 from jax_unlearn.app.tasks.concept_evaluation import (
     Measurements,
     evaluator,
+    judging,
     likelihoods_of_samples,
 )
 from jax_unlearn.app.tasks.concept_formulations import (
-    bounded,
     floor_of,
     has_floor,
     likelihood_setup,
@@ -107,10 +107,11 @@ def _on_trajectories(request: ConceptRequest, options: ConceptOptions) -> _Kind:
     """Reverse KL and likelihoods: path KLs, and constraints by condition."""
     conditions = request.conditions
     reverse = options.formulation == "reverse-kl"
-    stored = None if reverse else stored_samples(request, options)
-    shows = None
-    if stored is not None:
-        shows = likelihoods_of_samples(request, options, bounded(request, options, stored))
+    stored = shows = None
+    if not reverse:
+        judged = judging(request, options)
+        stored = stored_samples(request, options, judged)
+        shows = likelihoods_of_samples(request, judged, stored.confusion)
     evaluate = evaluator(request, options, shows)
     at_reference = evaluate(request.pretrained.params)
     bases = {one.base for one in request.separated}
@@ -231,7 +232,15 @@ def concept_task(
     of = _under_any_condition if options.formulation == "without" else _on_trajectories
     kind = of(request, options)
     replaced = concept_method(request, options)
-    drawn = drawing(pretrained, conditions, options, judge, request.forgotten, request.shown)
+    drawn = drawing(
+        pretrained,
+        conditions,
+        options,
+        judge,
+        request.forgotten,
+        request.shown,
+        known=request.known,
+    )
     real = request.real
     if real is None and judge is not None and options.samples:
         # KID and FID are then of samples of what is kept from other noise.

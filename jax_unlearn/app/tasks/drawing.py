@@ -48,20 +48,21 @@ class Drawing(NamedTuple):
 
 def features_of(judge: JudgeFunctions | None) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 images -> the judge's features, or the centred pixels without one."""
-    judged = None if judge is None else jax.jit(judge.features)
+    judged = None if judge is None else _of_pixels(judge.features)
 
     def features(pixels: np.ndarray) -> np.ndarray:
         if judged is None:
             flat = np.asarray(data.to_unit_range(pixels)).reshape(len(pixels), -1)
             return flat - flat.mean(axis=1, keepdims=True)
-        return in_batches(
-            lambda _, x: judged(data.to_unit_range(x)),
-            jax.random.key(0),
-            pixels,
-            size=batch_rows(pixels.shape[1:]),
-        )
+        size = batch_rows(pixels.shape[1:])
+        return in_batches(lambda _, x: judged(x), jax.random.key(0), pixels, size=size)
 
     return features
+
+
+def _of_pixels(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """A function of images in [-1, 1], of uint8 ones."""
+    return jax.jit(lambda pixels: function(data.to_unit_range(pixels)))
 
 
 def drawing(
@@ -71,6 +72,7 @@ def drawing(
     judge: JudgeFunctions | None,
     forgotten: Sequence[int],
     left_out: Sequence[int] = (),
+    known: dict[Any, np.ndarray] | None = None,
 ) -> Drawing:
     """Prepares the drawing of samples, guided as the options say.
 
@@ -81,6 +83,7 @@ def drawing(
       judge: names what samples show.
       forgotten: conditions whose samples are not to show what they did.
       left_out: conditions that KID and FID leave out beside these.
+      known: samples of the same reference, by how they were drawn; those drawn here are added.
     """
     apply, _, schedule, config = pretrained
     drawn = conditions.drawn
@@ -96,6 +99,11 @@ def drawing(
     def draw(params: Params, seed: int = 0) -> np.ndarray | None:
         if not options.samples:
             return None
+        how = (options.seed, seed, options.samples, options.sampling_steps, options.guidance)
+        how = (conditions.names, drawn, *how)
+        shared = known if known is not None and params is pretrained.params else {}
+        if how in shared:
+            return shared[how]
         noise = np.random.default_rng([options.seed, 3, seed]).standard_normal(
             (rows * options.samples, *config.sample_shape), np.float32
         )
@@ -103,11 +111,13 @@ def drawing(
         found = in_batches(
             partial(draw_batch, params), jax.random.key(seed), noise, wanted, size=size
         )
-        return data.to_pixels(found).reshape(rows, options.samples, *conditions.image_shape)
+        shape = rows, options.samples, *conditions.image_shape
+        shared[how] = data.to_pixels(found).reshape(shape)
+        return shared[how]
 
     kept = [place for place, c in enumerate(drawn) if c not in (*forgotten, *left_out)]
     features = features_of(judge)
-    logits_of = None if judge is None else jax.jit(judge.logits)
+    logits_of = None if judge is None else _of_pixels(judge.logits)
 
     def judge_samples(samples: np.ndarray, real: np.ndarray | None) -> dict[str, Any]:
         if logits_of is None:
@@ -116,7 +126,7 @@ def drawing(
         if wanted is not None:
             flat = samples.reshape(-1, *conditions.image_shape)
             logits = in_batches(
-                lambda _, x: logits_of(data.to_unit_range(x)),
+                lambda _, x: logits_of(x),
                 jax.random.key(0),
                 flat,
                 size=batch_rows(conditions.image_shape),

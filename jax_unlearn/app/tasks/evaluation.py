@@ -186,7 +186,7 @@ def evaluator(
         spread(len(request.forget.pixels), min(RECONSTRUCTED, len(request.forget.pixels)), rng),
     )
     sampled = request.pretrained if request.captions is None else request.captions.sampled
-    drawn = drawing(sampled, conditions, options, judge, request.lost)
+    drawn = drawing(sampled, conditions, options, judge, request.lost, known=request.known)
     features = features_of(judge)
 
     def measure(params: Params) -> tuple[Measured, Estimate]:

@@ -73,6 +73,7 @@ class ImageRequest(NamedTuple):
       lost: those of them that only images to forget are shown under.
       captions: of a model from text to image; None where labels are the model's own.
       notes: what was done to the input that its owner should know.
+      known: samples of the reference that the runs of one command share; see `drawing`.
     """
 
     pretrained: Pretrained
@@ -85,6 +86,7 @@ class ImageRequest(NamedTuple):
     lost: tuple[int, ...]
     captions: Captions | None
     notes: tuple[str, ...]
+    known: dict[Any, np.ndarray] | None = None
 
     @property
     def null(self) -> int | None:
