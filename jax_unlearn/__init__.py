@@ -74,7 +74,7 @@ if TYPE_CHECKING:
         zero_shot,
     )
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 _LAZY = (
     "CLIP",
