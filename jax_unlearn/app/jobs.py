@@ -32,7 +32,7 @@ _DEMO: dict[str, dict[str, Any]] = {
         "threshold": ("0.9x",),
     },
     "likelihood": {
-        "stored_samples": 150,
+        "stored_samples": 153,
         "classifier_draws": 2,
         "target_steps": 0,
         "corrections": 0,
@@ -79,7 +79,7 @@ def jobs_of(command: str, options: RunOptions) -> list[tuple[str, RunOptions]]:
         shared = ("seed", "samples", "sampling_steps", "guidance", "forget", "resume", "overwrite",
                   "tensorboard", "mesh", "parallel")  # fmt: skip
         given: dict[str, Any] = {name: getattr(options, name) for name in shared}
-        given |= {"out": out, "formulation": formulation, "evaluation_images": 150}
+        given |= {"out": out, "formulation": formulation, "evaluation_images": 153}
         if options.text:
             given |= captions.forgetting(options.forget)
             given |= {"model": "embedded-text", "samples": 6, "sampling_steps": 15}

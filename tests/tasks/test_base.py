@@ -28,7 +28,8 @@ def test_every_row_comes_once_with_the_key_of_its_batch(monkeypatch, spread, cou
 
     found = in_batches(function, key, rows, {"one": np.ones(count), "none": None}, size=16)
     np.testing.assert_allclose(found["twice"], 2 * rows + 1)
+    # Of equal batches: 5, 16, and 13 three times; where devices share them, of whole eights.
+    size = {5: 8, 16: 16, 37: 16}[count] if spread else {5: 5, 16: 16, 37: 13}[count]
     noise = [jax.random.normal(jax.random.fold_in(key, n)) for n in range(3)]
-    np.testing.assert_allclose(found["noise"], np.repeat(noise, 16)[:count], rtol=1e-6)
-    divides = min(16, count) % jax.device_count() == 0
-    assert devices == ({jax.device_count()} if spread and divides else {0})
+    np.testing.assert_allclose(found["noise"], np.repeat(noise, size)[:count], rtol=1e-6)
+    assert devices == ({8} if spread else {0})

@@ -1,5 +1,6 @@
 """What a judge is said to have named, against counts by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,3 +36,35 @@ def test_names_are_counted_by_condition(tiny_model):
     # Wilson's half-width at one standard deviation, for one hit of four.
     half = np.sqrt(0.25 * 0.75 / 4 + 1 / 64) / 1.25
     assert found["agreement"]["dog"]["stderr"] == pytest.approx(half)
+
+
+def test_runs_of_one_command_draw_their_reference_once(tiny_model):
+    calls, pretrained = [], load_pretrained(tiny_model)
+    conditions = of_labels(pretrained)
+
+    def counted(images):
+        jax.debug.callback(calls.append, images.shape[0])
+        return images
+
+    conditions = conditions._replace(decode=counted)
+    known, other = {}, jax.tree.map(lambda leaf: 1.1 * leaf, pretrained.params)
+
+    def drawn(params=pretrained.params, seed=0, shared=known, **changes):
+        options = RunOptions(**({"samples": 2, "sampling_steps": 2} | changes))
+        found = drawing(pretrained, conditions, options, None, (), known=shared).draw(params, seed)
+        jax.effects_barrier()
+        count = len(calls)
+        calls.clear()
+        return found, count
+
+    first, count = drawn()
+    assert count == 1
+    again, count = drawn()
+    assert count == 0
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(drawn(shared=None)[0], first)
+    # What is drawn otherwise, or of other parameters, is not the same.
+    assert drawn(other)[1] == drawn(other)[1] == 1
+    for change in ({"seed": 1}, {"guidance": 1.0}, {"sampling_steps": 3}, {"samples": 3}):
+        assert drawn(**change)[1] == 1, change
+    assert drawn()[1] == 0

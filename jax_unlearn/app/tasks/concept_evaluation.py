@@ -1,6 +1,6 @@
 """What is measured of a model of concepts: path KLs, separations, and how likely concepts are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ __all__ = [
     "fresh_samples",
     "judging",
     "likelihoods_of_samples",
+    "repeated",
     "log_posterior",
     "rows_of",
 ]
@@ -42,7 +43,7 @@ class Measurements(NamedTuple):
       cond: of each trajectory, [n].
       path_kl: in nats, [n].
       valued: the condition of each value, [v]: that of the trajectories; for likelihoods that of
-        samples, of separated conditions and of anchors whose values thresholds are calibrated on.
+        samples of separated conditions.
       values: of the constraints, [v, m].
     """
 
@@ -155,11 +156,9 @@ def evaluator(
     target = np.tile(np.array([targets for _, targets in rows.values()], np.int32), (each, 1))
     key = jax.random.key(options.seed + 1)
 
-    judged = [one.cond for one in request.separated]
-    if "calibrated" in options.threshold:
-        judged += [c for c, _ in request.anchors]
-    rows_each = max(options.evaluation_images // len(judged), LEAST_ROWS)
-    valued = cond if shows is None else np.tile(np.array(judged, np.int32), rows_each)
+    valued = cond
+    if shows is not None:
+        valued = repeated([one.cond for one in request.separated], options)
 
     def evaluate(params: Params) -> Measurements:
         path_kl, values = batched(partial(along, params, reference), key, cond, base, target)
@@ -168,6 +167,12 @@ def evaluator(
         return Measurements(cond, path_kl, valued, values)
 
     return evaluate
+
+
+def repeated(conditions: Sequence[int], options: ConceptOptions) -> np.ndarray:
+    """The conditions again and again, for as many samples as an estimate is made from."""
+    each = max(options.evaluation_images // len(conditions), LEAST_ROWS)
+    return np.tile(np.asarray(conditions, np.int32), each)
 
 
 def compared(request: ConceptRequest) -> dict[int, tuple[int, tuple[int, ...]]]:

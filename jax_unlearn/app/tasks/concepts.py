@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jax_unlearn import duality, quantification
@@ -36,6 +37,7 @@ from jax_unlearn.app.tasks.concept_evaluation import (
     evaluator,
     judging,
     likelihoods_of_samples,
+    repeated,
 )
 from jax_unlearn.app.tasks.concept_formulations import (
     floor_of,
@@ -117,10 +119,14 @@ def _on_trajectories(request: ConceptRequest, options: ConceptOptions) -> _Kind:
     bases = {one.base for one in request.separated}
     values, valued = at_reference.values, at_reference.valued
     at_base = values[np.isin(valued, list(bases))] if stored is None else stored.values
-    at_anchor = values[np.isin(valued, [c for c, _ in request.anchors])]
+    anchors = [c for c, _ in request.anchors]
     # Without anchors no threshold is calibrated on them.
-    anchored = at_anchor.mean(axis=0) if len(at_anchor) else at_base.mean(axis=0)
-    if stored is not None:
+    anchored = at_base.mean(axis=0)
+    if stored is None and anchors:
+        anchored = values[np.isin(valued, anchors)].mean(axis=0)
+    elif shows is not None and anchors and "calibrated" in options.threshold:
+        key = jax.random.key(options.seed + 1)
+        at_anchor = shows(request.pretrained.params, key, repeated(anchors, options))
         # Laplace's rule of succession: n samples do not show a probability below about 1/n.
         anchored = (np.maximum(at_anchor.sum(axis=0), 0) + 1) / (len(at_anchor) + 2)
     share = options.forget_batch_size / (options.batch_size + options.forget_batch_size)
