@@ -83,8 +83,6 @@ STRENGTHS = {
     "erase-diff": [0.0001, 0.001, 0.01, 0.1, 1.0],
 }
 CONSTRAINED = ("forward KL", "likelihood")
-RATE = 1e-3
-
 
 # Rows of the network in what is being traced.
 _counted = []
@@ -261,6 +259,12 @@ def shown_costs(costs):
     return f"{forgotten:.3f}, {price:.3g}" + f" ({(~finite).sum()} diverged)" * (not finite.all())
 
 
+def plain(values):
+    """As json has it: null for what is not finite."""
+    values = np.asarray(values)
+    return np.where(np.isfinite(values), values.astype(object), None).tolist()
+
+
 def draw(found, before, path):
     """The fronts, with bands of one standard deviation over the seeds, over the floor."""
     figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
@@ -314,7 +318,7 @@ def main():
         table[name] = {
             "strengths": STRENGTHS[name],
             "area": area._asdict(),
-            **{key: np.asarray(value).tolist() for key, value in one.items()},
+            **{key: plain(value) for key, value in one.items()},
         }
     result = {"before": before, "reference_point": REFERENCE_POINT, "floor_area": most}
     args.out.mkdir(exist_ok=True)
