@@ -215,7 +215,7 @@ def draw(key: Array, x_0: Array, probabilities: Array, *, axis_name: str | None 
         return noise, jax.random.uniform(uniform_key, (2,))
 
     noise, uniform = jax.vmap(one)(keys)
-    u = ((index + uniform[:, 0]) / total + jax.random.uniform(time_key)) % 1.0
+    u = ((index.astype(uniform.dtype) + uniform[:, 0]) / total + jax.random.uniform(time_key)) % 1.0
     return Draws(noise, time_quantiles(probabilities, u), uniform[:, 1])
 
 

@@ -140,7 +140,9 @@ def test_an_npz_that_claims_or_hides_too_much(tmp_path, head, zeros, size, words
 def test_an_npz_that_lies_about_how_much_is_compressed(tmp_path):
     packed = deflated(LARGE, MB)
     path = write_zip(tmp_path / "a.npz", packed, len(LARGE) + THREE_GB, claimed=2**31)
-    assert "compressed by more than 500" in refused_at_once(path)
+    message = refused_at_once(path)
+    # Later releases of Python see by themselves that the entry reaches into what follows it.
+    assert "compressed by more than 500" in message or "Overlapped entries" in message
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -288,7 +288,10 @@ def test_every_kind_of_concept_is_a_stacked_problem(tiny_model, tmp_path, monkey
         )
 
     monkeypatch.setattr(concepts, "evaluator", evaluator)
-    monkeypatch.setattr(concepts, "stored_samples", concept_formulations.unmeasured_samples)
+    unmeasured = concept_formulations.unmeasured_samples
+    monkeypatch.setattr(
+        concepts, "stored_samples", lambda request, options, judged: unmeasured(request, options)
+    )
     monkeypatch.setattr(sweeps, "sweep_init", only_shapes)
     asked = SweepOptions("concept", seeds=(0, 1), **given)
     options = of_labels(tiny_model, tmp_path, evaluation_images=8, **more)

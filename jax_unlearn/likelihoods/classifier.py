@@ -213,7 +213,8 @@ def concept_energies(
     def one(inputs: tuple[Array, Array]) -> Array:
         index, draw_key = inputs
         time_key, noise_key = jax.random.split(draw_key)
-        u = (index + jax.random.uniform(time_key, (batch,))) / draws
+        uniform = jax.random.uniform(time_key, (batch,))
+        u = (index.astype(uniform.dtype) + uniform) / draws
         t = losses.time_quantiles(weighting.probabilities, u)
         noise = jax.random.normal(noise_key, x_0.shape, x_0.dtype)
         x_t = schedules.add_noise(x_0=x_0, noise=noise, log_snr=schedule.log_snr[t])

@@ -32,7 +32,8 @@ def proportion(hits: ArrayLike, count: ArrayLike) -> Estimate:
       >>> float(share.value), round(float(share.stderr), 4)
       (0.0, 0.0455)
     """
-    n = jnp.where(jnp.asarray(count) > 0, count, jnp.nan)
-    rate = jnp.asarray(hits) / n
+    count = jnp.asarray(count, float)
+    n = jnp.where(count > 0, count, jnp.nan)
+    rate = jnp.asarray(hits, float) / n
     stderr = jnp.sqrt(rate * (1 - rate) / n + 1 / (4 * jnp.square(n))) / (1 + 1 / n)
     return Estimate(rate, stderr)
