@@ -25,6 +25,7 @@ from jax_unlearn.app.options import RunOptions
 
 __all__ = [
     "agreed", "any_of", "fetch", "is_main", "over_devices", "own_options", "share", "start", "wait",
+    "whole",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -135,13 +136,13 @@ def _sharing() -> list[jax.Device]:
     return devices[:1] if devices[0].platform in _NOTHING_WON else devices
 
 
-def over_devices(tree: Any, rows: int) -> Any:
+def over_devices(tree: Any) -> Any:
     """Arrays [rows, ...] split over the accelerators of this process, for what is measured.
 
-    Where rows do not divide, or one device has them all, they stay as they are.
+    There are as many rows as `whole` says. Where one device has them all they stay as they are.
     """
     devices = _sharing()
-    if len(devices) == 1 or rows % len(devices):
+    if len(devices) == 1:
         return tree
     mesh = sharding.device_mesh(devices=devices)
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(sharding.AXIS)))

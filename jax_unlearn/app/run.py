@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +13,15 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jax_unlearn import sharding
-from jax_unlearn.app import data, outcome, processes, report, verify
+from jax_unlearn.app import data, legs, outcome, processes, report, verify
 from jax_unlearn.app import identity as identities
 from jax_unlearn.app.algorithm import algorithm_of
 from jax_unlearn.app.card import write_card
 from jax_unlearn.app.checkpoint import Checkpoints
 from jax_unlearn.app.files import explained_if_full
-from jax_unlearn.app.identity import Identity, Leg
-from jax_unlearn.app.loop import Loop, restore, train
+from jax_unlearn.app.loop import Loop, train
 from jax_unlearn.app.options import ConceptOptions, ImageOptions, RunOptions
 from jax_unlearn.app.rows import RowLog
-from jax_unlearn.app.run_file import save_run
 from jax_unlearn.app.stopping import StopSignals, stop_signals
 from jax_unlearn.app.tasks import (
     concept_methods,
@@ -214,7 +213,7 @@ def _run(
     for note in request.notes:
         tell(f"note: {note}")
     identity = identities.identify(request, options, command)
-    changed = _begin(options, command, identity)
+    changed = legs.begin(options, command, identity)
     tell("measuring the reference model ...")
     task = TASKS[type(request)](request, options, judge)
     timing = {"reference": time.monotonic() - started}
@@ -224,12 +223,9 @@ def _run(
     reference = pretrained.params
     if task.baseline is not None and task.baseline.reference is not None:
         reference = task.baseline.reference
-    # In one program, whose outputs are copies of what trains: the step donates these.
-    state = jax.jit(
-        lambda params: algorithm.init(
-            params, task.thresholds, multipliers=task.multipliers, copy=False
-        )
-    )(start)
+    # In one program. The step donates the copy of what trains, and not the reference.
+    init = partial(algorithm.init, thresholds=task.thresholds, multipliers=task.multipliers)
+    state = jax.jit(init)(start)
     # A step's key follows from the seed and the state's own count: nothing more to save.
     key = jax.random.key(options.seed)
     mesh = _mesh(options) if jax.device_count() > 1 and not by_pmap else None
@@ -253,10 +249,10 @@ def _run(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(shared / "checkpoints")))
         if options.resume:
-            state = _restore(checkpoints, options, state, changed, tell)
+            state = legs.restored_state(checkpoints, options, state, changed, tell)
         # What stands here from now on is not what these sums were made of.
         (out / verify.SUMS).unlink(missing_ok=True)
-        legs = _legs(options, command, identity, changed, int(state.step))
+        run_legs = legs.legs_of(options, command, identity, changed, int(state.step))
         log = stack.enter_context(
             contextlib.closing(RowLog(out / "metrics.jsonl", int(state.step)))
         )
@@ -266,7 +262,7 @@ def _run(
             lambda number, info: None,
             checkpoints,
             log,
-            legs[-1].digest,
+            run_legs[-1].digest,
             stop,
             f"jax-unlearn {command} --out {options.out} --resume",
             None if mesh is None or jax.process_count() == 1 else processes.any_of(mesh),
@@ -308,8 +304,8 @@ def _run(
             task, options, command, after, certified, floor, mean_multipliers, timing
         )
         found |= {
-            "identity": {"digest": legs[-1].digest, **identity._asdict()},
-            "legs": [leg._asdict() for leg in legs],
+            "identity": {"digest": run_legs[-1].digest, **identity._asdict()},
+            "legs": [leg._asdict() for leg in run_legs],
             "rows": {"count": log.count, "digest": log.digest},
         }
         page = out / "report.html"
@@ -321,68 +317,6 @@ def _run(
         page = report.write_report(out, found, rows, grids)
         verify.write_sums(out)
     return Result(found, page)
-
-
-def _begin(options: RunOptions, command: str, identity: Identity) -> dict[str, str]:
-    """Writes run.json, or says what has changed since the run that is resumed, where it may.
-
-    Raises:
-      ValueError: if what has changed may not.
-    """
-    path = options.out / "run.json"
-    if options.resume:
-        changed = identities.changes(path, identity, options)
-    else:
-        changed = {}
-        leg = Leg(0, identities.digest_of(identity._asdict()), (), outcome.device())
-        save_run(path, command, options, **identities.plain(identity, [leg]))
-    return changed
-
-
-def _legs(
-    options: RunOptions, command: str, identity: Identity, changed: Mapping[str, str], done: int
-) -> list[Leg]:
-    """The legs of the run, the one that begins after `done` steps among them, as in run.json."""
-    path = options.out / "run.json"
-    legs = identities.saved_legs(path)
-    current = legs[-1]
-    if changed:
-        digest = identities.digest_of(identity._asdict())
-        current = Leg(done, digest, tuple(changed.values()), outcome.device())
-    current = current._replace(after=min(current.after, done))
-    kept = [leg for leg in legs if leg.after < current.after]
-    if not kept:  # No step of another leg is left.
-        current = current._replace(changed=())
-    found = [*kept, current]
-    if found != list(legs):
-        save_run(path, command, options, **identities.plain(identity, found))
-    return found
-
-
-def _restore(
-    checkpoints: Checkpoints,
-    options: RunOptions,
-    state: PrimalDualState,
-    changed: Mapping[str, str],
-    tell: Callable[[str], None],
-) -> PrimalDualState:
-    """The last whole state, with the thresholds of this leg; the given one if there is none.
-
-    Raises:
-      ValueError: if there is no whole one, or it is of another run.
-    """
-    known = {leg.digest for leg in identities.saved_legs(options.out / "run.json")}
-    restored = restore(checkpoints, options.out, state, known=known, steps=options.steps, tell=tell)
-    if restored is None:
-        return state
-    if "threshold" in changed:
-        return restored._replace(thresholds=state.thresholds)
-    if not np.allclose(restored.thresholds, state.thresholds, rtol=1e-2):
-        raise ValueError(
-            f"the thresholds are measured as {np.asarray(state.thresholds)}, and the run began "
-            f"with {np.asarray(restored.thresholds)}: start anew with another --out."
-        )
-    return restored
 
 
 def _measure(

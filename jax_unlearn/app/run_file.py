@@ -8,8 +8,8 @@ from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import jax_unlearn
+from jax_unlearn.app.checks import flag
 from jax_unlearn.app.files import replace_file
-from jax_unlearn.app.options import flag
 from jax_unlearn.models.files import read_json, shown
 
 __all__ = ["fitted", "load_run", "plain_options", "save_run"]

@@ -9,6 +9,7 @@ from jax_unlearn.pretrained.clip import (
     zero_shot,
 )
 from jax_unlearn.pretrained.maxdiffusion import save_maxdiffusion
+from jax_unlearn.pretrained.saving import save_pretrained, save_unet
 from jax_unlearn.pretrained.text_to_image import (
     TextToImage,
     decode_latents,
@@ -22,8 +23,6 @@ from jax_unlearn.pretrained.unet import (
     UNet2DDenoiser,
     load_pretrained,
     relabelled,
-    save_pretrained,
-    save_unet,
 )
 
 __all__ = [

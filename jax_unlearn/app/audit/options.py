@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from jax_unlearn.app.options import check_numbers, check_texts, flag
+from jax_unlearn.app.checks import check_numbers, check_texts, flag
 
 __all__ = ["ATTACKS", "LEAST", "AuditOptions"]
 

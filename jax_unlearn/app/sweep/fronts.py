@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from jax_unlearn import metrics
+from jax_unlearn.app.checks import parse_threshold
 from jax_unlearn.app.files import replace_file
-from jax_unlearn.app.options import ModelOptions, parse_threshold
+from jax_unlearn.app.options import ModelOptions
 from jax_unlearn.app.report.folder import finite
 from jax_unlearn.app.sweep.figure import draw_fronts
 from jax_unlearn.app.sweep.options import Point, SweepOptions

@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from jax_unlearn.app import methods
-from jax_unlearn.app.options import ModelOptions, check_numbers, parse_threshold
+from jax_unlearn.app.checks import check_numbers, parse_threshold
+from jax_unlearn.app.options import ModelOptions
 
 __all__ = ["Point", "SweepOptions"]
 

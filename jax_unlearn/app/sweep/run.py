@@ -21,12 +21,13 @@ from jax_unlearn.app import data, outcome, report, verify
 from jax_unlearn.app import identity as identities
 from jax_unlearn.app.algorithm import algorithm_of
 from jax_unlearn.app.checkpoint import Checkpoints
+from jax_unlearn.app.checks import flag
 from jax_unlearn.app.files import explained_if_full
 from jax_unlearn.app.folder import claim
 from jax_unlearn.app.identity import Leg
 from jax_unlearn.app.kept import Kept
 from jax_unlearn.app.loop import Loop, restore, train
-from jax_unlearn.app.options import ModelOptions, flag
+from jax_unlearn.app.options import ModelOptions
 from jax_unlearn.app.rows import RowLog
 from jax_unlearn.app.run import TASKS, save_model, trained_of
 from jax_unlearn.app.run_file import plain_options, save_run

@@ -253,7 +253,7 @@ def in_batches(function: Callable[..., Any], key: Array, *arrays: Any, size: int
     def batch(number: int) -> Any:
         rows = np.arange(number * size, (number + 1) * size) % count
         part = jax.tree.map(lambda array: array[rows], arrays)
-        return function(jax.random.fold_in(key, number), *processes.over_devices(part, size))
+        return function(jax.random.fold_in(key, number), *processes.over_devices(part))
 
     outputs = processes.share(batches, batch)
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)

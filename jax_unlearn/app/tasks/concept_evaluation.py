@@ -28,8 +28,8 @@ __all__ = [
     "fresh_samples",
     "judging",
     "likelihoods_of_samples",
-    "repeated",
     "log_posterior",
+    "repeated",
     "rows_of",
 ]
 

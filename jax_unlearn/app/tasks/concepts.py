@@ -23,7 +23,8 @@ import jax
 import numpy as np
 
 from jax_unlearn import duality, quantification
-from jax_unlearn.app.options import ConceptOptions, parse_threshold
+from jax_unlearn.app.checks import parse_threshold
+from jax_unlearn.app.options import ConceptOptions
 from jax_unlearn.app.tasks.any_condition import (
     CAPTION,
     FRESH,

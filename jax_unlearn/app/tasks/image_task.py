@@ -9,7 +9,8 @@ import numpy as np
 
 from jax_unlearn import multipliers
 from jax_unlearn.app import data, report
-from jax_unlearn.app.options import ImageOptions, parse_threshold
+from jax_unlearn.app.checks import parse_threshold
+from jax_unlearn.app.options import ImageOptions
 from jax_unlearn.app.tasks import images
 from jax_unlearn.app.tasks.base import Measured, Setup, Task, controller, seeded
 from jax_unlearn.app.tasks.drawing import CAPTIONS, sample_grids

@@ -23,7 +23,8 @@ from jax_unlearn.pretrained.maxdiffusion.layout import (
     tokenizers,
 )
 from jax_unlearn.pretrained.networks import kind_of, read_network
-from jax_unlearn.pretrained.unet import TEXT_TO_IMAGE, Pretrained, PretrainedConfig, fetch_parts
+from jax_unlearn.pretrained.saving import fetch_parts
+from jax_unlearn.pretrained.unet import TEXT_TO_IMAGE, Pretrained, PretrainedConfig
 from jax_unlearn.pretrained.weights import listed, new_folder
 from jax_unlearn.typing import Params
 
